@@ -1,0 +1,1 @@
+"""Config, run directory, manifest, ledger, shared nouns, errors, progress. Loads no torch."""

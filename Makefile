@@ -1,0 +1,57 @@
+# Four habits: install, check, test, docs. Nothing here needs root or a compiler.
+PYTHON ?= python3.11
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# One thread for each test process: two processes share two cores better than two pools of threads do.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: help install quickstart test test-fast test-all check bench peers clean
+
+help:  ## these words
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+# Two stamps in one environment: what running needs, and that plus what developing needs.
+# The larger install touches both, so neither order of use installs anything twice.
+.venv/.run-stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP_INSTALL) -e .
+	touch $@
+
+.venv/.dev-stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP_INSTALL) -e '.[dev]'
+	touch .venv/.run-stamp $@
+
+install: .venv/.dev-stamp  ## the development environment in .venv
+
+quickstart: .venv/.run-stamp  ## train, reason, distil, report: about 15 minutes on two cores
+	$(BIN)/shoestring run quickstart
+
+test: .venv/.dev-stamp  ## the tests (10 minutes at most)
+	$(PYTEST) -m 'not slow'
+
+test-fast: .venv/.dev-stamp  ## the quick ones (90 seconds at most)
+	$(PYTEST) -m 'fast or not slow' tests/core tests/test_layers.py tests/test_cli.py
+
+test-all: .venv/.dev-stamp  ## all of them, the long ones too (45 minutes at most)
+	$(PYTEST)
+
+check: .venv/.dev-stamp  ## style, types, layers, sizes
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py
+	$(BIN)/python tools/sizes.py
+
+bench: .venv/.dev-stamp  ## every benchmark, ours against what is installed
+	for file in bench/[a-z]*.py; do $(BIN)/python $$file || exit 1; done
+
+# Peers live in their own environment, so that theirs never decides what ours resolves to.
+.venv-peers/.stamp: bench/peers-requirements.txt pyproject.toml
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r bench/peers-requirements.txt -e .
+	touch $@
+
+peers: .venv-peers/.stamp  ## the environment with the libraries we compare with
+
+clean:  ## remove the environments and caches (never runs/)
+	rm -rf .venv .venv-peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,209 @@
+"""Chat templates: messages to token ids with a loss mask, and completions back to thinking and answer.
+
+The template language is Jinja2 in an ImmutableSandboxedEnvironment, set up as `transformers` sets it up, so any
+published template renders here and ours renders there, to the same ids. One difference is deliberate: what a message
+*contains* can never become a special token. Every special string inside a content is broken by a private-use
+character before rendering; the rendered text is cut at the specials that remain, which only the template can have
+written; the private character is taken out; and the pieces are encoded blind to specials. For contents without
+special strings the ids equal those of `apply_chat_template`.
+
+Thinking of earlier turns is dropped, as R1's template does: everything the assistant thought before the last user
+turn is not part of the history. Left out: tools, images, named templates.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from shoestring.core.errors import UserError
+from shoestring.core.nouns import Message
+
+if TYPE_CHECKING:
+    from shoestring.text.tokenizer import Tokenizer
+
+DEFAULT_TEMPLATE = """\
+{#- <|begin|><|system|>...<|user|>...<|assistant|><think>...</think>...<|end|> -#}
+{%- set last = namespace(user=-1) -%}
+{%- for message in messages -%}
+  {%- if message.role == 'user' -%}{%- set last.user = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{{- bos_token -}}
+{%- for message in messages -%}
+  {%- if message.role == 'system' -%}
+    {{- '<|system|>' + message.content -}}
+  {%- elif message.role == 'user' -%}
+    {{- '<|user|>' + message.content -}}
+  {%- elif message.role == 'assistant' -%}
+    {{- '<|assistant|>' -}}
+    {%- if loop.index0 < last.user -%}
+      {{- message.content.split('</think>')[-1] -}}
+    {%- else -%}
+      {%- if message.reasoning_content is string -%}
+        {{- '<think>' + message.reasoning_content + '</think>' -}}
+      {%- endif -%}
+      {{- message.content -}}
+    {%- endif -%}
+    {{- eos_token -}}
+  {%- else -%}
+    {{- raise_exception('unknown role: ' + message.role) -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
+"""
+
+
+@dataclass(slots=True, frozen=True)
+class Rendered:
+    """Token ids and, for each, 1 where the assistant speaks (its end token included), else 0."""
+
+    ids: list[int]
+    mask: list[int]
+
+
+def render(messages: Sequence[Message], tokenizer: Tokenizer, *, generation_prompt: bool = False) -> Rendered:
+    """Ids and loss mask of a conversation; `generation_prompt` ends it where the assistant is to speak.
+
+    Raises UserError for an empty conversation, a tokenizer without a template, or a template that fails, or that
+    writes an assistant turn differently from how it asks for one (its loss mask would be wrong).
+    """
+    if not messages:
+        raise UserError("no messages to render; pass at least one.")
+    if tokenizer.chat_template is None:
+        raise UserError("the tokenizer has no chat template; add chat_template.jinja beside its tokenizer.json.")
+    mark = _unused_character(messages)
+    turns = [_as_turn(message, tokenizer, mark) for message in _without_old_thinking(messages)]
+
+    def text(count: int, prompt: bool) -> str:
+        return _fill(tokenizer.chat_template or "", turns[:count], tokenizer.special_tokens, prompt)
+
+    whole = text(len(turns), generation_prompt)
+    ids: list[int] = []
+    mask: list[int] = []
+    done = 0
+    for index, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            start, end = text(index, True), text(index + 1, False)
+            if not (whole.startswith(start) and whole.startswith(end) and done <= len(start) <= len(end)):
+                raise UserError(
+                    "the chat template writes an assistant turn differently from its generation prompt, so there is "
+                    "no loss mask for it; train with another template."
+                )
+            _extend(ids, mask, _encode(whole[done : len(start)], tokenizer, mark), 0)
+            _extend(ids, mask, _encode(whole[len(start) : len(end)], tokenizer, mark), 1)
+            done = len(end)
+    _extend(ids, mask, _encode(whole[done:], tokenizer, mark), 0)
+    return Rendered(ids, mask)
+
+
+def split_thinking(text: str) -> tuple[str | None, str]:
+    """(thinking, answer) of a completion `<think>thinking</think>answer`, each without surrounding white space.
+
+    Malformed text (no tags, text before them, a tag twice, a tag left open) has thinking None and answer "": it
+    earns no credit, whatever it contains.
+    """
+    text = text.strip()
+    well_formed = text.startswith("<think>") and text.count("<think>") == 1 and text.count("</think>") == 1
+    if not well_formed:
+        return None, ""
+    thinking, answer = text.removeprefix("<think>").split("</think>")
+    return thinking.strip(), answer.strip()
+
+
+def _without_old_thinking(messages: Sequence[Message]) -> list[Message]:
+    last_user = max((index for index, message in enumerate(messages) if message.role == "user"), default=-1)
+    return [
+        Message(message.role, message.content) if index < last_user else message
+        for index, message in enumerate(messages)
+    ]
+
+
+def _as_turn(message: Message, tokenizer: Tokenizer, mark: str) -> dict[str, Any]:
+    """The dict a template reads, special strings broken; thinking under the key that published templates use."""
+    turn = {"role": message.role, "content": _break(message.content, tokenizer, mark)}
+    if message.thinking is not None:
+        turn["reasoning_content"] = _break(message.thinking, tokenizer, mark)
+    return turn
+
+
+def _unused_character(messages: Sequence[Message]) -> str:
+    used = {char for message in messages for char in message.content + (message.thinking or "")}
+    return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+
+
+def _break(text: str, tokenizer: Tokenizer, mark: str) -> str:
+    pattern = _pattern(tuple(tokenizer.specials))
+    return pattern.sub(lambda match: match[0][0] + mark + match[0][1:], text)
+
+
+def _encode(text: str, tokenizer: Tokenizer, mark: str) -> list[int]:
+    """Ids of rendered text: specials in it are the template's; everything else is encoded blind to specials."""
+    pieces = _pattern(tuple(tokenizer.specials)).split(text)  # plain, special, plain, special, ..., plain
+    plain = iter(tokenizer.encode_batch([piece.replace(mark, "") for piece in pieces[::2] if piece]))
+    ids: list[int] = []
+    for index, piece in enumerate(pieces):
+        if index % 2:
+            ids.append(tokenizer.specials[piece])
+        elif piece:
+            ids.extend(next(plain))
+    return ids
+
+
+def _extend(ids: list[int], mask: list[int], more: list[int], flag: int) -> None:
+    ids.extend(more)
+    mask.extend([flag] * len(more))
+
+
+@lru_cache(maxsize=32)
+def _pattern(specials: tuple[str, ...]) -> re.Pattern[str]:
+    """Matches any special, the longest first, as one captured group."""
+    choices = "|".join(re.escape(special) for special in sorted(specials, key=len, reverse=True))
+    return re.compile(f"({choices or '(?!)'})")
+
+
+def _fill(source: str, turns: list[dict[str, Any]], specials: dict[str, str], generation_prompt: bool) -> str:
+    try:
+        return _compiled(source).render(messages=turns, add_generation_prompt=generation_prompt, **specials)
+    except (jinja2.TemplateError, TypeError, AttributeError) as error:
+        raise UserError(f"the chat template cannot render these messages: {error}.") from error
+
+
+@lru_cache(maxsize=32)
+def _compiled(source: str) -> jinja2.Template:
+    """The template in the environment that transformers gives it (trimmed blocks, loop controls, tojson, ...)."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"the chat template is not valid Jinja (line {error.lineno}): {error.message}.") from error
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` ... `{% endgeneration %}` of published templates: rendered as if the tags were not there."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

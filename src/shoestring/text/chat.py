@@ -2,7 +2,7 @@
 
 The template language is Jinja2 in an ImmutableSandboxedEnvironment, set up as `transformers` sets it up, so any
 published template renders here and ours renders there, to the same ids. One difference is deliberate: what a message
-*contains* can never become a special token. Every special string inside a content is broken by a private-use
+*contains* can never become a special token. Special strings inside a content are broken up by a private-use
 character before rendering; the rendered text is cut at the specials that remain, which only the template can have
 written; the private character is taken out; and the pieces are encoded blind to specials. For contents without
 special strings the ids equal those of `apply_chat_template`.
@@ -18,7 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -83,6 +83,7 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, *, generation_prom
     mark = _unused_character(messages)
     turns = [_as_turn(message, tokenizer, mark) for message in _without_old_thinking(messages)]
 
+    @cache
     def text(count: int, prompt: bool) -> str:
         return _fill(tokenizer.chat_template or "", turns[:count], tokenizer.special_tokens, prompt)
 
@@ -142,19 +143,18 @@ def _unused_character(messages: Sequence[Message]) -> str:
 
 def _break(text: str, tokenizer: Tokenizer, mark: str) -> str:
     pattern = _pattern(tuple(tokenizer.specials))
-    return pattern.sub(lambda match: match[0][0] + mark + match[0][1:], text)
+    # A mark after every character: a special that overlaps the end of a match is broken too.
+    return pattern.sub(lambda match: mark.join(match[0]) + mark, text)
 
 
 def _encode(text: str, tokenizer: Tokenizer, mark: str) -> list[int]:
     """Ids of rendered text: specials in it are the template's; everything else is encoded blind to specials."""
-    pieces = _pattern(tuple(tokenizer.specials)).split(text)  # plain, special, plain, special, ..., plain
-    plain = iter(tokenizer.encode_batch([piece.replace(mark, "") for piece in pieces[::2] if piece]))
     ids: list[int] = []
-    for index, piece in enumerate(pieces):
+    for index, piece in enumerate(_pattern(tuple(tokenizer.specials)).split(text)):  # plain, special, ..., plain
         if index % 2:
             ids.append(tokenizer.specials[piece])
         elif piece:
-            ids.extend(next(plain))
+            ids += tokenizer.encode(piece.replace(mark, ""))
     return ids
 
 

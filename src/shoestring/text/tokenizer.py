@@ -26,6 +26,7 @@ THINK, END_THINK = "<think>", "</think>"
 SPECIALS = (BEGIN, END, PAD, "<|user|>", "<|assistant|>", "<|system|>", THINK, END_THINK)
 # As in R1's tokenizer the thinking tags are added tokens but not "special": skipping specials keeps them in the text.
 _VISIBLE = (THINK, END_THINK)
+_NOT_TEXT = "text to encode must be str that UTF-8 can hold (no lone surrogates)."
 
 
 class Tokenizer:
@@ -101,7 +102,10 @@ class Tokenizer:
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """Token ids of `text`. Special strings in it become special ids only with `specials=True`."""
-        return self.encode_batch([text], specials=specials)[0]
+        try:
+            return (self._full if specials else self._plain).encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError) as error:
+            raise UserError(_NOT_TEXT) from error
 
     def encode_batch(self, texts: Sequence[str], specials: bool = False) -> list[list[int]]:
         """`encode` of many texts at once (several threads)."""
@@ -109,7 +113,7 @@ class Tokenizer:
         try:
             encodings = matcher.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
-            raise UserError("text to encode must be str that UTF-8 can hold (no lone surrogates).") from error
+            raise UserError(_NOT_TEXT) from error
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], specials: bool = True) -> str:

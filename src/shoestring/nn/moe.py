@@ -1,0 +1,159 @@
+"""DeepSeekMoE: shared expert plus routed experts (V3 section 2.1.2). Tokens are never dropped.
+
+    s = sigmoid(x W_gᵀ) in fp32;  c = s + b      b: correction bias, moved by load, never by a gradient
+    group score = sum of the two best c in each group; the best `topk_group` groups stay, others -inf
+    idx = top-K of c;  w = s[idx] / (Σ s[idx] + 1e-20) · routed_scaling_factor
+    y = Σ w_k E_k(x) + Shared(x)
+
+V2-style: s = softmax, no bias, group score = the best s, masked groups 0, w = s[idx] · routed_scaling_factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shoestring.nn.kernels import Kernels
+from shoestring.nn.linear import SwiGLU
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How tokens choose experts; the names are those of the checkpoints' config."""
+
+    n_experts: int
+    top_k: int
+    scoring: Literal["sigmoid", "softmax"] = "sigmoid"
+    n_group: int = 1
+    topk_group: int = 1
+    normalise: bool = True
+    scale: float = 1.0
+
+    def choose(self, score_NE: Tensor, bias_E: Tensor | None) -> Tensor:
+        """Expert ids [N, K]. The bias decides who is chosen and nothing else."""
+        choice_NE = score_NE if bias_E is None else score_NE + bias_E
+        if self.n_group > 1 and self.topk_group < self.n_group:
+            choice_NGE = choice_NE.unflatten(-1, (self.n_group, -1))
+            best = 2 if self.scoring == "sigmoid" else 1
+            group_NG = choice_NGE.topk(min(best, choice_NGE.shape[-1]), dim=-1).values.sum(-1)
+            kept_NG = torch.zeros_like(group_NG, dtype=torch.bool)
+            kept_NG.scatter_(1, group_NG.topk(self.topk_group, dim=-1).indices, True)
+            lost = float("-inf") if self.scoring == "sigmoid" else 0.0
+            choice_NE = choice_NGE.masked_fill(~kept_NG.unsqueeze(-1), lost).flatten(-2)
+        return choice_NE.topk(self.top_k, dim=-1).indices
+
+    def weigh(self, score_NE: Tensor, chosen_NK: Tensor) -> Tensor:
+        weight_NK = score_NE.gather(-1, chosen_NK)
+        if self.normalise:
+            weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20)
+        return weight_NK * self.scale
+
+
+class Gate(nn.Module):
+    """The router. With sigmoid scores it has the buffer `e_score_correction_bias` (fp32)."""
+
+    def __init__(self, d_model: int, routing: Routing, *, device: torch.device | None = None):
+        super().__init__()
+        self.routing = routing
+        self.weight = nn.Parameter(torch.empty(routing.n_experts, d_model, device=device))
+        bias = torch.zeros(routing.n_experts, device=device) if routing.scoring == "sigmoid" else None
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def forward(self, x_ND: Tensor, replay_NK: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [N, E], chosen ids [N, K], weights [N, K], all in fp32."""
+        logit_NE = F.linear(x_ND.float(), self.weight.float())
+        score_NE = logit_NE.sigmoid() if self.routing.scoring == "sigmoid" else logit_NE.softmax(-1)
+        with torch.no_grad():
+            chosen_NK = self.routing.choose(score_NE, self.e_score_correction_bias) if replay_NK is None else replay_NK
+        return score_NE, chosen_NK, self.routing.weigh(score_NE, chosen_NK)
+
+
+def balance_loss(score_BTE: Tensor, chosen_BTK: Tensor, counted_BT: Tensor | None) -> Tensor:
+    """Sequence-wise Σ_i f_i P_i, mean over sequences (V3 eqs. 17-20, without α). 1 at perfect balance.
+
+    f_i = E/(K T) · #(tokens of the sequence that chose i), P_i = mean over t of s_it / Σ_j s_jt.
+    """
+    E, K = score_BTE.shape[-1], chosen_BTK.shape[-1]
+    chosen_BTE = torch.zeros_like(score_BTE).scatter_(-1, chosen_BTK, 1.0)
+    share_BTE = score_BTE / score_BTE.sum(-1, keepdim=True)
+    if counted_BT is None:
+        return (chosen_BTE.mean(1) * (E / K) * share_BTE.mean(1)).sum(-1).mean()
+    seen_B1 = counted_BT.sum(1, keepdim=True).clamp(min=1)
+    f_BE = (chosen_BTE * counted_BT[..., None]).sum(1) / seen_B1 * (E / K)
+    P_BE = (share_BTE * counted_BT[..., None]).sum(1) / seen_B1
+    return (f_BE * P_BE).sum(-1).mean()
+
+
+class Experts(nn.Module):
+    """The routed experts, stacked: gate_up_proj [E, 2F, D] (gate rows first), down_proj [E, D, F]."""
+
+    def __init__(self, n: int, d_model: int, width: int, *, device: torch.device | None = None):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(n, 2 * width, d_model, device=device))
+        self.down_proj = nn.Parameter(torch.empty(n, d_model, width, device=device))
+
+    def forward(self, x_ND: Tensor, chosen_NK: Tensor, weight_NK: Tensor, kernels: Kernels) -> Tensor:
+        return experts_plain(x_ND, self.gate_up_proj, self.down_proj, chosen_NK, weight_NK)
+
+
+def experts_plain(x_ND: Tensor, gate_up: Tensor, down: Tensor, chosen_NK: Tensor, weight_NK: Tensor) -> Tensor:
+    """The readable twin: expert by expert, the tokens that chose it."""
+    y_ND = torch.zeros_like(x_ND)
+    for e in range(gate_up.shape[0]):
+        n, k = (chosen_NK == e).nonzero(as_tuple=True)
+        if len(n):
+            gate, up = F.linear(x_ND[n], gate_up[e].to(x_ND.dtype)).chunk(2, dim=-1)
+            out = F.linear(F.silu(gate) * up, down[e].to(x_ND.dtype))
+            y_ND = y_ND.index_add(0, n, out * weight_NK[n, k, None].to(out.dtype))
+    return y_ND
+
+
+class MoE(nn.Module):
+    def __init__(self, d_model: int, width: int, n_shared: int, routing: Routing, *, device: torch.device | None = None):
+        super().__init__()
+        self.gate = Gate(d_model, routing, device=device)
+        self.experts = Experts(routing.n_experts, d_model, width, device=device)
+        self.shared_experts = SwiGLU(d_model, n_shared * width, device=device) if n_shared else None
+
+    def forward(self, x_BTD: Tensor, kernels: Kernels, replay_BTK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """y [B, T, D], the scores [B, T, E] and the chosen experts [B, T, K]."""
+        B, T, _ = x_BTD.shape
+        x_ND = x_BTD.flatten(0, 1)
+        score_NE, chosen_NK, weight_NK = self.gate(x_ND, None if replay_BTK is None else replay_BTK.flatten(0, 1))
+        y_BTD = self.experts(x_ND, chosen_NK, weight_NK, kernels).view_as(x_BTD)
+        if self.shared_experts is not None:
+            y_BTD = y_BTD + self.shared_experts(x_BTD)
+        return y_BTD, score_NE.unflatten(0, (B, T)), chosen_NK.unflatten(0, (B, T))
+
+
+def expert_load(chosen: list[Tensor], n_experts: int, counted_BT: Tensor | None) -> Tensor:
+    """Tokens each expert received, int64 [layers, E], from each layer's chosen experts [B, T, K].
+
+    A layer of an MTP module has fewer positions; they are the first ones. Uncounted tokens (padding) are left out.
+    """
+    loads = []
+    for chosen_BTK in chosen:
+        ids = chosen_BTK if counted_BT is None else chosen_BTK[counted_BT[:, : chosen_BTK.shape[1]]]
+        loads.append(torch.bincount(ids.flatten(), minlength=n_experts))
+    return torch.stack(loads)
+
+
+@torch.no_grad()
+def update_router_bias(model: nn.Module, expert_load_LE: Tensor, gamma: float, *, centred: bool = False) -> None:
+    """Balancing without an auxiliary loss: b_i += γ · sign(mean load - load_i), once a step, over the global batch.
+
+    `centred` subtracts the mean of the signs, which keeps Σ b = 0 and changes no choice (Moonlight, appendix C).
+    Layers are taken in the order of `expert_load_LE`: the main model's MoE layers, then those of MTP modules.
+    """
+    gates = [module for module in model.modules() if isinstance(module, Gate)]
+    load_LE = expert_load_LE.to(torch.float32)
+    for gate, load_E in zip(gates, load_LE, strict=False):  # without `mtp=True` the MTP gates saw nothing
+        sign_E = torch.sign(load_E.mean() - load_E)
+        if centred:
+            sign_E = sign_E - sign_E.mean()
+        if gate.e_score_correction_bias is not None:
+            gate.e_score_correction_bias += gamma * sign_E

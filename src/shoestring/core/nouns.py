@@ -136,10 +136,14 @@ class Trace:
     def from_dict(cls, row: dict[str, Any]) -> Trace:
         schema = row.get("schema")
         if schema != TRACE_SCHEMA:
-            raise UserError(f"trace {row.get('id', '?')} has schema {schema!r}; this version reads schema {TRACE_SCHEMA}.")
+            raise UserError(
+                f"trace {row.get('id', '?')} has schema {schema!r}; this version reads schema {TRACE_SCHEMA}."
+            )
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(row) - known):
-            raise UserError(f"trace {row.get('id', '?')} has unknown field(s) {', '.join(unknown)}; remove them or re-export it.")
+            raise UserError(
+                f"trace {row.get('id', '?')} has unknown field(s) {', '.join(unknown)}; remove them or re-export it."
+            )
         if missing := sorted(known - set(row)):
             raise UserError(f"trace {row.get('id', '?')} lacks field(s) {', '.join(missing)}.")
         return cls(**row)

@@ -1,0 +1,1 @@
+"""The engine: batched generation over the latent cache, sampling, scoring."""

@@ -1,0 +1,60 @@
+"""Reading the package's data files: rows of text, with the file named in every complaint."""
+
+from __future__ import annotations
+
+import csv
+import json
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from shoestring.core.errors import UserError
+
+
+@cache
+def shipped_rows(name: str) -> tuple[dict[str, str], ...]:
+    """Rows of data/NAME.csv."""
+    text = (files("shoestring.cost") / "data" / f"{name}.csv").read_text(encoding="utf-8")
+    return tuple(csv.DictReader(text.splitlines(keepends=True)))
+
+
+@cache
+def shipped_json(name: str) -> Any:
+    """Contents of data/NAME.json. Shared: do not change it."""
+    return json.loads((files("shoestring.cost") / "data" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a user's CSV file."""
+    if not path.is_file():
+        raise UserError(f"{path} is no file; give a CSV file with a header line.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
+    reader = csv.DictReader(text.splitlines(keepends=True))
+    rows = list(reader)
+    if not reader.fieldnames or not rows:
+        raise UserError(f"{path} holds no rows; the first line must name the columns.")
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise UserError(
+                f"{path}, row {number}: the number of cells differs from the header; quote cells with commas."
+            )
+    return rows
+
+
+def number(row: dict[str, str], column: str) -> float | None:
+    """A cell as a number; None when empty."""
+    text = (row.get(column) or "").strip().replace(",", "")
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        name = row.get("id") or row.get("chip") or "?"
+        raise UserError(f'row "{name}": {column} is "{text}", not a number; leave the cell empty if unknown.') from None
+    if value != value or abs(value) == float("inf"):
+        raise UserError(f'row "{row.get("id", "?")}": {column} is "{text}"; give a finite number or leave it empty.')
+    return value

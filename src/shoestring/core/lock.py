@@ -1,0 +1,32 @@
+"""One process at a time: a POSIX record lock that dies with its owner.
+
+Record locks (`lockf`) are not inherited by forked workers, so a worker that outlives a killed parent cannot keep a
+run from being resumed. Left out: threads of one process (they share the lock) and network file systems.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shoestring.core.errors import UserError
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file `path`. Raises UserError at once when another process holds it."""
+    with open(path, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise UserError(f"Another process (pid {owner}) is at work on {what}; wait for it or stop it.") from None
+        file.seek(0)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -25,7 +25,7 @@ def read_rope(raw: dict[str, Any], default_theta: float = 10000.0) -> tuple[floa
         raise UserError(f'rope scaling of type "{kind}" is not supported; known: default, yarn, llama3.')
     settings.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
     known = {name: value for name, value in settings.items() if name in RopeScaling.model_fields and value is not None}
-    return theta, RopeScaling(rope_type=kind, **known)
+    return theta, RopeScaling.from_dict({**known, "rope_type": kind}, where="config.json, rope scaling")
 
 
 def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:

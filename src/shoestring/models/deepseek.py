@@ -16,9 +16,8 @@ from shoestring.core.config import Config
 from shoestring.core.errors import UserError
 from shoestring.cost.shape import ModelShape
 from shoestring.models._rope_keys import read_rope, write_rope
-from shoestring.nn.attention import Pass
 from shoestring.nn.decoder import Block, Decoder, Routed
-from shoestring.nn.kernels import Kernels
+from shoestring.nn.kernels import FP32, Kernels
 from shoestring.nn.linear import SwiGLU
 from shoestring.nn.mla import MLA
 from shoestring.nn.moe import MoE, Routing, balance_loss
@@ -73,14 +72,15 @@ class DeepseekConfig(Config):
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even")
         if self.model_type == "deepseek_v2" and (self.norm_topk_prob or self.num_nextn_predict_layers):
-            raise ValueError("deepseek_v2 has neither norm_topk_prob nor multi-token prediction; set them to false and 0")
+            raise ValueError("deepseek_v2 has no norm_topk_prob and no multi-token prediction; set them to false and 0")
         return self
 
     @property
     def routing(self) -> Routing:
         return Routing(
-            self.n_routed_experts, self.num_experts_per_tok, "sigmoid" if self.model_type == "deepseek_v3" else "softmax",
-            self.n_group, self.topk_group, self.norm_topk_prob, self.routed_scaling_factor,
+            self.n_routed_experts, self.num_experts_per_tok,
+            scoring="sigmoid" if self.model_type == "deepseek_v3" else "softmax", n_group=self.n_group,
+            topk_group=self.topk_group, normalise=self.norm_topk_prob, scale=self.routed_scaling_factor,
         )  # fmt: skip
 
     @property
@@ -143,7 +143,7 @@ def _refuse(raw: dict[str, Any]) -> None:
     }  # fmt: skip
     for name, value in expected.items():
         if raw.get(name, value) != value:
-            raise UserError(f"config.json: {name} is {raw[name]!r}; only {value!r} is supported for {raw['model_type']}.")
+            raise UserError(f"config.json: {name} is {raw[name]!r}; for {raw['model_type']} it must be {value!r}.")
     methods = ("noaux_tc",) if raw.get("model_type") == "deepseek_v3" else ("greedy", "group_limited_greedy")
     if raw.get("topk_method", methods[0]) not in methods:
         raise UserError(f"config.json: topk_method is {raw['topk_method']!r}; supported: {', '.join(methods)}.")
@@ -159,7 +159,8 @@ def _block(config: DeepseekConfig, layer: int, device: torch.device | None) -> B
     if layer < config.first_k_dense_replace:
         mlp = SwiGLU(config.hidden_size, config.intermediate_size, device=device)
     else:
-        mlp = MoE(config.hidden_size, config.moe_intermediate_size, config.n_shared_experts, config.routing, device=device)
+        width, n_shared = config.moe_intermediate_size, config.n_shared_experts
+        mlp = MoE(config.hidden_size, width, n_shared, config.routing, device=device)
     return Block(config.hidden_size, config.rms_norm_eps, attention, mlp, device=device)
 
 
@@ -175,7 +176,7 @@ class Deepseek(Decoder):
     """The model. Parameters are fp32; `kernels` chooses how products are computed, never what."""
 
     def __init__(
-        self, config: DeepseekConfig, *, kernels: Kernels = Kernels(), device: torch.device | str | None = None,
+        self, config: DeepseekConfig, *, kernels: Kernels = FP32, device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ):  # fmt: skip
         device = None if device is None else torch.device(device)
@@ -202,6 +203,7 @@ class Deepseek(Decoder):
         T = tokens_BT.shape[1]
         counted_BT = None if segments_BT is None else segments_BT >= 0
         for k, module in enumerate(self.mtp, start=1):
+            assert isinstance(module, MTPModule)
             positions = torch.arange(T, device=tokens_BT.device) if positions_BT is None else positions_BT
             segments = None if segments_BT is None else segments_BT[:, : T - k]
             step = self.prepare(tokens_BT[:, k:], positions[..., k:], segments, None)
@@ -210,7 +212,12 @@ class Deepseek(Decoder):
             if routed is not None:
                 seen.mtp_chosen.append(routed[1])
                 if balance:
-                    seen.balance.append(balance_loss(*routed, None if counted_BT is None else counted_BT[:, : T - k]))
+                    counted = None if counted_BT is None else counted_BT[:, : T - k]
+                    seen.balance.append(balance_loss(routed[0], routed[1], counted))
             hidden_BTD = module.shared_head.norm(x_BTD)
             found.append(hidden_BTD)
         return found
+
+
+MODEL_TYPES = ("deepseek_v3", "deepseek_v2")
+CONFIG, MODEL = DeepseekConfig, Deepseek

@@ -16,7 +16,7 @@ from shoestring.cost.shape import ModelShape
 from shoestring.models._rope_keys import read_rope, write_rope
 from shoestring.nn.decoder import Block, Decoder
 from shoestring.nn.gqa import GQA
-from shoestring.nn.kernels import Kernels
+from shoestring.nn.kernels import FP32, Kernels
 from shoestring.nn.linear import SwiGLU
 from shoestring.nn.rope import Rope, RopeScaling
 
@@ -49,7 +49,8 @@ class DenseConfig(Config):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key-value heads")
+            heads = f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key-value heads"
+            raise ValueError(f"{heads} evenly")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
         if self.model_type == "qwen2" and self.attention_bias:
@@ -89,6 +90,8 @@ class DenseConfig(Config):
             known.pop("attention_bias", None)
         if raw.get("model_type") == "qwen3":
             known.setdefault("head_dim", 128)
+        elif known.get("head_dim") == raw["hidden_size"] / raw["num_attention_heads"]:
+            del known["head_dim"]  # said twice
         if isinstance(known.get("eos_token_id"), list):
             known["eos_token_id"] = tuple(known["eos_token_id"])
         return cls(**known)
@@ -112,7 +115,7 @@ class Dense(Decoder):
     """The model. Parameters are fp32; `kernels` chooses how products are computed, never what."""
 
     def __init__(
-        self, config: DenseConfig, *, kernels: Kernels = Kernels(), device: torch.device | str | None = None,
+        self, config: DenseConfig, *, kernels: Kernels = FP32, device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ):  # fmt: skip
         device = None if device is None else torch.device(device)
@@ -134,3 +137,7 @@ class Dense(Decoder):
         )  # fmt: skip
         self.config = config
         self.init_weights(config.initializer_range, generator)
+
+
+MODEL_TYPES = tuple(ARCHITECTURES)
+CONFIG, MODEL = DenseConfig, Dense

@@ -30,7 +30,7 @@ def segment_mask(segments_BT: Tensor) -> Tensor:
 
 def attend_plain(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGW: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """The readable twin: scores and softmax in fp32, all of them in memory."""
-    B, T, H, _ = q_BTHK.shape
+    T, H = q_BTHK.shape[1:3]
     group = H // k_BSGK.shape[2]
     k_BSHK, v_BSHW = (x.repeat_interleave(group, dim=2) if group > 1 else x for x in (k_BSGK, v_BSGW))
     if mask is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,8 @@ class Routed:
 
 
 class Block(nn.Module):
+    """Attention, then a dense or an MoE feed-forward, each on the normed input and added to it."""
+
     def __init__(
         self, d_model: int, eps: float, attention: MLA | GQA, mlp: SwiGLU | MoE, *, device: torch.device | None = None
     ):
@@ -74,21 +77,35 @@ class Block(nn.Module):
         return x_BTD + y_BTD, (score_BTE, chosen_BTK)
 
 
+class Embedding(nn.Module):
+    """The input table."""
+
+    def __init__(self, vocab: int, d_model: int, device: torch.device | None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab, d_model, device=device))
+
+
+class Backbone(nn.Module):
+    """What Hugging Face calls `model`: table, blocks and final norm."""
+
+    def __init__(self, blocks: Iterable[Block], vocab: int, d_model: int, eps: float, device: torch.device | None):
+        super().__init__()
+        self.embed_tokens = Embedding(vocab, d_model, device)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = RMSNorm(d_model, eps, device=device)
+
+
 class Decoder(nn.Module):
     """A family builds its blocks and hands them over; this class runs them."""
 
+    config: Any  # the family's: names and meanings of Hugging Face's config.json
+
     def __init__(
-        self, blocks: Iterable[Block], *, vocab: int, d_model: int, eps: float, tied: bool, rope: Rope, kernels: Kernels,
-        cache_width: int, n_experts: int = 0, device: torch.device | None = None,
+        self, blocks: Iterable[Block], *, vocab: int, d_model: int, eps: float, tied: bool, rope: Rope,
+        kernels: Kernels, cache_width: int, n_experts: int = 0, device: torch.device | None = None,
     ):  # fmt: skip
         super().__init__()
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(vocab, d_model, _weight=torch.empty(vocab, d_model, device=device)),
-                "layers": nn.ModuleList(blocks),
-                "norm": RMSNorm(d_model, eps, device=device),
-            }
-        )
+        self.model = Backbone(blocks, vocab, d_model, eps, device)
         self.lm_head = None if tied else Linear(d_model, vocab, device=device)
         self.rope, self.kernels = rope, kernels
         self.cache_width, self.n_experts = cache_width, n_experts
@@ -96,7 +113,7 @@ class Decoder(nn.Module):
     # ---- parts
     @property
     def embedding(self) -> Tensor:
-        return self.model["embed_tokens"].weight
+        return self.model.embed_tokens.weight
 
     @property
     def head_weight(self) -> Tensor:
@@ -111,7 +128,7 @@ class Decoder(nn.Module):
         return F.embedding(tokens_BT, self.embedding).to(self.kernels.torch_dtype)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
-        layers = len(self.model["layers"])
+        layers = len(self.model.layers)
         dtype, device = self.kernels.torch_dtype, self.embedding.device
         return Cache(layers, batch, capacity, self.cache_width, dtype=dtype, device=device)
 
@@ -134,9 +151,12 @@ class Decoder(nn.Module):
             return Pass(*self.rope.table(positions), mask, self.kernels)
         if segments_BT is not None:
             raise ValueError("segments and a cache cannot be combined")
-        fresh = cache.used == 0 and positions_BT is None
-        positions = torch.arange(cache.used, cache.used + T, device=tokens_BT.device) if positions_BT is None else positions_BT
-        end = cache.used + T if positions_BT is None else max(cache.used, int(positions_BT.max()) + 1)
+        if positions_BT is None:
+            positions = torch.arange(cache.used, cache.used + T, device=tokens_BT.device)
+            end, fresh = cache.used + T, cache.used == 0
+        else:
+            positions = positions_BT
+            end, fresh = max(cache.used, int(positions_BT.max()) + 1), False
         if end > cache.capacity:
             raise ValueError(f"position {end - 1} does not fit into a cache of {cache.capacity}")
         mask = None if fresh else causal_mask(positions if positions.ndim == 2 else positions[None], end)
@@ -157,17 +177,17 @@ class Decoder(nn.Module):
         counted_BT = None if segments_BT is None else segments_BT >= 0
         seen = Routed(self.n_experts)
         x_BTD = self.embed(tokens_BT)
-        for layer, block in enumerate(self.model["layers"]):
-            moe_index = len(seen.chosen)
-            replay = routing[moe_index] if routing is not None and isinstance(block.mlp, MoE) else None
+        for layer, block in enumerate(self.model.layers):
+            assert isinstance(block, Block)
+            replay = routing[len(seen.chosen)] if routing is not None and isinstance(block.mlp, MoE) else None
             x_BTD, routed = block(x_BTD, step, layer, replay)
             if routed is not None:
                 seen.chosen.append(routed[1])
                 if balance:
-                    seen.balance.append(balance_loss(*routed, counted_BT))
+                    seen.balance.append(balance_loss(routed[0], routed[1], counted_BT))
         if cache is not None:
             cache.used = max(cache.used, step.n_keys or tokens_BT.shape[1])
-        hidden_BTD = self.model["norm"](x_BTD)
+        hidden_BTD = self.model.norm(x_BTD)
         out = Output(hidden_BTD, self.unembed(hidden_BTD) if logits else None)
         if mtp:
             out.mtp_hidden = self.predict_further(tokens_BT, hidden_BTD, positions_BT, segments_BT, seen, balance)

@@ -27,8 +27,10 @@ def together(x: Tensor, layers: Sequence[Linear]) -> Tensor:
     weight = torch.cat([layer.weight for layer in layers]).to(x.dtype)
     bias = None
     if any(layer.bias is not None for layer in layers):
-        biases = [x.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias.to(x.dtype) for layer in layers]
-        bias = torch.cat(biases)
+        zeros = (x.new_zeros(layer.weight.shape[0]) for layer in layers)
+        bias = torch.cat(
+            [z if layer.bias is None else layer.bias.to(x.dtype) for z, layer in zip(zeros, layers, strict=True)]
+        )
     return F.linear(x, weight, bias)
 
 

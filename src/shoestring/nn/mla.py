@@ -21,9 +21,11 @@ from shoestring.nn.rope import rotate
 
 
 class MLA(nn.Module):
+    """`bias` is on q_a_proj, kv_a_proj_with_mqa and o_proj only; the latent norms have eps 1e-6 in every family."""
+
     def __init__(
-        self, d_model: int, heads: int, *, q_lora: int | None, kv_lora: int, nope: int, rope: int, v: int, scale: float,
-        interleaved: bool = True, bias: bool = False, device: torch.device | None = None,
+        self, d_model: int, heads: int, *, q_lora: int | None, kv_lora: int, nope: int, rope: int, v: int,
+        scale: float, interleaved: bool = True, bias: bool = False, device: torch.device | None = None,
     ):  # fmt: skip
         super().__init__()
         self.heads, self.kv_lora, self.nope, self.rope, self.v = heads, kv_lora, nope, rope, v
@@ -41,7 +43,7 @@ class MLA(nn.Module):
         self.q_lora = q_lora
 
     def project(self, x_BTD: Tensor, step: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q_nope [B,T,H,nope], q_pe [B,T,H,R] rotated, latent c [B,T,C], k_pe [B,T,R] rotated."""
+        """The parts: q_nope [B,T,H,nope], q_pe [B,T,H,R] rotated, latent c [B,T,C], k_pe [B,T,R] rotated."""
         if self.q_lora is None:
             q, kv = together(x_BTD, (self.q_proj, self.kv_a_proj_with_mqa)).split(
                 [self.heads * (self.nope + self.rope), self.kv_lora + self.rope], dim=-1

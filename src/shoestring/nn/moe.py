@@ -56,6 +56,8 @@ class Routing:
 class Gate(nn.Module):
     """The router. With sigmoid scores it has the buffer `e_score_correction_bias` (fp32)."""
 
+    e_score_correction_bias: Tensor | None
+
     def __init__(self, d_model: int, routing: Routing, *, device: torch.device | None = None):
         super().__init__()
         self.routing = routing
@@ -113,14 +115,20 @@ def experts_plain(x_ND: Tensor, gate_up: Tensor, down: Tensor, chosen_NK: Tensor
 
 
 class MoE(nn.Module):
-    def __init__(self, d_model: int, width: int, n_shared: int, routing: Routing, *, device: torch.device | None = None):
+    """The block's feed-forward: gate, routed experts, and one shared SwiGLU as wide as all shared experts."""
+
+    def __init__(
+        self, d_model: int, width: int, n_shared: int, routing: Routing, *, device: torch.device | None = None
+    ):
         super().__init__()
         self.gate = Gate(d_model, routing, device=device)
         self.experts = Experts(routing.n_experts, d_model, width, device=device)
         self.shared_experts = SwiGLU(d_model, n_shared * width, device=device) if n_shared else None
 
-    def forward(self, x_BTD: Tensor, kernels: Kernels, replay_BTK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """y [B, T, D], the scores [B, T, E] and the chosen experts [B, T, K]."""
+    def forward(
+        self, x_BTD: Tensor, kernels: Kernels, replay_BTK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The output [B, T, D], the scores [B, T, E] and the chosen experts [B, T, K]."""
         B, T, _ = x_BTD.shape
         x_ND = x_BTD.flatten(0, 1)
         score_NE, chosen_NK, weight_NK = self.gate(x_ND, None if replay_BTK is None else replay_BTK.flatten(0, 1))

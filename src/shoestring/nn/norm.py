@@ -14,6 +14,8 @@ def rms_norm_plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
+    """With its own weight; statistics over the last dimension."""
+
     def __init__(self, dim: int, eps: float = 1e-6, *, device: torch.device | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim, device=device))

@@ -73,7 +73,7 @@ class Rope:
             self.factor = _yarn_attention_factor(scaling)
 
     def table(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, fp32, [..., T, R/2] for positions of shape [..., T]."""
+        """Cosine and sine, fp32, [..., T, R/2] for positions of shape [..., T]."""
         angle = positions_BT[..., None].float() * self.freq_R.to(positions_BT.device)
         return angle.cos() * self.factor, angle.sin() * self.factor
 

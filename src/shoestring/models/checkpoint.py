@@ -1,0 +1,190 @@
+"""Checkpoints in Hugging Face's layout, in and out: config.json, safetensors (sharded, with index), tokenizer.
+
+What is saved here, `transformers` loads, and the reverse, with the same logits. FP8 weights (`weight_scale_inv`) are
+read and dequantised. `config.json` is written last and removed first, so a folder that has one is whole.
+Left out: pickled `.bin` files (never opened), writing FP8.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoestring.core.atomic import write_json
+from shoestring.core.errors import UserError, did_you_mean
+from shoestring.core.registry import list_parts, load_part
+from shoestring.models.checkpoint_files import Files, open_safetensors, read_json, write_shards, write_tensors
+from shoestring.models.checkpoint_names import disk_tensors, has_mtp, is_needless, mtp_copies
+from shoestring.nn.decoder import Decoder
+from shoestring.nn.fp8 import BLOCK, dequantize
+from shoestring.nn.kernels import Kernels
+from shoestring.nn.moe import Gate
+from shoestring.text.tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_log = logging.getLogger("shoestring")
+
+
+def load(
+    path_or_id: str | Path, *, dtype: str = "auto", device: str | torch.device | None = None,
+    kernels: Kernels | None = None,
+) -> tuple[Decoder, Tokenizer | None]:  # fmt: skip
+    """Model and tokenizer (None when there is no tokenizer.json) of a folder, or of a model id on the hub.
+
+    `dtype` is what the weights are kept in; "auto" is what config.json says. `kernels` defaults to products in that
+    dtype. Raises UserError for whatever is missing, extra, misshapen, NaN or cut short.
+    """
+    folder = _folder(path_or_id)
+    raw = read_json(folder / "config.json")
+    files = Files(folder)
+    stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    chosen = (stored if stored in DTYPES else "float32") if dtype == "auto" else dtype
+    if chosen not in DTYPES:
+        raise UserError(f'dtype "{dtype}" is not known.{did_you_mean(dtype, (*DTYPES, "auto"))}')
+    if kernels is None:
+        kernels = Kernels(dtype="float32" if chosen == "float32" else "bfloat16")
+    model = build(raw, files.names, kernels=kernels, dtype=DTYPES[chosen], device=device)
+    _fill(model, files, raw)
+    tokenizer = None
+    if (folder / "tokenizer.json").exists():
+        tokenizer = Tokenizer.load(folder)
+        tokenizer.check_vocab(raw["vocab_size"])
+    return model, tokenizer
+
+
+def save(
+    model: Decoder, tokenizer: Tokenizer | None, path: str | Path, *, max_shard_bytes: float = 5e9,
+    dtype: str | None = None, generation_config: dict[str, Any] | None = None,
+) -> Path:  # fmt: skip
+    """Write a folder that `load` and transformers read. `dtype` None keeps the weights' own. Raises DiskFull."""
+    folder = Path(path)
+    raw = model.config.to_hf()
+    if tokenizer is not None:
+        tokenizer.check_vocab(raw["vocab_size"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    tensors = disk_tensors(model) | mtp_copies(model)
+    if dtype is not None:
+        tensors = {name: _cast(name, tensor, DTYPES[dtype]) for name, tensor in tensors.items()}
+    write_shards(tensors, folder, max_shard_bytes)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(name) is not None}
+    write_json(folder / "generation_config.json", ids | (generation_config or {}))
+    name = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    write_json(folder / "config.json", raw | {"dtype": name, "torch_dtype": name})
+    return folder
+
+
+def save_state(model: Decoder, path: str | Path) -> Path:
+    """One safetensors file of every tensor, in its own dtype, for going on exactly where training stopped."""
+    write_tensors(disk_tensors(model), Path(path))
+    return Path(path)
+
+
+@torch.no_grad()
+def load_state(model: Decoder, path: str | Path) -> None:
+    """Put back what `save_state` wrote, bit by bit. Raises UserError when the file is of another model."""
+    path = Path(path)
+    wanted = disk_tensors(model)
+    file = open_safetensors(path)
+    _compare(wanted, file.keys(), path)
+    for name, target in wanted.items():
+        tensor = file.get_tensor(name)
+        _same_shape(name, tensor, target, path)
+        target.copy_(tensor)
+
+
+def family(model_type: str) -> Any:
+    """The module of models/ that declares this `model_type` in its MODEL_TYPES."""
+    known: dict[str, Any] = {}
+    for name in list_parts("models"):
+        module = load_part("models", name)
+        known.update(dict.fromkeys(getattr(module, "MODEL_TYPES", ()), module))
+    if model_type not in known:
+        raise UserError(f'config.json: model_type "{model_type}" is not supported.{did_you_mean(model_type, known)}')
+    return known[model_type]
+
+
+def build(
+    raw: dict[str, Any], names: Iterable[str], *, kernels: Kernels, dtype: torch.dtype,
+    device: str | torch.device | None,
+) -> Decoder:  # fmt: skip
+    """An unfilled model for the contents of a config.json; MTP modules only if the files hold their weights."""
+    module = family(raw.get("model_type", ""))
+    try:
+        config = module.CONFIG.from_hf(raw)
+    except KeyError as missing:
+        raise UserError(f"config.json lacks the key {missing}.") from None
+    if getattr(config, "num_nextn_predict_layers", 0) and not has_mtp(list(names), config.num_hidden_layers):
+        _log.warning("config.json announces multi-token prediction, but the files hold no weights for it: left out.")
+        config = config.model_copy(update={"num_nextn_predict_layers": 0})
+    model: Decoder = module.MODEL(config, kernels=kernels, device="meta").to(dtype)
+    for gate in model.modules():
+        if isinstance(gate, Gate) and gate.e_score_correction_bias is not None:
+            gate.e_score_correction_bias = gate.e_score_correction_bias.float()  # it decides ties: never rounded
+    return model.to_empty(device=device or "cpu")
+
+
+@torch.no_grad()
+def _fill(model: Decoder, files: Files, raw: dict[str, Any]) -> None:
+    wanted = disk_tensors(model)
+    tied, n_layers = model.config.tie_word_embeddings, model.config.num_hidden_layers
+    _compare(wanted, [name for name in files.names if not is_needless(name, tied, n_layers)], files.folder)
+    block = _fp8_block(raw)
+    for name, target in wanted.items():
+        tensor = files.read(name)
+        _same_shape(name, tensor, target, files.folder)
+        if f"{name}_scale_inv" in files.file_of:
+            tensor = dequantize(tensor, files.read(f"{name}_scale_inv"), block)
+        elif tensor.dtype == torch.float8_e4m3fn:
+            raise UserError(f"{files.folder}: {name} is fp8 and its scale {name}_scale_inv is missing.")
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{files.folder}: {name} holds NaN or infinite values; this checkpoint is broken.")
+        target.copy_(tensor)
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if name.endswith("e_score_correction_bias") else tensor.to(dtype)
+
+
+def _fp8_block(raw: dict[str, Any]) -> int:
+    rows, columns = (raw.get("quantization_config") or {}).get("weight_block_size") or (BLOCK, BLOCK)
+    if rows != columns:
+        raise UserError(f"config.json: weight_block_size is {rows}x{columns}; only square blocks are supported.")
+    return int(rows)
+
+
+def _same_shape(name: str, tensor: Tensor, target: Tensor, where: Path) -> None:
+    if tensor.shape != target.shape:
+        shapes = f"{tuple(tensor.shape)} on disk and {tuple(target.shape)} by its config"
+        raise UserError(f"{where}: {name} is {shapes}; the two do not belong together.")
+
+
+def _compare(wanted: Iterable[str], found: Iterable[str], where: Path) -> None:
+    missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    for what, names in (("lacks", missing), ("holds, beyond what its config describes,", extra)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(f"{where} {what} {', '.join(names[:3])}{more}; weights and config do not belong together.")
+
+
+def _folder(path_or_id: str | Path) -> Path:
+    path, name = Path(path_or_id), str(path_or_id)
+    if path.is_dir():
+        return path
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name} is not the folder of a checkpoint, nor a model id like owner/name.")
+    try:
+        from huggingface_hub import snapshot_download  # an extra; and slow to import
+    except ImportError:
+        raise UserError(f"{name} is no folder here; to download it, pip install 'shoestring[hf]'.") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as error:
+        raise UserError(f"{name} is no folder here, and downloading it failed: {type(error).__name__}.") from error

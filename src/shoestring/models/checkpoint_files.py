@@ -1,0 +1,120 @@
+"""Safetensors files of a checkpoint folder: read one tensor at a time, written in shards. Knows no model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shoestring.core.atomic import disk_full, fsync_path, is_disk_full, write_json
+from shoestring.core.errors import UserError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint. Raises UserError when it is not there or not JSON."""
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path.parent} holds no {path.name}: it is no checkpoint, or its saving was cut short."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}).") from None
+    return value
+
+
+def open_safetensors(path: Path) -> Any:
+    """A safetensors file for reading. Raises UserError when it is damaged or cut short."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}); copy it again.") from None
+
+
+class Files:
+    """The tensors of a folder by name, whichever shard holds them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._handles: dict[str, Any] = {}
+        if (folder / INDEX).exists():
+            self.file_of: dict[str, str] = read_json(folder / INDEX).get("weight_map", {})
+            for name in sorted(set(self.file_of.values())):
+                if not (folder / name).exists():
+                    raise UserError(f"{folder} lacks {name}, which its index names; copy the checkpoint again.")
+        elif (folder / SINGLE).exists():
+            self.file_of = dict.fromkeys(open_safetensors(folder / SINGLE).keys(), SINGLE)
+        else:
+            raise UserError(f"{folder} holds no {SINGLE}; give the folder of a checkpoint in Hugging Face layout.")
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.file_of)
+
+    def read(self, name: str) -> Tensor:
+        file = self.file_of[name]
+        if file not in self._handles:
+            self._handles[file] = open_safetensors(self.folder / file)
+        try:
+            tensor: Tensor = self._handles[file].get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{self.folder / file} does not hold {name} ({error}); copy it again.") from None
+        return tensor
+
+
+def write_shards(tensors: dict[str, Tensor], folder: Path, max_bytes: float) -> None:
+    """Write the tensors in their order, one file or several with an index; then remove files of an earlier save."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensor.nbytes
+    n = len(shards)
+    files = [SINGLE] if n == 1 else [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+    for file, names in zip(files, shards, strict=True):
+        write_tensors({name: tensors[name] for name in names}, folder / file)
+    if n > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        files.append(INDEX)
+    for stale in folder.glob("model*.safetensors*"):
+        if stale.name not in files:
+            stale.unlink()
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """One safetensors file, old or new and nothing between. Raises DiskFull."""
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    with _replacing(path) as temporary:
+        save_file(own, temporary, metadata={"format": "pt"})
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        fsync_path(temporary)
+        os.replace(temporary, path)
+        fsync_path(path.parent)
+    except BaseException as error:
+        full = is_disk_full(error, path.parent)
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        if full:
+            raise disk_full(path) from error
+        raise

@@ -1,0 +1,109 @@
+"""Parity with transformers: logits, greedy tokens, gradients of every parameter; on drawn and on named shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from shoestring.models.deepseek import DeepseekConfig
+from shoestring.models.dense import DenseConfig
+from shoestring.nn.decoder import Decoder
+import model_sizes as sizes
+
+pytest.importorskip("transformers")
+DRAWN = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+NAMED = {
+    "v3": sizes.deepseek(**sizes.V3),
+    "moonlight": sizes.deepseek(**sizes.MOONLIGHT),
+    "v2-lite": sizes.deepseek(**sizes.V2_LITE),
+    "v2": sizes.deepseek(**sizes.V2),
+    "llama-3.1": sizes.dense(rope_scaling=sizes.LLAMA3, rope_theta=5e5),
+    "qwen2": sizes.dense(model_type="qwen2", tie_word_embeddings=True),
+    "qwen3": sizes.dense(model_type="qwen3", head_dim=16),
+}
+
+
+def loss(logits: Tensor, seed: int = 0) -> Tensor:
+    """A loss whose gradient reaches every parameter."""
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
+    return (logits.float() * weights).sum() / logits.shape[1]
+
+
+def compare(ours: Decoder, theirs: nn.Module, x_BT: Tensor) -> None:
+    mine, other = ours(x_BT).logits_BTV, theirs(x_BT).logits
+    assert mine.dtype == torch.float32
+    torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+    assert torch.equal(mine.argmax(-1), other.argmax(-1))
+    loss(mine).backward()
+    loss(other).backward()
+    reference = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if name.startswith("mtp."):
+            continue
+        want = reference[name].grad
+        got = parameter.grad
+        if want is None or got is None:  # an expert no token chose
+            assert (want is None or not want.any()) and (got is None or not got.any()), name
+            continue
+        assert (got - want).norm() <= 1e-4 * want.norm() + 1e-6, f"{name}: {(got - want).norm() / want.norm()}"
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_shapes(name: str) -> None:
+    model = sizes.make(NAMED[name])
+    compare(model, sizes.twin(model), sizes.tokens(NAMED[name], 2, 24))
+
+
+@DRAWN
+@given(config=sizes.deepseek_configs(), seed=st.integers(0, 99))
+def test_drawn_deepseek(config: DeepseekConfig, seed: int) -> None:
+    model = sizes.make(config, seed)
+    compare(model, sizes.twin(model), sizes.tokens(config, 2, 17, seed))
+
+
+@DRAWN
+@given(config=sizes.dense_configs(), seed=st.integers(0, 99))
+def test_drawn_dense(config: DenseConfig, seed: int) -> None:
+    model = sizes.make(config, seed)
+    compare(model, sizes.twin(model), sizes.tokens(config, 2, 17, seed))
+
+
+@pytest.mark.parametrize("name", NAMED)
+@torch.no_grad()
+def test_greedy_continuation(name: str) -> None:
+    config = NAMED[name]
+    model = sizes.make(config, 3)
+    prompt_BT = sizes.tokens(config, 2, 7, 3)
+    cache = model.new_cache(2, 24)
+    found, next_BT = [], prompt_BT
+    for _ in range(12):
+        next_BT = model(next_BT, cache=cache).logits_BTV[:, -1:].argmax(-1)
+        found.append(next_BT)
+    theirs = sizes.twin(model).generate(
+        prompt_BT, max_new_tokens=12, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(prompt_BT),
+        eos_token_id=None,
+    )  # fmt: skip
+    assert torch.equal(torch.cat(found, 1), theirs[:, 7:])
+
+
+@pytest.mark.parametrize("name", ["v3", "moonlight", "llama-3.1"])
+@torch.no_grad()
+def test_bfloat16_is_as_near_the_truth(name: str) -> None:
+    """Both in bf16, both against fp32: our mean error is at most 1.2 times theirs."""
+    config = NAMED[name]
+    ours, theirs, seeds = 0.0, 0.0, 12
+    for seed in range(seeds):
+        model = sizes.make(config, seed)
+        x_BT = sizes.tokens(config, 4, 32, seed)
+        truth = model(x_BT).logits_BTV
+        other = sizes.twin(model).to(torch.bfloat16)
+        for gate in other.modules():  # as their loader keeps it
+            if hasattr(gate, "e_score_correction_bias"):
+                gate.e_score_correction_bias = gate.e_score_correction_bias.float()
+        theirs += (other(x_BT).logits.float() - truth).abs().mean().item()
+        half = sizes.make(config, seed, kernels=sizes.BF16)
+        ours += (half(x_BT).logits_BTV - truth).abs().mean().item()
+    assert 0 < ours <= 1.2 * theirs, (ours / seeds, theirs / seeds)

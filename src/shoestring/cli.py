@@ -1,0 +1,97 @@
+"""The command line: verbs in the order of the road, exit codes 0 done, 1 failed, 2 your mistake.
+
+Heavy imports stand inside the verbs: `shoestring --help` loads no torch. What a verb reports goes to standard
+output (`--json`: one document), everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from shoestring import __version__, cli_chat, cli_parts, cli_report, cli_road, cli_runs
+from shoestring.core.errors import UserError
+
+DONE, FAILED, MISTAKE = 0, 1, 2
+
+app = typer.Typer(
+    name="shoestring",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"shoestring {__version__}")
+        raise typer.Exit()
+
+
+@app.callback(help="Train a DeepSeek-V3-style model, make it reason, distil it into a student, and see the bill.")
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+for _verbs in (cli_road, cli_chat, cli_report, cli_runs, cli_parts):
+    _verbs.register(app)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = app(sys.argv[1:] if argv is None else argv, prog_name="shoestring", standalone_mode=False)
+    except UserError as error:
+        return _tell(error, str(error), MISTAKE)
+    except KeyboardInterrupt:
+        return _interrupted()
+    except Exception as error:
+        return _usage_or_failure(error)
+    return _interrupted() if code == 130 else code if isinstance(code, int) else DONE
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _interrupted() -> int:
+    print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+    return FAILED
+
+
+def _usage_or_failure(error: Exception) -> int:
+    sentence = getattr(error, "format_message", None)  # a usage error of the command-line parser
+    if sentence is not None:
+        if sentence():  # empty: nothing was asked, and the help has been shown
+            print(f"{sentence()} (`shoestring --help` and `shoestring VERB --help` show how.)", file=sys.stderr)
+        return MISTAKE
+    if not getattr(error, "__notes__", None):  # not from within a stage: a fault of the program
+        traceback.print_exc()
+        return FAILED
+    return _tell(error, f"Failed: {type(error).__name__}: {error}", FAILED)
+
+
+def _tell(error: BaseException, sentence: str, code: int) -> int:
+    """The sentence, and where the run directory is when there is one."""
+    print(sentence, file=sys.stderr)
+    for note in getattr(error, "__notes__", ()):
+        print(note, file=sys.stderr)
+    if code == FAILED:
+        print("Its logs/ hold the traceback; the same command goes on from the last checkpoint.", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""What the verbs of the command line share: options, examples, tables, and JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ROAD, RESULTS, PARTS = "The road, in order", "What came of it", "Parts"  # panels of --help
+
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. stages.sft.steps=200.")
+]
+RunsDir = Annotated[Path, typer.Option("--runs", metavar="DIR", help="The folder of runs.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run and what it would cost; run nothing.")]
+Again = Annotated[bool, typer.Option("--again", help="Make finished stages anew, beside the old.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
+RUNS = Path("runs")
+
+
+def described(summary: str, *examples: str) -> str:
+    """Help of a verb: what it does, and examples of its use."""
+    lines = "\n".join(f"  $ {example}" for example in examples)
+    return f"{summary}\n\n\b\nExamples:\n{lines}"
+
+
+def emit_json(document: Any) -> None:
+    """The one JSON document of a command."""
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def console(*, err: bool = False) -> Console:
+    """A rich console that does not fold tables into 80 columns when its output is piped."""
+    from rich.console import Console
+
+    stream = sys.stderr if err else sys.stdout
+    return Console(stderr=err, width=None if stream.isatty() else 200, highlight=False)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], *, title: str | None = None) -> None:
+    """Rows of equal keys as a table on standard output; numbers to the right, in short form."""
+    from rich import box
+    from rich.table import Table
+
+    if not rows:
+        return
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        numeric = any(_is_number(row.get(column)) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+    for row in rows:
+        table.add_row(*(short(row.get(column), column) for column in columns))
+    console().print(table)
+
+
+def short(value: Any, column: str = "") -> str:
+    """A value as a person reads it: 12.3k, 4m 05s for seconds, $0.0031 for dollars, a dash for nothing."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={short(item)}" for key, item in value.items()) or "-"
+    if isinstance(value, list | tuple):
+        return " ".join(short(item) for item in value) or "-"
+    if not _is_number(value):
+        return str(value)
+    name = column.lower()
+    if "seconds" in name:
+        return _time(float(value))
+    if "usd" in name:
+        return f"${value:,.2f}" if value >= 1 else f"${value:.4f}"
+    return _number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(value: float) -> str:
+    if abs(value) >= 1e12:
+        return f"{value:.2e}"
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            scale = {"G": 1e9, "M": 1e6, "k": 1e3}[unit]
+            return f"{value / scale:.3g}{unit}"
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {seconds:02d}s"

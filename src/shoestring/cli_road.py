@@ -1,0 +1,150 @@
+"""`run RECIPE`, and one verb for each stage of the road."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shoestring.cli_options import (
+    ROAD,
+    RUNS,
+    Again,
+    DryRun,
+    Json,
+    Quiet,
+    RunsDir,
+    Sets,
+    described,
+    emit_json,
+    print_table,
+)
+from shoestring.core.errors import UserError
+
+if TYPE_CHECKING:
+    from shoestring.train.configs import Recipe
+
+# verb -> what it does, and two examples
+STAGES = {
+    "pretrain": (
+        "Train a model from nothing on text: next-token prediction.",
+        "shoestring pretrain --set steps=500 --dry-run",
+        "shoestring pretrain --from tokenizer=runs/tokenizer-mine-0123 --set optim.lr=1e-3",
+    ),
+    "sft": (
+        "Fine-tune on answers: loss on the completion only.",
+        "shoestring sft --from model=runs/pretrain-mine-0123",
+        "shoestring sft --from model=some/hf-folder --from traces=runs/ask-mine-0123 --set steps=200",
+    ),
+    "rl": (
+        "Reinforcement learning on verifiable problems (GRPO).",
+        "shoestring rl --from model=runs/sft-mine-0123 --set steps=100",
+        "shoestring rl --from model=runs/sft-mine-0123 --set group_size=16 --dry-run",
+    ),
+    "reject": (
+        "Rejection sampling: keep the model's own verified answers as traces.",
+        "shoestring reject --from model=runs/rl-mine-0123",
+        "shoestring reject --from model=runs/rl-mine-0123 --set problems=500 --json",
+    ),
+    "ask": (
+        "Ask a teacher new problems and keep what it answers as traces.",
+        "shoestring ask --from teacher=runs/rl-mine-0123",
+        "shoestring ask --from teacher=runs/rl-mine-0123 --set problems=2000 --dry-run",
+    ),
+    "distill": (
+        "Train a student on a teacher's traces.",
+        "shoestring distill --from model=runs/pretrain-student-0123 --from traces=runs/ask-mine-0123",
+        "shoestring distill --from model=some/hf-folder --from traces=runs/ask-mine-0123 --set steps=300",
+    ),
+    "eval": (
+        "Measure a model on unseen problems: pass@1, pass@k, cons@k with standard errors.",
+        "shoestring eval --from model=runs/rl-mine-0123",
+        "shoestring eval --from model=some/hf-folder --set problems=300 --json",
+    ),
+}
+
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--from", metavar="ROLE=RUN", help="An input: a run directory, or a model folder or id."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add `run` and the stage verbs."""
+    text = described(
+        "Run a recipe: the whole road, or any part of it. Killed, the same command goes on.",
+        "shoestring run quickstart",
+        "shoestring run quickstart --set size=smoke --dry-run",
+    )
+    app.command("run", help=text, rich_help_panel=ROAD)(run)
+    for kind, (summary, *examples) in STAGES.items():
+        app.command(kind, help=described(summary, *examples), rich_help_panel=ROAD)(_stage_verb(kind))
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="A name, or a path to a .py, .json or .yaml file.")],
+    sets: Sets = None,
+    runs: RunsDir = RUNS,
+    dry_run: DryRun = False,
+    again: Again = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Resolve a recipe by name or path and run it."""
+    from shoestring.train.road import resolve_recipe
+
+    _go(resolve_recipe(recipe, sets or []), runs, dry_run, again, json, quiet)
+
+
+def _stage_verb(kind: str) -> Callable[..., None]:
+    def verb(
+        inputs: Inputs = None,
+        sets: Sets = None,
+        runs: RunsDir = RUNS,
+        dry_run: DryRun = False,
+        again: Again = False,
+        json: Json = False,
+        quiet: Quiet = False,
+    ) -> None:
+        from shoestring.train.road import stage_recipe
+
+        _go(stage_recipe(kind, sets or [], _roles(inputs or [])), runs, dry_run, again, json, quiet)
+
+    verb.__doc__ = STAGES[kind][0]
+    return verb
+
+
+def _roles(inputs: list[str]) -> dict[str, str]:
+    """["model=runs/x"] as {"model": "runs/x"}."""
+    roles: dict[str, str] = {}
+    for text in inputs:
+        role, given, value = text.partition("=")
+        if not (role and given and value):
+            raise UserError(f'--from "{text}" is not of the form ROLE=RUN, as in --from model=runs/sft-mine-0123.')
+        if role in roles:
+            raise UserError(f'--from gives "{role}" twice; give it once.')
+        roles[role] = value
+    return roles
+
+
+def _go(recipe: Recipe, runs: Path, dry_run: bool, again: bool, json: bool, quiet: bool) -> None:
+    """Print the plan of a recipe, or run it and print what came of it."""
+    from shoestring.train.road import plan_rows, run_recipe
+
+    if dry_run:
+        rows = plan_rows(recipe)
+        _report({"schema": 1, "recipe": recipe.name, "plan": rows}, rows, json)
+        return
+    result = run_recipe(recipe, runs, again=again, quiet=quiet)
+    _report(result.to_json(), result.rows, json)
+    if result.report_path is not None and not json:
+        print(f"report: {result.report_path}")
+
+
+def _report(document: Any, rows: list[dict[str, Any]], json: bool) -> None:
+    if json:
+        emit_json(document)
+    else:
+        print_table(rows)

@@ -21,6 +21,7 @@ from shoestring.tasks._draw import Draft, Split, check_difficulty, draw
 from shoestring.tasks.sandbox import Program, Sandbox
 
 VERSION = "1.0"
+NEEDS_SANDBOX = True
 MULTIPLIERS = (2, 3)
 TEST_INPUTS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 40, 58, 127)
 MAX_SOURCE = 20_000  # characters; a longer answer is wrong without being run

@@ -98,9 +98,7 @@ def decode(
     return Decoded(tokens_RT, logprobs_RT, length_R, stopped_R, routed)
 
 
-def _prefill(
-    model: Any, cache: Any, prompt_BT: Tensor, length_B: Tensor, routed: bool
-) -> tuple[Tensor, Tensor | None]:
+def _prefill(model: Any, cache: Any, prompt_BT: Tensor, length_B: Tensor, routed: bool) -> tuple[Tensor, Tensor | None]:
     """Logits [B, V] at the last token of each prompt, and the experts of the prompts [L, B, T, A]."""
     B, T = prompt_BT.shape
     chunk = max(1, PREFILL_TOKENS // B)

@@ -150,7 +150,9 @@ class Engine:
                 )
             if len(ids) + new_tokens > positions:
                 asked = f"{len(ids)} tokens" + (f" and {new_tokens} new ones" if new_tokens else "")
-                raise UserError(f"{what} {index} asks for {asked}, but the model has {positions} positions; shorten it.")
+                raise UserError(
+                    f"{what} {index} asks for {asked}, but the model has {positions} positions; shorten it."
+                )
 
 
 def _batches(order: list[int], lengths: list[int]) -> Iterator[list[int]]:

@@ -73,4 +73,6 @@ def _draw(p_RS: Tensor, u_R: Tensor) -> tuple[Tensor, Tensor]:
 def _check_finite(mass: Tensor) -> None:
     """One test a step: NaN or infinite logits make every sum of their row NaN."""
     if bool(mass.isnan().any()):
-        raise FloatingPointError("the model produced NaN or infinite logits; check its weights and, in bf16, its scale.")
+        raise FloatingPointError(
+            "the model produced NaN or infinite logits; check its weights and, in bf16, its scale."
+        )

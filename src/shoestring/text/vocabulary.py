@@ -12,7 +12,8 @@ Left out: unigram and WordPiece models; normalisation (it would not round-trip);
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -24,6 +25,8 @@ SPLITS = {
     # Prose and code: a sign may lead a word ("(x", ".join"), line ends gather what stands around them.
     "text": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+_SPACE = "Ġ"  # byte stand-in of a space
+_WHITE = ("Ġ", "Ċ", "č", "ĉ")  # of space, line feed, carriage return, tab
 NEVER_IN_UTF8 = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
 
 
@@ -54,39 +57,39 @@ def learn(texts: Iterable[str], vocab_size: int, *, split: str, specials: dict[s
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    counts = _count_words(pre_tokenizer, texts)
+    stream = iter(texts)
+    read, counts = _read_words(pre_tokenizer, stream, limit=vocab_size)
     words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
     if len(base) + len(words) <= vocab_size:
-        vocab = {token: index for index, token in enumerate([*base, *words])}
+        # Room left goes to the form that a word seen only at the start of texts takes after a space.
+        spaced = [_SPACE + word for word in sorted(counts, key=lambda word: (-counts[word], word))]
+        spaced = [word for word in spaced if word not in counts and not word[1:].startswith(_WHITE)]
+        vocab = {token: index for index, token in enumerate([*base, *words, *spaced][:vocab_size])}
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+        tokenizer.pre_tokenizer = pre_tokenizer
     else:
         tokenizer = Tokenizer(models.BPE())
-        _train_merges(tokenizer, counts, vocab_size, list(specials))
-    tokenizer.pre_tokenizer = pre_tokenizer
+        tokenizer.pre_tokenizer = pre_tokenizer
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=list(specials), initial_alphabet=byte_alphabet(), show_progress=False
+        )
+        tokenizer.train_from_iterator(chain(read, stream), trainer=trainer)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token, special in specials.items()])
     return tokenizer
 
 
-def _count_words(pre_tokenizer: pre_tokenizers.PreTokenizer, texts: Iterable[str]) -> Counter[str]:
-    """How often each pre-token (in byte stand-ins) occurs."""
+def _read_words(
+    pre_tokenizer: pre_tokenizers.PreTokenizer, stream: Iterator[str], *, limit: int
+) -> tuple[list[str], Counter[str]]:
+    """The texts read and how often each pre-token (in byte stand-ins) occurs; stops at more than `limit` of them."""
+    read: list[str] = []
     counts: Counter[str] = Counter()
-    for text in texts:
+    for text in stream:
+        read.append(text)
         counts.update(piece for piece, _ in pre_tokenizer.pre_tokenize_str(text))
+        if len(counts) > limit:
+            break
     if not counts:
         raise UserError("no text to train a tokenizer on; pass at least one non-empty text.")
-    return counts
-
-
-def _train_merges(tokenizer: Tokenizer, counts: Counter[str], vocab_size: int, specials: list[str]) -> None:
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=byte_alphabet(), show_progress=False
-    )
-    # The words are already split and in byte stand-ins; repeating each by its count would be the corpus again, so
-    # they are fed sorted, which also makes the result independent of the order of the texts.
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # byte stand-ins contain no white space
-    tokenizer.train_from_iterator(
-        (" ".join([word] * min(counts[word] - start, 10_000)) for word in sorted(counts)
-         for start in range(0, counts[word], 10_000)),
-        trainer=trainer,
-    )
+    return read, counts

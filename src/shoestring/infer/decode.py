@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shoestring.core.errors import UserError
 from shoestring.core.nouns import Sampling
 from shoestring.infer.sampler import sample
 
@@ -112,8 +113,9 @@ def _prefill(model: Any, cache: Any, prompt_BT: Tensor, length_B: Tensor, routed
         here_BD = output.hidden_BTD[torch.arange(B, device=prompt_BT.device), index_B]
         is_last_B1 = ((length_B > start) & (length_B <= end))[:, None]
         last_BD = here_BD if last_BD is None else torch.where(is_last_B1, here_BD, last_BD)
-        if routed:
-            pieces.append(output.routed)
+        if routed and output.routed is None:
+            raise UserError("sampling.routed_experts is on, but the model has no routed experts; turn it off.")
+        pieces.append(output.routed)
     assert last_BD is not None
     return model.unembed(last_BD), torch.cat(pieces, dim=2) if routed else None
 

@@ -149,9 +149,9 @@ class Engine:
                     "encode it with the model's own tokenizer."
                 )
             if len(ids) + new_tokens > positions:
-                asked = f"{len(ids)} tokens" + (f" and {new_tokens} new ones" if new_tokens else "")
+                more = f" and asks for {new_tokens} new ones" if new_tokens else ""
                 raise UserError(
-                    f"{what} {index} asks for {asked}, but the model has {positions} positions; shorten it."
+                    f"{what} {index} has {len(ids)} tokens{more}, but the model has {positions} positions; shorten it."
                 )
 
 

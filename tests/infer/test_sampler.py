@@ -1,0 +1,92 @@
+"""Sampling: the right distribution, the right logprobs, nothing impossible."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shoestring.core.nouns import Sampling
+from shoestring.infer.sampler import kept, sample
+
+
+def uniforms(n: int, seed: int = 0) -> Tensor:
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def plain_kept(logits_V: Tensor, top_k: int, top_p: float) -> list[int]:
+    """The readable twin: token by token, the most probable first."""
+    order = logits_V.argsort(descending=True).tolist()[: top_k or None]
+    p = torch.softmax(logits_V[order].double(), dim=-1).tolist()
+    chosen, mass = [], 0.0
+    for token, probability in zip(order, p, strict=True):
+        if mass >= top_p:
+            break
+        chosen.append(token)
+        mass += probability
+    return chosen
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.6}, {"top_k": 3}, {"top_p": 0.7}, {"top_k": 4, "top_p": 0.6}]
+)
+def test_frequencies_are_the_probabilities(options: dict[str, float]) -> None:
+    sampling = Sampling(**options)  # type: ignore[arg-type]
+    logits_V = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -30.0])
+    expected_V = torch.zeros(6)
+    chosen = plain_kept(logits_V / sampling.temperature, sampling.top_k, sampling.top_p)
+    expected_V[chosen] = torch.softmax(logits_V[chosen] / sampling.temperature, dim=-1)
+    n = 40_000
+    token_N, logprob_N = sample(logits_V.expand(n, -1), uniforms(n), sampling)
+    observed_V = token_N.bincount(minlength=6) / n
+    assert (observed_V - expected_V).abs().max() < 5 * 0.5 / n**0.5  # five standard errors
+    assert torch.allclose(logprob_N, expected_V.log()[token_N], atol=1e-6)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 400), st.integers(0, 60), st.floats(0.01, 1.0))
+@settings(max_examples=60, deadline=None)
+def test_the_kept_set_is_that_of_the_plain_twin(seed: int, vocab: int, top_k: int, top_p: float) -> None:
+    logits_RV = 2 * torch.randn(3, vocab, generator=torch.Generator().manual_seed(seed))
+    p_RS, ids_RS = kept(logits_RV, top_k, top_p)
+    assert torch.allclose(p_RS.sum(-1), torch.ones(3))
+    for row in range(3):
+        ours = set(ids_RS[row][p_RS[row] > 0].tolist())
+        slack = 1e-5  # the mass that reaches top_p is summed in another order
+        assert set(plain_kept(logits_RV[row], top_k, max(top_p - slack, 1e-9))) <= ours
+        assert ours <= set(plain_kept(logits_RV[row], top_k, min(top_p + slack, 1.0)))
+
+
+def test_top_p_widens_until_it_holds_enough() -> None:
+    p_RS, _ = kept(torch.zeros(2, 5000), 0, 0.9)
+    assert int((p_RS[0] > 0).sum()) in (4500, 4501)  # fp32 sums of 1/5000
+
+
+def test_an_impossible_token_is_never_drawn() -> None:
+    logits_RV = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(4, -1)
+    edges_R = torch.tensor([0.0, 0.5, 0.5 - 1e-12, 1 - 2**-53], dtype=torch.float64)
+    token_R, logprob_R = sample(logits_RV, edges_R, Sampling())
+    assert token_R.tolist() == [1, 3, 1, 3]
+    assert torch.allclose(logprob_R, torch.tensor(0.5).log())
+
+
+def test_greedy() -> None:
+    logits_RV = torch.tensor([[0.0, 3.0, 1.0], [2.0, 1.0, 0.0]])
+    token_R, logprob_R = sample(logits_RV, uniforms(2), Sampling(temperature=0.0))
+    assert token_R.tolist() == [1, 0]
+    assert torch.allclose(logprob_R, logits_RV.log_softmax(-1).gather(1, token_R[:, None]).squeeze(1))
+
+
+def test_a_low_temperature_is_nearly_greedy() -> None:
+    token_R, _ = sample(torch.tensor([[0.0, 1.0]]).expand(100, -1), uniforms(100), Sampling(temperature=0.01))
+    assert token_R.tolist() == [1] * 100
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.5}, {"temperature": 0.5}])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinite_logits_are_refused(options: dict[str, float], bad: float) -> None:
+    logits_RV = torch.zeros(3, 5)
+    logits_RV[1, 2] = bad
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        sample(logits_RV, uniforms(3), Sampling(**options))  # type: ignore[arg-type]

@@ -16,7 +16,9 @@ RANGE = (0.0, 1.0)
 JUDGES_CORRECTNESS = False
 
 
-def reward(rollouts: Sequence[Rollout], *, grade: Callable[..., Any] | None = None, thinking: bool = False) -> list[float]:
+def reward(
+    rollouts: Sequence[Rollout], *, grade: Callable[..., Any] | None = None, thinking: bool = False
+) -> list[float]:
     """1.0 or 0.0 for each rollout; `grade` is not used."""
     return [_score(rollout.completion.text, thinking) for rollout in rollouts]
 

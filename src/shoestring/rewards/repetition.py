@@ -1,7 +1,7 @@
 """Minus the share of repeated n-grams among the sampled tokens: 0 for none, towards -1 for a loop.
 
--(1 - unique / total) over runs of `n` tokens; Demystifying Long Chain-of-Thought (2502.03373), section 4.3, without its
-weighting by position. Tokens, not words: what is sampled is what is punished, whatever it decodes to.
+-(1 - unique / total) over runs of `n` tokens: the penalty of Demystifying Long Chain-of-Thought (2502.03373) without
+its weighting by position. Tokens, not words: what is sampled is what is punished, whatever it decodes to.
 """
 
 from __future__ import annotations

@@ -61,7 +61,9 @@ def draw(
         id_ = problem_id(task, version, draft.prompt)
         if split_of(id_) == split:
             return _finish(task, version, id_, draft, difficulty, seed, chosen)
-    raise UserError(f"task {task} has no {split} problem of kind {chosen} at difficulty {difficulty}; raise difficulty.")
+    raise UserError(
+        f"task {task} has no {split} problem of kind {chosen} at difficulty {difficulty}; raise difficulty."
+    )
 
 
 def check_difficulty(kind: str, difficulty: int, limit: int) -> None:

@@ -28,7 +28,7 @@ MAX_SOURCE = 20_000  # characters; a longer answer is wrong without being run
 
 
 def make(seed: int, difficulty: int, split: Split = "train", kind: str | None = None) -> Problem:
-    """The problem of `seed`; raises UserError for an unknown kind or an impossible difficulty (examples: at most 16)."""
+    """The problem of `seed`; raises UserError for an unknown kind or a difficulty out of range (examples: 16)."""
     return draw("programs", VERSION, MAKERS, seed, difficulty, split, kind)
 
 

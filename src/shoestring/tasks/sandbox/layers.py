@@ -42,7 +42,7 @@ class Start:
 
 def missing(layer: Layer) -> str | None:
     """Why `layer` cannot even be tried here, or None."""
-    if layer != "unsafe" and sys.platform != "linux":
+    if sys.platform != "linux":
         return "needs Linux"
     if layer == "bwrap" and shutil.which("bwrap") is None:
         return "bubblewrap is not installed"

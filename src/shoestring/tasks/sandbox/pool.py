@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from shoestring.core.errors import UserError, did_you_mean
-from shoestring.tasks.sandbox.inside.server import EXITED, OUTPUT, TIMEOUT
+from shoestring.tasks.sandbox.inside.server import EXITED, MAX_JOB, OUTPUT, TIMEOUT
 from shoestring.tasks.sandbox.inside.settings import EXITS
 from shoestring.tasks.sandbox.layers import SAFE_LAYERS, Layer, missing
 from shoestring.tasks.sandbox.program import (
@@ -76,9 +76,13 @@ class Sandbox:
     def run(self, programs: Sequence[Program]) -> list[Outcome]:
         """The outcome of each program, in order. Raises SandboxError when the sandbox, not a program, fails."""
         jobs = [program.jobs() for program in programs]
+        runs = [all(len(job) <= MAX_JOB for job in group) for group in jobs]
         with self._busy:
-            replies = iter(self._run_jobs([job for group in jobs for job in group]))
-        return [_outcome(program, [next(replies) for _ in group]) for program, group in zip(programs, jobs, strict=True)]
+            replies = iter(self._run_jobs([job for group, run in zip(jobs, runs, strict=True) if run for job in group]))
+        return [
+            _outcome(program, [next(replies) for _ in group], self.limits) if run else _too_long(program)
+            for program, group, run in zip(programs, jobs, runs, strict=True)
+        ]
 
     def close(self) -> None:
         for worker in self._workers:
@@ -93,7 +97,8 @@ class Sandbox:
     def _run_jobs(self, jobs: Sequence[bytes]) -> list[Reply]:
         """One thread a worker, this one included; the first failure stops them all and is raised."""
         replies: list[Reply] = [NO_REPLY] * len(jobs)
-        todo, lock, failures = iter(enumerate(jobs)), threading.Lock(), []
+        todo, lock = iter(enumerate(jobs)), threading.Lock()
+        failures: list[BaseException] = []
 
         def work(worker: Worker) -> None:
             while not failures:
@@ -124,17 +129,22 @@ class Sandbox:
             return str(error)
         if outcome.ok or (self.layer == "unsafe" and outcome.error is None):
             return None
-        return f"it does not isolate: {outcome.values[0]} {outcome.detail}"
+        return f"its probe answered {outcome.values[0]} {outcome.error or ''} {outcome.detail}".strip()
 
 
 NO_REPLY = Reply(TIMEOUT, 0, 0.0, b"")
 
 
-def _outcome(program: Program, replies: Sequence[Reply]) -> Outcome:
-    return (_of_calls if program.entry else _of_scripts)(program, replies)
+def _outcome(program: Program, replies: Sequence[Reply], limits: Limits) -> Outcome:
+    return (_of_calls if program.entry else _of_scripts)(program, replies, limits)
 
 
-def _of_calls(program: Program, replies: Sequence[Reply]) -> Outcome:
+def _too_long(program: Program) -> Outcome:
+    nothing = (None,) * len(program.tests)
+    return Outcome(False, (False,) * len(nothing), "output", f"longer than {MAX_JOB} bytes", nothing, 0.0)
+
+
+def _of_calls(program: Program, replies: Sequence[Reply], limits: Limits) -> Outcome:
     reply = replies[0]
     said = _parse(reply.data, len(program.tests))
     values = tuple(said.get(index, {}).get("value") for index in range(len(program.tests)))
@@ -142,7 +152,7 @@ def _of_calls(program: Program, replies: Sequence[Reply]) -> Outcome:
         "value" in said.get(index, {}) and same(values[index], expected)
         for index, (_, expected) in enumerate(program.tests)
     )
-    error = _ending(reply)
+    error = _ending(reply, limits)
     complaint = next((line for line in said.values() if "error" in line), {})
     if error in (None, "exception") and complaint:
         error = complaint["error"] if complaint["error"] in ERROR_KINDS else "exception"
@@ -151,8 +161,8 @@ def _of_calls(program: Program, replies: Sequence[Reply]) -> Outcome:
     return Outcome(all(passed), passed, error, str(complaint.get("detail", ""))[:200], values, reply.seconds)
 
 
-def _of_scripts(program: Program, replies: Sequence[Reply]) -> Outcome:
-    errors = [_ending(reply) for reply in replies]
+def _of_scripts(program: Program, replies: Sequence[Reply], limits: Limits) -> Outcome:
+    errors = [_ending(reply, limits) for reply in replies]
     values = tuple(reply.data.decode(errors="replace") for reply in replies)
     passed = tuple(
         error is None and same_output(value, expected)
@@ -163,7 +173,7 @@ def _of_scripts(program: Program, replies: Sequence[Reply]) -> Outcome:
 
 
 def _parse(data: bytes, count: int) -> dict[int, dict[str, Any]]:
-    """The candidate's lines by test (-1: about the whole program), the first one for each. Anything odd is no answer."""
+    """The candidate's first line on each test (-1: on the whole program). Anything odd is no answer."""
     said: dict[int, dict[str, Any]] = {}
     for line in data.split(b"\n"):
         try:
@@ -177,13 +187,14 @@ def _parse(data: bytes, count: int) -> dict[int, dict[str, Any]]:
     return said
 
 
-def _ending(reply: Reply) -> ErrorKind | None:
+def _ending(reply: Reply, limits: Limits) -> ErrorKind | None:
     """What the way it ended says."""
     if reply.ending != EXITED:
         return "output" if reply.ending == OUTPUT else "timeout"
     if os.WIFSIGNALED(reply.status):
         number = os.WTERMSIG(reply.status)
-        kinds: dict[int, ErrorKind] = {signal.SIGXCPU: "timeout", signal.SIGXFSZ: "output"}
-        return kinds.get(number, "crash")
+        if number == signal.SIGXCPU or (number == signal.SIGKILL and reply.seconds >= limits.cpu_seconds):
+            return "timeout"
+        return "output" if number == signal.SIGXFSZ else "crash"
     code = os.WEXITSTATUS(reply.status)
     return None if code == 0 else NAMES.get(code, "crash")

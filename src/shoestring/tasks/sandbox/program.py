@@ -92,9 +92,7 @@ def same(value: Any, expected: Any) -> bool:
     if isinstance(expected, str):
         return isinstance(value, str) and value == expected
     if isinstance(expected, (list, tuple)):
-        return (
-            isinstance(value, list) and len(value) == len(expected) and all(map(same, value, expected))
-        )
+        return isinstance(value, list) and len(value) == len(expected) and all(map(same, value, expected))
     if isinstance(expected, dict):
         keys = {str(key): item for key, item in expected.items()}
         return isinstance(value, dict) and value.keys() == keys.keys() and all(same(value[k], keys[k]) for k in keys)

@@ -12,7 +12,7 @@ import resource
 import sys
 from typing import Any, NoReturn
 
-from .settings import EXITS, Settings
+from .settings import EXITS, Kind, Settings
 
 REPLY_FD = 3
 
@@ -27,10 +27,22 @@ def run(job: bytes, reply_fd: int, settings: Settings) -> NoReturn:
     os.dup2(spare, REPLY_FD)
     os.closerange(REPLY_FD + 1, 1024)  # the protocol pipes are gone from here on
     os.chdir(settings.scratch)
-    _limit(settings)
     task = json.loads(job)
+    if not task["entry"]:
+        _lay_stdin(task["stdin"])
+    _limit(settings)
     status = _call(task) if task["entry"] else _script(task)
     os._exit(status)
+
+
+def _lay_stdin(text: str) -> None:
+    """An unlinked file as standard input: no process has to feed it."""
+    with open("stdin", "w") as file:
+        file.write(text)
+    fd = os.open("stdin", os.O_RDONLY)
+    os.unlink("stdin")
+    os.dup2(fd, 0)
+    os.close(fd)
 
 
 def _limit(settings: Settings) -> None:
@@ -56,7 +68,8 @@ def _call(task: dict[str, Any]) -> int:
         exec(compile(task["source"], "<candidate>", "exec"), space)
         entry = space[task["entry"]]
     except BaseException as error:
-        kind = "missing" if isinstance(error, KeyError) and task["entry"] not in space else _kind(error)
+        lost = isinstance(error, KeyError) and task["entry"] not in space
+        kind: Kind = "missing" if lost else _kind(error)
         _reply({"error": kind, "detail": _detail(error)})
         return EXITS[kind]
     for index, arguments in enumerate(task["arguments"]):
@@ -74,14 +87,9 @@ def _call(task: dict[str, Any]) -> int:
 
 def _script(task: dict[str, Any]) -> int:
     """Run the program whole, with standard input and output of its own."""
-    with open("stdin", "w+") as file:
-        file.write(task["stdin"])
-    fd = os.open("stdin", os.O_RDONLY)
-    os.unlink("stdin")
-    os.dup2(fd, 0)
     os.dup2(REPLY_FD, 1)
-    os.closerange(REPLY_FD, REPLY_FD + 8)
-    sys.stdin, sys.stdout = open(0), open(1, "w")
+    os.close(REPLY_FD)
+    sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
     try:
         exec(compile(task["source"], "<candidate>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
     except SystemExit as error:
@@ -99,7 +107,7 @@ def _reply(message: dict[str, Any]) -> None:
         data = data[os.write(REPLY_FD, data) :]
 
 
-def _kind(error: BaseException) -> str:
+def _kind(error: BaseException) -> Kind:
     if isinstance(error, SyntaxError):
         return "syntax"
     return "memory" if isinstance(error, MemoryError) else "exception"

@@ -9,7 +9,7 @@ import errno
 import platform
 import struct
 
-PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
+PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 4, 22, 36, 38
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 NEW_NAMESPACES = 0x7E020080  # CLONE_NEWNS|CGROUP|UTS|IPC|USER|PID|NET and CLONE_NEWTIME
 LOAD, JUMP_EQUAL, JUMP_BITS, JUMP_ABOVE, RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
@@ -50,9 +50,14 @@ def program(machine: str) -> list[tuple[int, int, int, int]] | None:
     return [*lines, (RETURN, 0, 0, ALLOW)]
 
 
-def install() -> None:
-    """No new privileges, no look into this process from beside it, and the filter. Raises OSError."""
+def install(reaper: bool) -> None:
+    """No new privileges, no look into this process from beside it, and the filter. Raises OSError.
+
+    `reaper`: orphaned grandchildren become this process's children, as they do by themselves under process 1.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
+    if reaper:
+        _prctl(libc, PR_SET_CHILD_SUBREAPER, 1)
     _prctl(libc, PR_SET_NO_NEW_PRIVS, 1)
     _prctl(libc, PR_SET_DUMPABLE, 0)
     lines = program(platform.machine())

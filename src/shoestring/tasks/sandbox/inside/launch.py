@@ -25,7 +25,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
-    """argv: a JSON plan with root (an empty folder), user (bool), binds, devices, links, scratch, size, command, env."""
+    """argv: a JSON plan; `layers` makes it: root is an empty folder, user whether to make a user namespace."""
     plan = json.loads(sys.argv[1])
     spaces = [name for name in CLONE if name != "user" or plan["user"]]
     uid, gid = os.getuid(), os.getgid()

@@ -40,7 +40,7 @@ def main() -> None:
         os.setgroups([])
         os.setresgid(settings.uid, settings.uid, settings.uid)
         os.setresuid(settings.uid, settings.uid, settings.uid)
-    filter.install()
+    filter.install(reaper=not settings.isolated)
     for name in WARM.split():
         importlib.import_module(name)
     sys.path[:] = [path for path in sys.path if not os.path.isdir(os.path.join(path, "inside"))]
@@ -133,14 +133,11 @@ def _drain(read_fd: int, reply: memoryview, length: int) -> tuple[int, int]:
 
 def _end(pid: int, settings: Settings) -> tuple[int, bool]:
     """Kill the candidate and all it left; (its wait status, whether nothing of it remains)."""
-    if not settings.isolated:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-        return os.waitpid(pid, 0)[1], True
     status, deadline = 0, time.monotonic() + 2
     while time.monotonic() < deadline:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(-1, signal.SIGKILL)
+        for victim in (-1,) if settings.isolated else _children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
         try:
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 status = ended[1] if ended[0] == pid else status
@@ -148,6 +145,12 @@ def _end(pid: int, settings: Settings) -> tuple[int, bool]:
             return status, True
         time.sleep(0.0002)
     return status, False
+
+
+def _children() -> list[int]:
+    """Without a pid namespace: the children, orphans of the candidate among them (the server is their reaper)."""
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return [int(pid) for pid in file.read().split()]
 
 
 def _sweep(scratch: str) -> bool:

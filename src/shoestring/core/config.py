@@ -233,11 +233,10 @@ def _sentence(model: type[BaseModel], error: pydantic.ValidationError, where: st
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
     loc = [str(part) for part in first["loc"]]
-    parent, keys = _walk(model, loc[:-1])
-    place = ".".join([*keys, *loc[-1:]])
+    place = ".".join(_walk(model, loc)[1])
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
     if first["type"] == "extra_forbidden":
-        text = f'unknown key "{place}".{did_you_mean(loc[-1], _field_names(parent))}'
+        text = f'unknown key "{place}".{did_you_mean(loc[-1], _field_names(_walk(model, loc[:-1])[0]))}'
     elif first["type"] == "missing":
         text = f'"{place}" is missing.'
     elif first["type"] in ("value_error", "assertion_error"):

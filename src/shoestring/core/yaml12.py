@@ -47,6 +47,15 @@ for _name, (_pattern, _first) in _SCALARS.items():
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
+def _string(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """YAML counts these as line breaks or nothing at all, and only double quotes keep them."""
+    quoted = any(char in text for char in "\x85\u2028\u2029\ufeff")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
+
+
+_Dumper.add_representer(str, _string)
+
+
 def read_yaml(text: str, path: Path) -> Any:
     """The value of a YAML document. Raises UserError naming `path` and the line."""
     try:

@@ -1,0 +1,1 @@
+"""Which traces are kept: filters, one a file, each `keep(traces) -> list[Trace]`."""

@@ -1,0 +1,1 @@
+"""Measuring a model: pass@k and cons@k with standard errors, paired comparison."""

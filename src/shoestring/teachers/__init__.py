@@ -1,0 +1,1 @@
+"""Who answers questions, one file each; every one yields traces of one schema."""

@@ -33,38 +33,41 @@ def checkpoint(run: Run, step: int) -> None:
     run.commit_checkpoint(step, keep_last=1)
 
 
-def die_at(point: int) -> None:
-    """From now on the `point`-th call of fsync, replace or rmtree kills the process before it acts."""
-    left = [point]
+class Deadly:
+    """From `arm` on, the `point`-th call of fsync, replace or rmtree kills the process before it acts."""
 
-    def deadly(act):
+    def __init__(self, point: int) -> None:
+        self.left = point
+        self.armed = False
+        os.fsync, os.replace, shutil.rmtree = map(self.watched, (os.fsync, os.replace, shutil.rmtree))
+
+    def watched(self, act):
         def call(*args, **kwargs):
-            left[0] -= 1
-            if left[0] < 0:
+            self.left -= self.armed
+            if self.left < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return act(*args, **kwargs)
 
         return call
 
-    os.fsync, os.replace, shutil.rmtree = deadly(os.fsync), deadly(os.replace), deadly(shutil.rmtree)
-
 
 def child(what: str, root: Path, point: int) -> None:
-    if what == "open":
-        die_at(point)
+    deadly = Deadly(point)
+    deadly.armed = what == "open"
     run = opened(root)
     with run.attempt():
         run.metric(1, loss=1.0, tokens=100, flops=1e3)
         checkpoint(run, 1)
         run.metric(2, loss=0.5, tokens=200, flops=2e3)
-        if what == "checkpoint":
-            die_at(point)
+        deadly.armed = what in ("open", "checkpoint")
         checkpoint(run, 2)
-        if what == "finish":
-            die_at(point)
-        run.finish(
-            outputs=[run.latest_checkpoint()[1]], headline_metric=None, cost={"tokens": 200, "flops": 2e3, "seconds": 1}
-        )
+        deadly.armed = what in ("open", "finish")
+        finish(run)
+
+
+def finish(run: Run) -> None:
+    cost = {"tokens": 200, "flops": 2e3, "seconds": 1}
+    run.finish(outputs=[run.latest_checkpoint()[1]], headline_metric=None, cost=cost)
 
 
 def found(root: Path) -> dict:
@@ -83,11 +86,7 @@ def found(root: Path) -> dict:
             for step in range(start + 1, 3):
                 run.metric(step, loss=1.0 / step, tokens=100 * step, flops=1e3 * step)
                 checkpoint(run, step)
-            run.finish(
-                outputs=[run.latest_checkpoint()[1]],
-                headline_metric=None,
-                cost={"tokens": 200, "flops": 2e3, "seconds": 1},
-            )
+            finish(run)
     run = opened(root)
     leftovers = [path.name for path in root.rglob("*.tmp")]
     statuses = [entry.status for entry in ledger.read(root)]

@@ -33,7 +33,7 @@ def test_listing_reads_docstrings_and_runs_nothing(package):
 
 
 def test_listing_ours_loads_no_torch():
-    code = "import sys; import shoestring.core.registry as r; list(map(r.list_parts, r.KINDS)); print('torch' in sys.modules)"
+    code = "import sys, shoestring.core.registry as r; list(map(r.list_parts, r.KINDS)); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

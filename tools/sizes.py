@@ -1,0 +1,79 @@
+"""Print the longest files and functions, and how much one has to read to understand one step of reinforcement learning.
+
+Exits 1 when a file or a function is over its limit: then split by idea, not by length.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from imports import PACKAGE, imports, modules
+
+FILE_LIMIT, FUNCTION_LIMIT, SHOWN = 400, 70, 8
+STEP_FILES, STEP_LINES = 8, 1500  # what one RL step should be readable in, about
+
+# What a step runs through. Below it lie the model and the nouns, which are read for themselves; beside it lies what
+# happens before the first step and after the last: configuration, measuring the machine, reading and writing state.
+STEP_START = f"{PACKAGE}.train.rl"
+STEP_PACKAGES = ("train", "infer", "losses")
+BESIDE_STEP = ("train.configs", "train.context", "train.machine", "train.state", "train.preflight")
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def functions(path: Path) -> Iterator[tuple[int, str]]:
+    """(lines, name) of every function in a file, nested ones within their outer one too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield (node.end_lineno or node.lineno) - node.lineno + 1, f"{node.name}:{node.lineno}"
+
+
+def closure(start: str, known: dict[str, Path]) -> list[str]:
+    """The modules that one step runs through, in the order in which reading meets them."""
+    found, queue = [], [start]
+    while queue:
+        name = queue.pop(0)
+        inner = name.removeprefix(f"{PACKAGE}.")
+        if name not in found and inner.partition(".")[0] in STEP_PACKAGES and inner not in BESIDE_STEP and "." in inner:
+            found.append(name)
+            queue += [module for module, _ in imports(name, known)]
+    return found
+
+
+def show(title: str, rows: list[tuple[int, str]], limit: int) -> int:
+    """Print the longest rows; return how many are over the limit."""
+    rows.sort(reverse=True)
+    over = sum(lines > limit for lines, _ in rows)
+    print(f"\n{title} (limit {limit})")
+    for lines, name in rows[: max(SHOWN, over)]:
+        print(f"  {lines:5d}  {name}{'   OVER' if lines > limit else ''}")
+    return over
+
+
+def main() -> int:
+    known = modules()
+    files = [(lines_of(path), path.as_posix().rpartition("/src/")[2]) for path in known.values()]
+    over = show("longest files", files, FILE_LIMIT)
+    named = [
+        (lines, f"{path.as_posix().rpartition('/src/')[2]} {name}")
+        for path in known.values()
+        for lines, name in functions(path)
+    ]
+    over += show("longest functions", named, FUNCTION_LIMIT)
+    if STEP_START in known:
+        step = closure(STEP_START, known)
+        lines = [lines_of(known[name]) for name in step]
+        print(f"\none RL step: {len(step)} files, {sum(lines)} lines (about {STEP_FILES} and {STEP_LINES} at most)")
+        for name, count in zip(step, lines, strict=True):
+            print(f"  {count:5d}  {name}")
+    print(f"\nin all: {len(files)} files, {sum(lines for lines, _ in files)} lines")
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

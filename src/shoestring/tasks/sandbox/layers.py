@@ -28,16 +28,17 @@ HERE = Path(__file__).resolve().parent
 BOX, SCRATCH = "/box", "/scratch"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 FIRST_UID, UIDS = 61184, 4336  # the range systemd keeps for users that exist only while a service runs
-CAP_SYS_ADMIN = 21
+CAP_SETGID, CAP_SETUID, CAP_SYS_ADMIN = 6, 7, 21
 
 
 @dataclass(slots=True)
 class Start:
-    """A command ready to be started, and the folder to remove when it has ended."""
+    """A command ready to be started, as which user (None: ours), and the folder to remove when it has ended."""
 
     command: list[str]
     env: dict[str, str]
     folder: str | None = None
+    user: int | None = None
 
 
 def missing(layer: Layer) -> str | None:
@@ -52,15 +53,25 @@ def missing(layer: Layer) -> str | None:
 
 
 def start(layer: Layer, limits: Limits) -> Start:
-    """The command of one worker. As root each worker drops to a user id of its own: limits do not bind root."""
+    """The command of one worker.
+
+    The limit on processes does not bind root, so each worker of root's becomes a user of its own: within the sandbox
+    where root may mount without a user namespace, before it where root may not.
+    """
     if layer == "unsafe":
         folder = tempfile.mkdtemp(prefix="shoestring-unsafe-")
         settings = _settings(limits, folder, isolated=False, uid=None)
         return Start(_python(SERVER, settings), _environment(str(HERE), folder), folder)
-    uid = FIRST_UID + secrets.randbelow(UIDS) if _may_mount() else None
-    server = _python(SERVER, _settings(limits, SCRATCH, isolated=True, uid=uid))
+    rights = _rights()
+    uid = FIRST_UID + secrets.randbelow(UIDS) if rights != "none" else None
+    server = _python(SERVER, _settings(limits, SCRATCH, isolated=True, uid=uid if rights == "mount" else None))
     env = _environment(BOX, SCRATCH)
-    return (_bwrap if layer == "bwrap" else _namespaces)(server, env, limits, privileged=uid is not None)
+    started = (_bwrap if layer == "bwrap" else _namespaces)(server, env, limits, privileged=rights == "mount")
+    if rights == "become":
+        started.user = uid
+        if started.folder is not None:
+            os.chown(started.folder, uid or -1, -1)
+    return started
 
 
 def _bwrap(server: list[str], env: dict[str, str], limits: Limits, privileged: bool) -> Start:
@@ -148,11 +159,16 @@ def _links() -> list[tuple[str, str]]:
     return [(path, os.readlink(path)) for path in ("/lib", "/lib32", "/lib64", "/bin") if os.path.islink(path)]
 
 
-def _may_mount() -> bool:
-    """Root with CAP_SYS_ADMIN: needs no user namespace, and can leave root behind for good."""
-    if os.geteuid() != 0:
-        return False
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return bool(int(line.split()[1], 16) >> CAP_SYS_ADMIN & 1)
-    return False
+def _rights() -> Literal["none", "become", "mount"]:
+    """What being root is worth here: nothing (or not root), becoming another user, or mounting as well.
+
+    Root of a user namespace that maps no other ids, or may not drop groups, is an ordinary user in disguise.
+    """
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    ids = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    mapped = any(first <= FIRST_UID and first + count >= FIRST_UID + UIDS for first, _, count in ids)
+    groups = Path("/proc/self/setgroups").read_text().strip() == "allow"
+    held = int(status["CapEff"], 16)
+    if os.geteuid() != 0 or not mapped or not groups or not (held >> CAP_SETUID & held >> CAP_SETGID & 1):
+        return "none"
+    return "mount" if held >> CAP_SYS_ADMIN & 1 else "become"

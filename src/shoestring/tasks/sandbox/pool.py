@@ -26,13 +26,21 @@ from shoestring.tasks.sandbox.program import (
 from shoestring.tasks.sandbox.worker import Reply, Worker
 
 NAMES: dict[int, ErrorKind] = {code: kind for kind, code in EXITS.items()}
-# What a layer must show before it is trusted: not root, child of process 1, no home, no network but its own loopback.
+# What a layer must show before it is trusted.
 PROBE = """
 import os, socket
-def f():
-    names = [name for _, name in socket.if_nameindex()]
-    return [os.getuid() != 0, os.getppid() == 1, not os.path.exists("/etc/passwd"), not os.path.exists("/home"),
-            not os.access("/", os.W_OK), set(names) <= {"lo"}]
+def f(processes):
+    told = {"it runs as root": os.getuid() == 0, "other processes are in reach": os.getppid() != 1}
+    told["the system is in sight"] = os.path.exists("/etc/passwd") or os.path.exists("/home")
+    told["the system can be written"] = os.access("/", os.W_OK)
+    told["a network is in reach"] = {name for _, name in socket.if_nameindex()} > {"lo"}
+    told["the limit on processes does not bind"] = True
+    try:
+        for _ in range(processes):
+            os.fork() or os._exit(0)
+    except OSError:
+        told["the limit on processes does not bind"] = False
+    return [what for what, wrong in told.items() if wrong]
 """
 
 
@@ -124,12 +132,12 @@ class Sandbox:
     def _probe(self) -> str | None:
         """Why this layer cannot be trusted or used here, or None."""
         try:
-            outcome = self.run([Program(source=PROBE, entry="f", tests=(((), [True] * 6),))])[0]
+            outcome = self.run([Program(source=PROBE, entry="f", tests=(((self.limits.processes,), []),))])[0]
         except SandboxError as error:
             return str(error)
-        if outcome.ok or (self.layer == "unsafe" and outcome.error is None):
+        if outcome.error is None and (outcome.ok or self.layer == "unsafe"):
             return None
-        return f"its probe answered {outcome.values[0]} {outcome.error or ''} {outcome.detail}".strip()
+        return f"its probe says: {outcome.error or ', '.join(outcome.values[0])} {outcome.detail}".strip()
 
 
 NO_REPLY = Reply(TIMEOUT, 0, 0.0, b"")

@@ -98,6 +98,9 @@ class Worker:
             bufsize=0,
             start_new_session=True,
             cwd="/",
+            user=started.user,
+            group=started.user,
+            extra_groups=None if started.user is None else [],
         )
 
 

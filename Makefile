@@ -1,5 +1,5 @@
 # Four habits: install, check, test, docs. Nothing here needs root or a compiler.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # One thread for each test process: two processes share two cores better than two pools of threads do.
@@ -13,12 +13,12 @@ help:  ## these words
 # Two stamps in one environment: what running needs, and that plus what developing needs.
 # The larger install touches both, so neither order of use installs anything twice.
 .venv/.run-stamp: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(PIP_INSTALL) -e .
 	touch $@
 
 .venv/.dev-stamp: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(PIP_INSTALL) -e '.[dev]'
 	$(PIP_INSTALL) -e '.[tasks]' || echo "No reasoning-gym here (its pycosat needs a C compiler): its tests are skipped."
 	touch .venv/.run-stamp $@
@@ -48,8 +48,9 @@ bench: .venv/.dev-stamp  ## every benchmark, ours against what is installed
 
 # Peers live in their own environment, so that theirs never decides what ours resolves to.
 .venv-peers/.stamp: bench/peers-requirements.txt pyproject.toml
-	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r bench/peers-requirements.txt -e .
+	test -x .venv-peers/bin/pip || $(PYTHON) -m venv --clear .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c bench/peers-requirements.txt \
+		-r bench/peers-requirements.txt -e .
 	touch $@
 
 peers: .venv-peers/.stamp  ## the environment with the libraries we compare with

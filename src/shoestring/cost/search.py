@@ -1,0 +1,111 @@
+"""Search over layouts: degrees, schedule, micro-batch, recomputation, under memory and divisibility.
+
+Every layout of the grid is priced by the same step model; memory is checked first, because it is cheaper and rules
+out most of them. `fixed` pins what is already known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from shoestring.core.errors import UserError
+from shoestring.cost.chips import Cluster
+from shoestring.cost.layout import Layout
+from shoestring.cost.memory import check_fits, memory_per_rank
+from shoestring.cost.shape import ModelShape
+from shoestring.cost.step import StepTime, step_time
+
+PRACTICE = ("1f1b", "interleaved")  # what published runs use, unless they say otherwise
+EVERY = ("1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A layout that fits, its step and its memory by term."""
+
+    layout: Layout
+    step: StepTime
+    memory: dict[str, float]
+
+
+def _degrees(limit: int, candidates: Sequence[int]) -> list[int]:
+    return [d for d in candidates if d <= limit]
+
+
+def candidates(
+    shape: ModelShape, cluster: Cluster, global_batch: float, fixed: Mapping[str, Any], schedules: Sequence[str]
+) -> Iterator[Layout]:
+    """Layouts whose degrees divide chips, heads, layers, experts and batch."""
+
+    def options(key: str, values: Sequence[Any]) -> Sequence[Any]:
+        return (fixed[key],) if key in fixed else values
+
+    node, n = cluster.chip.node_size, cluster.n
+    tps = options("tp", [t for t in _degrees(min(node, 16), (1, 2, 4, 8, 16)) if shape.heads % t == 0])
+    pps = options("pp", _pipeline_degrees(shape, n))
+    for tp, pp, cp in product(tps, pps, options("cp", (1,))):
+        if n % (tp * pp * cp):
+            continue
+        dp = fixed.get("dp") or n // (tp * pp * cp)
+        if dp * tp * pp * cp != n:
+            continue
+        plans = options("schedule", schedules if pp > 1 else ("1f1b",))
+        for ep, schedule, zero, recompute in product(
+            options("ep", _expert_degrees(shape, dp * tp * cp, node)), plans,
+            options("zero", (1, 3) if pp == 1 else (1,)), options("recompute", ("none", "selective", "full")),
+        ):  # fmt: skip
+            virtual = fixed.get("virtual", 2) if schedule == "interleaved" else 1
+            if (schedule == "dualpipe" and pp % 2) or (virtual > 1 and shape.layers < pp * virtual):
+                continue
+            for mb in options("micro_batch", (1, 2, 4, 8, 16)):
+                if dp * mb <= global_batch and _divides(global_batch, dp * mb):
+                    yield Layout(
+                        dp, tp, pp, ep, cp, zero, schedule, virtual, mb, recompute, fixed.get("precision", "bf16")
+                    )
+
+
+def _divides(batch: float, replicas: int) -> bool:
+    """Whether whole micro-batches come within 5% of the batch."""
+    return abs(round(batch / replicas) * replicas - batch) <= 0.05 * batch
+
+
+def _pipeline_degrees(shape: ModelShape, n: int) -> list[int]:
+    usual = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 35, 48, 64)
+    return [p for p in usual if p <= min(shape.layers, n) and -(-shape.layers // p) * p <= 1.25 * shape.layers]
+
+
+def _expert_degrees(shape: ModelShape, group: int, node: int) -> list[int]:
+    if not shape.n_routed:
+        return [1]
+    found = [e for e in (1, 2, 4, 8, 16, 32, 64, 128, 256) if e <= group and shape.n_routed % e == 0 and group % e == 0]
+    return found or [1]
+
+
+def search(
+    shape: ModelShape, cluster: Cluster, seq_len: int, global_batch: float, *, fixed: Mapping[str, Any] | None = None,
+    schedules: Sequence[str] = EVERY, flash: bool = True, keep: int = 10,
+) -> list[Found]:  # fmt: skip
+    """The `keep` fastest layouts that fit, fastest first. Raises UserError when none does."""
+    fixed = fixed or {}
+    found: list[Found] = []
+    tightest: tuple[float, Layout, dict[str, float]] | None = None
+    for layout in candidates(shape, cluster, global_batch, fixed, schedules):
+        micro = max(1, round(global_batch / (layout.dp * layout.micro_batch)))
+        memory = memory_per_rank(shape, layout, seq_len, micro, flash=flash)
+        total = sum(memory.values())
+        if tightest is None or total < tightest[0]:
+            tightest = (total, layout, memory)
+        if total > cluster.chip.memory_bytes:
+            continue
+        found.append(Found(layout, step_time(shape, cluster, layout, seq_len, global_batch, flash=flash), memory))
+    if not found:
+        if tightest is None:
+            raise UserError(
+                f"no layout divides {cluster.label} with {dict(fixed)}; change a degree or the number of chips."
+            )
+        check_fits(tightest[2], cluster.chip, f"even the smallest layout ({tightest[1].short()}) on {cluster.label}")
+    found.sort(key=lambda f: f.step.seconds / f.step.tokens)
+    return found[:keep]

@@ -35,7 +35,7 @@ test-fast: .venv/.dev-stamp  ## the quick ones (90 seconds at most)
 	$(PYTEST) -m fast
 
 test-all: .venv/.dev-stamp  ## all of them, the long ones too (45 minutes at most)
-	$(PYTEST)
+	$(PYTEST) --hypothesis-profile=exploring
 
 check: .venv/.dev-stamp  ## style, types, layers, sizes
 	$(BIN)/ruff check .

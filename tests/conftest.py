@@ -1,10 +1,19 @@
-"""Which tests are quick enough for `make test-fast` (90 seconds), by folder."""
+"""Which tests are quick enough for `make test-fast` (90 seconds), by folder; and how hypothesis draws.
+
+By default the same examples every time, so that a change is judged by what it changes; `make test-all` draws new ones.
+No deadlines: a busy machine is not a wrong result.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.register_profile("exploring", deadline=None, print_blob=True)
+settings.load_profile("steady")
 
 FAST = ("core", "cost", "text", "contracts", "rewards", "test_layers.py", "test_cli.py")
 

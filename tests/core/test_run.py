@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from shoestring.core import host, ledger, manifest
+from shoestring.core import again, host, ledger, manifest
 from shoestring.core.config import Config
 from shoestring.core.errors import UserError
 from shoestring.core.run import Run, runs_tree, totals
@@ -160,15 +160,24 @@ def test_again_makes_it_anew_beside_the_old(opened, tmp_path):
     assert totals(tmp_path)["everything"]["tokens"] == 11
 
 
-def test_again_since_a_moment_spares_what_was_made_after_it(opened):
+def test_a_road_asked_again_and_killed_goes_on(opened, tmp_path):
+    def tick():
+        moment = manifest.now()
+        while manifest.now() <= moment:
+            pass
+
     first = finish(opened())
-    moment = manifest.now()
-    while manifest.now() <= moment:
-        pass
-    second = opened(again=moment)
+    tick()
+    moment = again.since(tmp_path, "road")
+    tick()
+    second = finish(opened(again=moment))
     assert second.name == f"{first.name}-2"
-    finish(second)
-    assert opened(again=moment).path == second.path
+    # killed here, and the same command again
+    assert again.since(tmp_path, "road") == moment
+    assert opened(again=again.since(tmp_path, "road")).path == second.path
+    again.through(tmp_path, "road")
+    tick()
+    assert opened(again=again.since(tmp_path, "road")).name == f"{first.name}-3"
 
 
 def test_a_finished_run_of_other_code_says_so_and_is_kept(opened, monkeypatch, capsys):

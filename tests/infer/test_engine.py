@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -66,6 +67,20 @@ def test_logprobs_of_the_sampler_are_those_of_the_trainer(model: Any, temperatur
             assert (completion.token_ids[-1] in sampling.stop_ids) == (completion.finish_reason == "stop")
             assert completion.finish_reason == "stop" or len(completion.token_ids) == 20
     assert finished == {"stop", "length"}
+
+
+def test_in_bf16_the_mean_difference_is_below_a_hundredth() -> None:
+    model = deepseek()
+    model.kernels = dataclasses.replace(model.kernels, dtype="bfloat16")
+    with torch.no_grad():
+        model.head_weight.mul_(0.2)  # logits of a trained model's size
+    groups = Engine(model).generate(PROMPTS, Sampling(n=4, max_new_tokens=20, seed=3))
+    gaps: list[float] = []
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            whole = plain_logprobs(model, prompt + completion.token_ids)[len(prompt) - 1 :]
+            gaps += [abs(a - b) for a, b in zip(completion.logprobs, whole, strict=True)]
+    assert 0 < sum(gaps) / len(gaps) < 1e-2
 
 
 def test_the_same_seed_gives_the_same_completions(model: Any) -> None:

@@ -3,8 +3,9 @@
 Prompts are right-padded, so a token's position is its index in the cache; what padding writes beyond a prompt's end
 is overwritten by the tokens sampled there before any query can see it. The rows of a group share their prompt's
 prefill: the cache of the distinct prompts is gathered into one row per sample. Finished rows go on decoding, unread,
-until enough of them pay for copying the cache without them (SHRINK). When that happens depends on lengths alone, never
-on the clock, so a run repeats.
+until enough of them pay for copying the cache without them (SHRINK: of 256 rows on a CPU core, dropping at 0.75 to 0.9
+took 10-17 % less time than never, and never dropping or dropping at every end was the slowest). When that happens
+depends on lengths alone, never on the clock, so a run repeats.
 
 Left out, for the engine of the serving package: paged caches, rows joining while others decode, speculation.
 """
@@ -22,7 +23,7 @@ from shoestring.core.errors import UserError
 from shoestring.core.nouns import Sampling
 from shoestring.infer.sampler import sample
 
-SHRINK = 0.75  # drop finished rows when at most this share of the rows is unfinished
+SHRINK = 0.85  # drop finished rows when at most this share of the rows is unfinished
 PREFILL_TOKENS = 1 << 14  # tokens in one forward pass of the prefill, to bound its activations
 DRAWS = 64  # steps of random numbers drawn at a time
 

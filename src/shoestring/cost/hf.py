@@ -148,7 +148,7 @@ def _llama_experts(keys: _Keys, routed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _windows(keys: _Keys, layers: int) -> dict[str, int]:
+def _windows(keys: _Keys, layers: int) -> dict[str, Any]:
     """Sliding windows: by `layer_types` where given, else every layer of a model that switches them on."""
     width = keys.size("sliding_window", default=0)
     types = keys.config.get("layer_types")

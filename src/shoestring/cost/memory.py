@@ -85,35 +85,64 @@ def _ffn_activations(shape: ModelShape, selective: bool) -> float:
     return routed + shared + (dense if shape.dense_residual else 0)
 
 
+class Memory:
+    """Memory of the fullest rank under many layouts; parts are kept by what they depend on."""
+
+    def __init__(self, shape: ModelShape, seq_len: int, *, flash: bool = True) -> None:
+        self.shape, self.seq_len, self.flash = shape, seq_len, flash
+        self._held: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._layer: dict[tuple[object, ...], float] = {}
+
+    def held(self, layout: Layout) -> tuple[float, float]:
+        """(expert, other) parameters of the fullest rank."""
+        key = (layout.pp, layout.tp, layout.ep, layout.bidirectional)
+        if key not in self._held:
+            self._held[key] = stage_params(self.shape, layout)
+        return self._held[key]
+
+    def layer(self, layout: Layout, recompute: str) -> float:
+        """Activation bytes of one token and layer."""
+        key = (layout.tp, recompute, layout.precision)
+        if key not in self._layer:
+            changed = layout if layout.recompute == recompute else layout.with_(recompute=recompute)
+            self._layer[key] = layer_activation_bytes(self.shape, changed, self.seq_len, flash=self.flash)
+        return self._layer[key]
+
+    def fixed(self, layout: Layout) -> tuple[float, float, float]:
+        """Weights, gradients and optimizer: what no micro-batch or recomputation changes."""
+        experts, other = self.held(layout)
+        dp = layout.dp * layout.cp
+        replicas = max(1, dp * layout.tp // layout.ep) if layout.ep > 1 else dp
+        sharded = experts / replicas + other / dp
+        whole = experts + other
+        weight = {"fp8": 1.0, "fp32": 4.0}.get(layout.precision, 2.0)
+        moments = {"fp8": 8.0, "fp32": 8.0}.get(layout.precision, 12.0)
+        optimizer = moments * (sharded if layout.zero >= 1 else whole)
+        if layout.zero == 3:  # its own share, and two layers gathered at a time
+            gathered = 2 * weight * whole / max(1, stage_layers(self.shape, layout))
+            return weight * sharded + gathered, 2.0 * sharded, optimizer
+        return weight * whole, 4.0 * (sharded if layout.zero == 2 else whole), optimizer
+
+    def per_rank(self, layout: Layout, micro_batches: int) -> dict[str, float]:
+        """Bytes by term; their sum is what one rank needs."""
+        tokens = layout.micro_batch * self.seq_len / layout.cp
+        held = in_flight(layout.schedule, layout.pp, micro_batches, layout.virtual)
+        activations = self.layer(layout, layout.recompute) * tokens * stage_layers(self.shape, layout) * held
+        if layout.recompute == "full":  # one layer at a time is rebuilt in full
+            activations += self.layer(layout, "none") * tokens
+        weights, gradients, optimizer = self.fixed(layout)
+        return {
+            "weights": weights, "gradients": gradients, "optimizer": optimizer, "activations": activations,
+            "logits": tokens * self.shape.vocab * 4.0 / layout.tp,
+            "fragmentation": FRAGMENTATION * activations, "buffers": BUFFERS,
+        }  # fmt: skip
+
+
 def memory_per_rank(
     shape: ModelShape, layout: Layout, seq_len: int, micro_batches: int, *, flash: bool = True
 ) -> dict[str, float]:
-    """Bytes by term; their sum is what one rank needs."""
-    experts, other = stage_params(shape, layout)
-    expert_replicas = max(1, layout.dp * layout.tp * layout.cp // max(layout.ep, 1)) if layout.ep > 1 else layout.dp
-    dp = layout.dp * layout.cp
-    weight = {"fp8": 1.0, "fp32": 4.0}.get(layout.precision, 2.0)
-    moments = {"fp8": 8.0, "fp32": 8.0}.get(layout.precision, 12.0)
-    shard_w = layout.zero == 3
-    shard_g = layout.zero >= 2
-    shard_o = layout.zero >= 1
-
-    def spread(bytes_each: float, sharded: bool) -> float:
-        return bytes_each * (experts / (expert_replicas if sharded else 1) + other / (dp if sharded else 1))
-
-    tokens = layout.micro_batch * seq_len / layout.cp
-    held = in_flight(layout.schedule, layout.pp, micro_batches, layout.virtual)
-    layer_bytes = layer_activation_bytes(shape, layout, seq_len, flash=flash)
-    activations = layer_bytes * tokens * stage_layers(shape, layout) * held
-    if layout.recompute == "full":  # one layer at a time is rebuilt in full
-        activations += layer_activation_bytes(shape, layout.with_(recompute="none"), seq_len, flash=flash) * tokens
-    gathered = 2 * weight * (experts + other) / max(1, stage_layers(shape, layout)) if shard_w else 0.0
-    return {
-        "weights": spread(weight, shard_w) + gathered, "gradients": spread(4.0 if not shard_w else 2.0, shard_g),
-        "optimizer": spread(moments, shard_o), "activations": activations,
-        "logits": tokens * shape.vocab * 4.0 / layout.tp,
-        "fragmentation": FRAGMENTATION * activations, "buffers": BUFFERS,
-    }  # fmt: skip
+    """Bytes by term of one layout."""
+    return Memory(shape, seq_len, flash=flash).per_rank(layout, micro_batches)
 
 
 def check_fits(terms: Mapping[str, float], chip: Chip, label: str) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 from shoestring.core.errors import UserError
 from shoestring.cost.chips import Cluster
 from shoestring.cost.layout import Layout
-from shoestring.cost.memory import check_fits, memory_per_rank
+from shoestring.cost.memory import Memory, check_fits
 from shoestring.cost.shape import ModelShape
-from shoestring.cost.step import StepTime, step_time
+from shoestring.cost.step import Chunks, StepTime, step_time
 
 PRACTICE = ("1f1b", "interleaved")  # what published runs use, unless they say otherwise
 EVERY = ("1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev")
@@ -92,15 +92,20 @@ def search(
     fixed = fixed or {}
     found: list[Found] = []
     tightest: tuple[float, Layout, dict[str, float]] | None = None
+    chunks, needs = Chunks(shape, cluster.chip, seq_len, flash=flash), Memory(shape, seq_len, flash=flash)
+    room = cluster.chip.memory_bytes
     for layout in candidates(shape, cluster, global_batch, fixed, schedules):
+        if tightest and sum(needs.fixed(layout)) > max(room, tightest[0]):
+            continue
         micro = max(1, round(global_batch / (layout.dp * layout.micro_batch)))
-        memory = memory_per_rank(shape, layout, seq_len, micro, flash=flash)
+        memory = needs.per_rank(layout, micro)
         total = sum(memory.values())
         if tightest is None or total < tightest[0]:
             tightest = (total, layout, memory)
-        if total > cluster.chip.memory_bytes:
+        if total > room:
             continue
-        found.append(Found(layout, step_time(shape, cluster, layout, seq_len, global_batch, flash=flash), memory))
+        step = step_time(shape, cluster, layout, seq_len, global_batch, flash=flash, chunks=chunks)
+        found.append(Found(layout, step, memory))
     if not found:
         if tightest is None:
             raise UserError(

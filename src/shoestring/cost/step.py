@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 from shoestring.core.errors import UserError
 from shoestring.cost.chips import Chip, Cluster
@@ -54,26 +55,42 @@ class Stage:
         return self.backward_input + self.weight
 
 
-def slowest_stage(
-    shape: ModelShape, chip: Chip, layout: Layout, seq_len: int, *, flash: bool, imbalance: float
-) -> Stage:
-    """Layers shared out as evenly as they go, the head (and MTP) on the last stage."""
-    options = {"flash": flash, "imbalance": imbalance}
-    moe = layer_chunk(shape, chip, layout, seq_len, moe=True, **options) if shape.n_routed else None
-    dense_count = shape.layers - shape.moe_layers
-    dense = layer_chunk(shape, chip, layout, seq_len, moe=False, **options) if dense_count else None
-    head = head_chunk(shape, chip, layout, seq_len)
-    weights = [(c, n / shape.layers) for c, n in ((moe, shape.moe_layers), (dense, dense_count)) if c and n]
-    mean = _mixed(weights)
-    last = [(head, 1.0 + shape.mtp_layers)]
-    if shape.mtp_layers:
-        last.append((moe or dense or mean, float(shape.mtp_layers)))
-    tail = _mixed(last)
-    layers = _heaviest(shape.layers, layout, (tail.forward + tail.backward) / (mean.forward + mean.backward))
-    parts = [(mean, layers)] if layout.pp > 1 else [(mean, float(shape.layers)), (tail, 1.0)]
-    whole = _mixed(parts)
-    return Stage(whole.forward, whole.backward_input, whole.weight, whole.message_forward, whole.message_backward,
-                 whole.parts)  # fmt: skip
+class Chunks:
+    """Work of a mean layer and of the last stage's extras, kept by what they depend on."""
+
+    def __init__(
+        self, shape: ModelShape, chip: Chip, seq_len: int, *, flash: bool = True, imbalance: float = 1.0
+    ) -> None:
+        self.shape, self.chip, self.seq_len = shape, chip, seq_len
+        self.options: dict[str, Any] = {"flash": flash, "imbalance": imbalance}
+        self.kept: dict[tuple[object, ...], tuple[Chunk, Chunk]] = {}
+
+    def of(self, layout: Layout) -> tuple[Chunk, Chunk]:
+        """(mean layer, head with MTP modules) on one micro-batch."""
+        key = (layout.tp, layout.ep, layout.cp, layout.micro_batch, layout.recompute, layout.precision)
+        if key not in self.kept:
+            self.kept[key] = self._made(layout)
+        return self.kept[key]
+
+    def _made(self, layout: Layout) -> tuple[Chunk, Chunk]:
+        shape, chip, seq_len = self.shape, self.chip, self.seq_len
+        moe = layer_chunk(shape, chip, layout, seq_len, moe=True, **self.options) if shape.n_routed else None
+        dense_count = shape.layers - shape.moe_layers
+        dense = layer_chunk(shape, chip, layout, seq_len, moe=False, **self.options) if dense_count else None
+        mean = _mixed([(c, n / shape.layers) for c, n in ((moe, shape.moe_layers), (dense, dense_count)) if c and n])
+        last = [(head_chunk(shape, chip, layout, seq_len), 1.0 + shape.mtp_layers)]
+        if shape.mtp_layers:
+            last.append((moe or dense or mean, float(shape.mtp_layers)))
+        return mean, _mixed(last)
+
+    def stage(self, layout: Layout) -> Stage:
+        """The slowest stage: layers shared out as evenly as they go, the head (and MTP) on the last one."""
+        mean, tail = self.of(layout)
+        layers = _heaviest(self.shape.layers, layout, (tail.forward + tail.backward) / (mean.forward + mean.backward))
+        parts = [(mean, layers)] if layout.pp > 1 else [(mean, float(self.shape.layers)), (tail, 1.0)]
+        whole = _mixed(parts)
+        return Stage(whole.forward, whole.backward_input, whole.weight, whole.message_forward, whole.message_backward,
+                     whole.parts)  # fmt: skip
 
 
 def _mixed(parts: list[tuple[Chunk, float]]) -> Chunk:
@@ -105,19 +122,20 @@ def _heaviest(layers: int, layout: Layout, tail: float) -> float:
 
 def step_time(
     shape: ModelShape, cluster: Cluster, layout: Layout, seq_len: int, global_batch: float, *, flash: bool = True,
-    imbalance: float = 1.0,
+    imbalance: float = 1.0, chunks: Chunks | None = None,
 ) -> StepTime:  # fmt: skip
     """One optimizer step over `global_batch` sequences of `seq_len` tokens."""
     chip = cluster.chip
     micro = max(1, round(global_batch / (layout.dp * layout.micro_batch)))
-    stage = slowest_stage(shape, chip, layout, seq_len, flash=flash, imbalance=imbalance)
+    stage = (chunks or Chunks(shape, chip, seq_len, flash=flash, imbalance=imbalance)).stage(layout)
     phases = _two_way(stage, layout, micro) if layout.schedule in ("dualpipe", "dualpipev") and layout.pp > 1 else (
         _one_way(stage, shape, chip, layout, micro, seq_len))  # fmt: skip
+    held = stage_params(shape, layout)
     if layout.zero == 3 and layout.dp > 1:
-        _gathering(phases, shape, chip, layout, micro)
+        _gathering(phases, held, chip, layout, micro)
     else:
-        _gradient_exchange(phases, stage, shape, chip, layout)
-    experts, other = stage_params(shape, layout)
+        _gradient_exchange(phases, stage, held, chip, layout)
+    experts, other = held
     share = layout.dp if layout.zero else 1
     phases["optimizer"] = OPTIMIZER_BYTES * (experts + other) / share / (chip.memory_bw * ELEMENTWISE)
     tokens = micro * layout.micro_batch * layout.dp * seq_len
@@ -182,9 +200,12 @@ def ring_rate(chip: Chip, ranks: int, tp: int) -> float:
     return min(inside, chip.net_bw * NETWORK * ports) if chip.node_size > 1 else chip.net_bw * NETWORK
 
 
-def _shares(shape: ModelShape, chip: Chip, layout: Layout) -> list[tuple[float, int, float]]:
+Held = tuple[float, float]  # (expert, other) parameters of a rank
+
+
+def _shares(held: Held, chip: Chip, layout: Layout) -> list[tuple[float, int, float]]:
     """(parameters, replicas, ring rate) of what is exchanged over data-parallel groups."""
-    experts, other = stage_params(shape, layout)
+    experts, other = held
     group = layout.dp * layout.cp
     if layout.ep == 1 or not experts:
         return [(experts + other, group, ring_rate(chip, group, layout.tp))]
@@ -193,10 +214,10 @@ def _shares(shape: ModelShape, chip: Chip, layout: Layout) -> list[tuple[float, 
             (experts, replicas, ring_rate(chip, replicas, max(1, layout.ep)))]  # fmt: skip
 
 
-def _gradient_exchange(phases: dict[str, float], stage: Stage, shape: ModelShape, chip: Chip, layout: Layout) -> None:
+def _gradient_exchange(phases: dict[str, float], stage: Stage, held: Held, chip: Chip, layout: Layout) -> None:
     """Reduce-scatter of FP32 gradients behind the last backward, gather of 16-bit weights behind the next forward."""
     reduce = gather = 0.0
-    for params, n, rate in _shares(shape, chip, layout):
+    for params, n, rate in _shares(held, chip, layout):
         if n > 1:
             reduce += 4 * params * (n - 1) / n / rate
             gather += (2 if layout.zero else 4) * params * (n - 1) / n / rate
@@ -205,10 +226,10 @@ def _gradient_exchange(phases: dict[str, float], stage: Stage, shape: ModelShape
         phases["gradient exchange"] = hidden + MISS * (min(reduce, stage.backward) + min(gather, stage.forward))
 
 
-def _gathering(phases: dict[str, float], shape: ModelShape, chip: Chip, layout: Layout, m: int) -> None:
+def _gathering(phases: dict[str, float], held: Held, chip: Chip, layout: Layout, m: int) -> None:
     """FSDP: weights gathered twice and gradients scattered once a micro-batch, overlapped with the work."""
     work = sum(phases.values())
-    messages = sum(m * 6 * p * (n - 1) / n / rate for p, n, rate in _shares(shape, chip, layout) if n > 1)
+    messages = sum(m * 6 * p * (n - 1) / n / rate for p, n, rate in _shares(held, chip, layout) if n > 1)
     phases["gathering weights"] = max(work, messages) + MISS * min(work, messages) - work
 
 

@@ -1,0 +1,201 @@
+"""The verbs `plan` and `check`: what would it cost, and does their figure hold?
+
+`register(app)` adds them to the command line. Nothing heavy is imported before a verb runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from shoestring.core.errors import UserError
+
+PLAN_HELP = """Price a training run before it is run.
+
+Examples:
+
+  shoestring plan deepseek-v3 --tokens 14.8T --on 2048xH800 --usd-per-hour 2
+
+  shoestring plan config.json --tokens 2T --on any --rule 2023-06-01:China --deadline 60d
+"""
+TABLE_HELP = """Predict every row of a table of runs, each row left out of the fit.
+
+Examples:
+
+  shoestring plan table published_runs.csv
+
+  shoestring plan table mine.csv --json
+"""
+CHECK_HELP = """What a claim about a run implies, and whether it holds.
+
+Examples:
+
+  shoestring check "2048 H800, 2.788M hours, $5.576M, 14.8T tokens, deepseek-v3"
+
+  shoestring check --news --out docs/claims.md
+"""
+
+
+class _PlanGroup(typer.core.TyperGroup):
+    """`plan MODEL …` is `plan run MODEL …`: a first word that is no sub-command is a model."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+def _guarded(work: Callable[[], Any]) -> Any:
+    """Run; a user's mistake becomes one sentence and exit code 2."""
+    try:
+        return work()
+    except UserError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+def _json(document: Any) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _plan_run(
+    model: Annotated[str, typer.Argument(help="a model's name, a config.json, or a folder with one")],
+    tokens: Annotated[str, typer.Option(help="training tokens, like 14.8T")],
+    on: Annotated[str, typer.Option(help='chips, like 2048xH800; "any" searches all')] = "any",
+    seq_len: Annotated[int, typer.Option(help="tokens a sequence")] = 4096,
+    batch: Annotated[float | None, typer.Option(help="sequences a step")] = None,
+    precision: Annotated[str | None, typer.Option(help="bf16 or fp8; the faster one if left out")] = None,
+    layout: Annotated[str, typer.Option(help="like pp=16,ep=64,schedule=dualpipe; searched where left open")] = "",
+    usd_per_hour: Annotated[float | None, typer.Option(help="rent of one chip-hour")] = None,
+    by: Annotated[str, typer.Option(help="cost or time, where chips are searched")] = "cost",
+    budget: Annotated[str | None, typer.Option(help="like $500K")] = None,
+    deadline: Annotated[str | None, typer.Option(help="like 60d")] = None,
+    rule: Annotated[str | None, typer.Option(help="export rule as DATE:DESTINATION")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="file made by `plan calibrate`")] = None,
+    report: Annotated[Path | None, typer.Option(help="write a self-contained HTML report here")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="the table only")] = False,
+) -> None:
+    def work() -> None:
+        from shoestring.cost import show_plan
+
+        options: dict[str, Any] = {"seq_len": seq_len, "global_batch": batch, "usd_per_hour": usd_per_hour}
+        answer = show_plan.make(
+            model, tokens, on, precision=precision, layout=layout, by=by, budget=budget, deadline=deadline, rule=rule,
+            calibration=calibration, **options,
+        )  # fmt: skip
+        if report is not None:
+            from shoestring.cost.page import write_report
+
+            write_report(answer, report)
+            if not quiet:
+                print(f"report: {report}", file=sys.stderr)
+        _json(answer.to_dict()) if as_json else print(show_plan.text(answer))
+
+    _guarded(work)
+
+
+def _plan_table(
+    file: Annotated[Path, typer.Argument(help="CSV in the format of published_runs.csv")],
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output")] = False,
+) -> None:
+    def work() -> None:
+        from shoestring.cost.show_plan import table_text
+        from shoestring.cost.table import predict_table
+        from shoestring.cost.tables import read_rows
+
+        document = predict_table(read_rows(file))
+        _json(document) if as_json else print(table_text(document))
+
+    _guarded(work)
+
+
+def _plan_validate(
+    out: Annotated[Path, typer.Option(help="where to write")] = Path("docs/plan-validation.md"),
+) -> None:
+    """Write the validation page: V3 in four rows, R1 by stage, every published run.
+
+    Examples:
+      shoestring plan validate
+
+      shoestring plan validate --out docs/plan-validation.md
+    """
+
+    def work() -> None:
+        from shoestring.cost.validation import page
+
+        out.write_text(page(), encoding="utf-8")
+        print(f"wrote {out}", file=sys.stderr)
+
+    _guarded(work)
+
+
+def _plan_calibrate(
+    out: Annotated[Path, typer.Option(help="where to keep the measurements")] = Path("calibration.json"),
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's default")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output")] = False,
+) -> None:
+    """Measure this machine's products, attention and memory, so that plans for it are narrow.
+
+    Examples:
+      shoestring plan calibrate
+
+      shoestring plan calibrate --threads 2 --out mine.json
+    """
+
+    def work() -> None:
+        from shoestring import plan_measure
+
+        measured = plan_measure.measure(threads)
+        measured.save(out)
+        print(f"wrote {out}", file=sys.stderr)
+        _json(measured.to_dict()) if as_json else print(measured.text())
+
+    _guarded(work)
+
+
+def _check(
+    claim: Annotated[str, typer.Argument(help="the claim in words, numbers with units")] = "",
+    news: Annotated[bool, typer.Option("--news", help="work through the claims of the news")] = False,
+    out: Annotated[Path | None, typer.Option(help="write the page here (with --news)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output")] = False,
+) -> None:
+    def work() -> None:
+        from shoestring.cost import claims
+        from shoestring.cost import news as news_pages
+
+        if news:
+            document = news_pages.answers()
+            if out is not None:
+                out.write_text(news_pages.page(document), encoding="utf-8")
+                print(f"wrote {out}", file=sys.stderr)
+            _json(document) if as_json else print(news_pages.page(document))
+            return
+        if not claim.strip():
+            raise UserError(
+                'give a claim in quotes, like "2048 H800, 2.788M hours, $5.576M, 14.8T tokens, deepseek-v3".'
+            )
+        verdict = claims.check(claim)
+        _json(verdict.to_dict()) if as_json else print(verdict.text())
+
+    _guarded(work)
+
+
+def register(app: typer.Typer) -> None:
+    """Add `plan` (with table, validate, calibrate) and `check` to the command line."""
+    group = typer.Typer(cls=_PlanGroup, help=PLAN_HELP, no_args_is_help=True, add_completion=False)
+    group.command("run", help=PLAN_HELP)(_plan_run)
+    group.command("table", help=TABLE_HELP)(_plan_table)
+    group.command("validate")(_plan_validate)
+    group.command("calibrate")(_plan_calibrate)
+    app.add_typer(group, name="plan")
+    app.command("check", help=CHECK_HELP)(_check)

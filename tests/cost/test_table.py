@@ -1,0 +1,143 @@
+"""Predictions of published runs, each left out of the fit, and the scores they are judged by."""
+
+import json
+from statistics import median
+
+import pytest
+
+from shoestring.core.errors import UserError
+from shoestring.cost.plan import fitted_residual
+from shoestring.cost.residual import Interval, Observation, fit
+from shoestring.cost.rows import read_run
+from shoestring.cost.table import (
+    binomial_p,
+    class_method,
+    constant_method,
+    leave_one_out,
+    predict_table,
+    read_cases,
+    residual_without,
+    shipped_cases,
+    summary,
+    winkler,
+)
+from shoestring.cost.tables import read_rows, shipped_rows
+
+# effective causal utilisation implied by each row (shares of the 16-bit peak)
+EFFECTIVE = {
+    "deepseek-v3-pretrain": 0.391, "deepseek-67b": 0.389, "llama1-13b": 0.524, "llama1-65b": 0.485, "llama2-7b": 0.414,
+    "llama2-70b": 0.443, "llama3.1-405b": 0.358, "bloom-176b": 0.322, "palm-540b": 0.306, "falcon-180b": 0.483,
+    "starcoderbase": 0.292, "pythia-2.8b": 0.317, "pythia-12b": 0.265, "tinyllama-1.1b": 0.522, "olmoe-1b-7b": 0.186,
+    "smollm3-3b": 0.288, "mpt-7b": 0.369, "glm-130b": 0.255, "nanochat-d24": 0.488,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return shipped_cases()
+
+
+@pytest.mark.parametrize("name", sorted(EFFECTIVE))
+def test_effective_utilisation_of_rows(name):
+    row = next(r for r in shipped_rows("published_runs") if r["id"] == name)
+    run = read_run(row)
+    flops = run.shape.flops_per_token(run.seq_len) * run.tokens
+    assert flops / (run.truth * 3600 * run.cluster.chip.bf16) == pytest.approx(EFFECTIVE[name], rel=0.02)
+
+
+def test_whole_runs_reach_their_targets(cases):
+    runs = [c for c in cases if c.run.quantity == "gpu_hours"]
+    truths = [c.run.truth for c in runs]
+    ours = summary(leave_one_out(runs), truths)
+    plain = [summary(method(runs), truths) for method in (constant_method, class_method)]
+    assert ours["median_error"] <= 0.20
+    assert all(ours["median_error"] <= 2 / 3 * other["median_error"] for other in plain)
+    assert ours["coverage_p"] > 0.05
+    assert all(ours["winkler"] < other["winkler"] for other in plain)
+
+
+def test_known_layout_rates(cases):
+    rates = [c for c in cases if c.run.layout_known and c.run.steady]
+    assert summary(leave_one_out(rates), [c.run.truth for c in rates])["median_error"] <= 0.10
+
+
+def test_rows_outside_the_table_do_as_well():
+    held, skipped = read_cases(shipped_rows("holdout_runs"))
+    score = summary(leave_one_out(held), [c.run.truth for c in held])
+    assert not skipped and score["median_error"] <= 0.15 and score["coverage_p"] > 0.05
+
+
+def test_stored_constants_are_the_fitted_ones():
+    fresh, stored = residual_without(), fitted_residual()
+    assert stored.mean == pytest.approx(fresh.mean, rel=1e-6) and stored.rows == fresh.rows
+    for a, b in zip(stored.covariance, fresh.covariance, strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+
+
+def test_v3_enters_no_fit():
+    rows = [c.observation() for c in shipped_cases()]
+    v3 = [o for o in rows if o.model.startswith("DeepSeek-V3")]
+    assert v3 and fit(rows).mean == fit(o for o in rows if o not in v3).mean
+
+
+def test_a_row_does_not_see_its_own_truth(tmp_path):
+    row = dict(next(r for r in shipped_rows("published_runs") if r["id"] == "llama2-7b"))
+    honest = predict_table([row])["rows"][0]
+    lying = predict_table([row | {"gpu_hours": "1000000"}])["rows"][0]
+    assert honest["mid"] == lying["mid"] and honest["low"] == lying["low"]
+
+
+def test_document_has_the_promised_fields():
+    document = predict_table(shipped_rows("published_runs")[:5])
+    json.dumps(document)
+    assert {"id", "quantity", "truth", "low", "mid", "high", "error", "inside"} <= set(document["rows"][0])
+    assert {"median_error", "coverage", "n"} <= set(document["summary"])
+    assert (
+        document["skipped"][0]["id"] == "deepseek-v3-posttrain"
+        and "tokens is empty" in document["skipped"][0]["reason"]
+    )
+    errors = [abs(r["mid"] / r["truth"] - 1) for r in document["rows"]]
+    assert document["summary"]["median_error"] == pytest.approx(median(errors))
+
+
+EMPTIED = ("parallelism", "global_batch", "interconnect", "precision")
+
+
+def test_empty_cells_widen():
+    row = dict(next(r for r in shipped_rows("published_runs") if r["id"] == "nemotron4-340b"))
+    full = predict_table([row])["rows"][0]
+    bare = predict_table([row | {"parallelism": "", "global_batch": "", "interconnect": "", "precision": ""}])["rows"][
+        0
+    ]
+    assert bare["high"] / bare["low"] > full["high"] / full["low"] and set(bare["guesses"]) > set(full["guesses"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"chip": "H101"}, "unknown chip"), ({"chip": ""}, "chip is empty"), ({"tokens": "many"}, 'tokens is "many"'),
+        ({"gpu_hours": "-5"}, "must be positive"), ({"n_layers": "-3"}, "cannot be negative"),
+        ({"tokens": "inf"}, "finite"),
+    ],
+)  # fmt: skip
+def test_bad_cells(changes, words):
+    row = dict(shipped_rows("published_runs")[3]) | changes
+    with pytest.raises(UserError, match=words):
+        read_run(row)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(UserError, match="no file"):
+        read_rows(tmp_path / "none.csv")
+    (tmp_path / "a.csv").write_text("id,chip\nx\n")
+    with pytest.raises(UserError, match="number of cells"):
+        read_rows(tmp_path / "a.csv")
+
+
+def test_scores():
+    assert binomial_p(24, 30) == pytest.approx(1.0) and binomial_p(10, 30) < 1e-4
+    good, bad = Interval(0.9, 1.0, 1.1), Interval(1.9, 2.0, 2.1)
+    assert winkler(good, 1.0) < winkler(bad, 1.0)
+    prior_only = fit([])
+    one = fit([Observation("a", "m", "s", (1, 0, 0, 0, 0, 0.0), True, 0.5, 0.0)])
+    assert prior_only.mean[0] < one.mean[0] < 0.5

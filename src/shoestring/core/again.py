@@ -1,7 +1,7 @@
 """A road asked to do everything again, that may be killed on the way and asked again.
 
-`Run.open(again=True)` makes every finished run anew, and would do so once more when the same command is repeated after a
-kill. The moment at which the road was first asked is therefore kept beside the runs until the road is through:
+`Run.open(again=True)` makes every finished run anew, and would do so once more when the same command is repeated after
+a kill. The moment at which the road was first asked is therefore kept beside the runs until the road is through:
 
     moment = since(root, recipe.digest())
     ... Run.open(root, ..., again=moment) for each stage ...

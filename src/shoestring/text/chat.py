@@ -202,7 +202,7 @@ def _compiled(source: str) -> jinja2.Template:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` ... `{% endgeneration %}` of published templates: rendered as if the tags were not there."""
 
-    tags = {"generation"}  # noqa: RUF012 - the base class declares it so
+    tags = {"generation"}
 
     def parse(self, parser: Any) -> Any:
         next(parser.stream)

@@ -6,68 +6,61 @@ import re
 
 
 def questions_sum(prompt: str) -> tuple[str, str]:
-    digits = [int(digit) for digit in re.findall(r"\d", prompt)]
-    totals = [sum(digits[: i + 1]) % 10 for i in range(len(digits))]
-    pairs = list(zip(digits, totals, strict=True))
-    return " ".join([str(digits[0])] + [f"+ {digit} {total}" for digit, total in pairs[1:]]), str(totals[-1])
+    pairs = re.findall(r"\b([a-z]) (\d)", prompt)
+    totals = [sum(int(digit) for _, digit in pairs[: i + 1]) % 10 for i in range(len(pairs))]
+    return " ".join(f"{label} {n} {t}" for (label, n), t in zip(pairs, totals, strict=True)), str(totals[-1])
 
 
 def questions_story(prompt: str) -> tuple[str, str]:
-    events = [event.split()[-2:] for event in prompt.split(" . ")[:-1]]
-    totals = [sum(int(n) * (-1 if verb == "loses" else 1) for verb, n in events[: i + 1]) for i in range(len(events))]
-    assert min(totals) >= 0
-    steps = [f"{verb} {n} {t % 10}" for (verb, n), t in zip(events, totals, strict=True)]
-    steps[0] = events[0][1]
-    return " . ".join(steps), str(totals[-1] % 10)
+    events = re.findall(r"([A-Z][a-z]+) (has|gives|takes) (\d)", prompt)
+    totals = [sum(int(n) * (-1 if verb == "takes" else 1) for _, verb, n in events[: i + 1]) for i in range(len(events))]
+    assert min(totals) >= 0 and len({name for name, _, _ in events}) == len(events)
+    steps = [f"{' '.join(event)} {t % 10}" for event, t in zip(events, totals, strict=True)]
+    return " ".join(steps), str(totals[-1] % 10)
 
 
 def logic_liars(prompt: str) -> tuple[str, str]:
-    *claims, question = prompt.split(" . ")
-    honest: dict[str, bool] = {}
-    steps = []
-    for claim in claims:
-        words = claim.split()
-        who, about = words[0], words[2] if words[1] == "says" else None
-        says = words[-1] == "honest"
-        honest[who] = says if about is None else honest[about] is says
-        steps.append(" ".join([who, *([] if about is None else [words[-1]]), "yes" if honest[who] else "no"]))
-    return " . ".join(steps), "yes" if honest[question.split()[1]] else "no"
+    claims = re.findall(r"([A-Z]) (honest|lies|agrees|denies)\b", prompt.split(" , ")[0])
+    lies = [sum(word in ("lies", "denies") for _, word in claims[: i + 1]) for i in range(len(claims))]
+    said = ["no" if count % 2 else "yes" for count in lies]
+    assert prompt.endswith(f", is {claims[-1][0]} honest ?")
+    return " ".join(f"{who} {word} {yes}" for (who, word), yes in zip(claims, said, strict=True)), said[-1]
 
 
-def logic_xor(prompt: str) -> tuple[str, str]:
-    words = prompt.removesuffix(" ?").split()
-    falses = lambda upto: sum(1 for w in words[:upto] if w == "F") + sum(1 for w in words[:upto] if w == "xor")  # noqa: E731
-    # T is 0 and F is 1 modulo two: "iff" adds them, "xor" adds them and one more.
-    values = ["TF"[falses(i) % 2] for i in range(1, len(words) + 1, 2)]
-    pairs = [f"{words[i]} {words[i + 1]} {values[(i + 1) // 2]}" for i in range(1, len(words), 2)]
-    return " ".join([words[0], *pairs]), values[-1]
+def logic_parity(prompt: str) -> tuple[str, str]:
+    pairs = re.findall(r"\b([a-z]) ([TF])\b", prompt)
+    odd = [[v for _, v in pairs[: i + 1]].count("T") % 2 for i in range(len(pairs))]
+    steps = [f"{label} {value} {'odd' if o else 'even'}" for (label, value), o in zip(pairs, odd, strict=True)]
+    return " ".join(steps), "odd" if odd[-1] else "even"
 
 
 def logic_order(prompt: str) -> tuple[str, str]:
-    row, *swaps, question = prompt.split(" . ")
-    places = dict(enumerate(row.split(), start=1))
-    steps = [row]
-    for swap in swaps:
-        i, j = map(int, swap.split()[1:])
+    row = re.match(r"(.) (.) (.) ", prompt)
+    assert row is not None
+    places = dict(enumerate(row.groups(), start=1))
+    steps = []
+    for label, first, second in re.findall(r"([a-z]) swap (\d) (\d)", prompt):
+        i, j = int(first), int(second)
         places = {**places, i: places[j], j: places[i]}
-        steps.append(f"{i} {j} " + " ".join(places[k] for k in sorted(places)))
-    return " . ".join(steps), places[("first", "second", "third").index(question.split()[0]) + 1]
+        steps.append(f"{label} swap {i} {j} " + " ".join(places[k] for k in sorted(places)))
+    place = prompt.split(" , ")[1].split()[0]
+    return " ".join(steps), places[("first", "second", "third").index(place) + 1]
 
 
 def programs_describe(prompt: str) -> tuple[str, str]:
-    operations = [part.split() for part in prompt.split(" , ")[1:-1]]
+    operations = re.findall(r"([a-z]) ([+*]) (\d)", prompt)
 
     def value(x: int, upto: int) -> int:
-        for sign, n in operations[:upto]:
+        for _, sign, n in operations[:upto]:
             x = x + int(n) if sign == "+" else x * int(n)
         return x
 
     steps = []
-    for i, (sign, n) in enumerate(operations, start=1):
+    for i, (label, sign, n) in enumerate(operations, start=1):
         b = value(0, i)
-        steps.append(f"{sign} {n} {(value(1, i) - b) % 10} {b % 10}")
+        steps.append(f"{label} {sign} {n} {(value(1, i) - b) % 10} {b % 10}")
     a, b = steps[-1].split()[-2:]
-    return " ; ".join(steps), f"def f ( x ) : return ( {a} * x + {b} ) % 10"
+    return " ".join(steps), f"def f ( x ) : return ( {a} * x + {b} ) % 10"
 
 
 def programs_examples(prompt: str) -> tuple[str, str]:

@@ -1,12 +1,13 @@
-"""Truth-tellers and liars, chains of propositions, and orders tracked through swaps.
+"""Truth-tellers and liars, counting true propositions, and orders tracked through swaps.
 
-liars  "A is honest . B says A lies . C says B lies . is C honest ?"    steps "A yes . B lies no . C lies yes"
-xor    "T xor F iff F ?"  (from left to right)                          steps "T xor F T iff F F"
-order  "A B C . swap 1 2 . swap 2 3 . first ?"                          steps "A B C . 1 2 B A C . 2 3 B C A"
+liars   "A honest B agrees C denies , is C honest ?"   steps "A honest yes B agrees yes C denies no"
+parity  "true among p T q F r T , odd or even ?"       steps "p T odd q F odd r T even"
+order   "A B C a swap 1 2 b swap 2 3 , first ?"        steps "a swap 1 2 B A C b swap 2 3 B C A"
 
-The first two are running parity in disguise and the third composes permutations: hard to answer at once for a
-small network, easy as a chain of (operand, running state) steps. Difficulty is the number of statements, connectives
-or swaps. Left out: puzzles that need search.
+In `liars` everyone after A speaks of the one before: who agrees says "that one is honest", who denies says "that one
+lies". The first two kinds are running parity and the third composes permutations: hard to answer at once for a small
+network, easy as a chain of (label, operand, running state) steps. Difficulty is the number of statements,
+propositions after the first, or swaps. Left out: puzzles that need search.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from shoestring.tasks._draw import Draft, Split, check_difficulty, draw, matches
 VERSION = "1.0"
 PLACES = ("first", "second", "third")
 SWAPS = ((1, 2), (2, 3), (1, 3))
+PROPOSITIONS = "pqrstuvwxyzmnkl"
 
 
 def make(seed: int, difficulty: int, split: Split = "train", kind: str | None = None) -> Problem:
-    """The problem of `seed`; raises UserError for an unknown kind or an impossible difficulty (liars: at most 25)."""
+    """The problem of `seed`; raises UserError for an unknown kind or an impossible difficulty (parity: at most 14)."""
     return draw("logic", VERSION, MAKERS, seed, difficulty, split, kind)
 
 
@@ -37,49 +39,44 @@ def grade(problems: Sequence[Problem], answers: Sequence[str], *, sandbox: Any =
 def _liars(rng: random.Random, difficulty: int) -> Draft:
     check_difficulty("liars", difficulty, len(string.ascii_uppercase) - 1)
     honest = rng.random() < 0.5
-    asked = ["A is honest" if honest else "A lies"]
-    steps = [f"A {_yes(honest)}"]
-    for before, who in zip(string.ascii_uppercase, string.ascii_uppercase[1 : difficulty + 1], strict=False):
-        praises = rng.random() < 0.5
-        honest = praises == honest  # a true statement about the one before: honest; a false one: a liar
-        claim = "is honest" if praises else "lies"
-        asked.append(f"{who} says {before} {claim}")
-        steps.append(f"{who} {claim.split()[-1]} {_yes(honest)}")
-    asked.append(f"is {who} honest ?")
-    return Draft(" . ".join(asked), _yes(honest), " . ".join(steps))
+    asked = [f"A {'honest' if honest else 'lies'}"]
+    steps = [f"{asked[0]} {_yes(honest)}"]
+    for who in string.ascii_uppercase[1 : difficulty + 1]:
+        agrees = rng.random() < 0.5
+        honest = agrees == honest  # a true statement about the one before: honest; a false one: a liar
+        asked.append(f"{who} {'agrees' if agrees else 'denies'}")
+        steps.append(f"{asked[-1]} {_yes(honest)}")
+    return Draft(f"{' '.join(asked)} , is {who} honest ?", _yes(honest), " ".join(steps))
 
 
-def _xor(rng: random.Random, difficulty: int) -> Draft:
-    value = rng.random() < 0.5
-    asked, steps = [_letter(value)], [_letter(value)]
-    for _ in range(difficulty):
-        operand, connective = rng.random() < 0.5, rng.choice(("xor", "iff"))
-        value = (value != operand) if connective == "xor" else (value == operand)
-        asked.append(f"{connective} {_letter(operand)}")
-        steps.append(f"{connective} {_letter(operand)} {_letter(value)}")
-    return Draft(f"{' '.join(asked)} ?", _letter(value), " ".join(steps))
+def _parity(rng: random.Random, difficulty: int) -> Draft:
+    check_difficulty("parity", difficulty, len(PROPOSITIONS) - 1)
+    odd, asked, steps = False, [], []
+    for label in PROPOSITIONS[: difficulty + 1]:
+        true = rng.random() < 0.5
+        odd = odd != true
+        asked.append(f"{label} {'T' if true else 'F'}")
+        steps.append(f"{asked[-1]} {'odd' if odd else 'even'}")
+    return Draft(f"true among {' '.join(asked)} , odd or even ?", "odd" if odd else "even", " ".join(steps))
 
 
 def _order(rng: random.Random, difficulty: int) -> Draft:
+    check_difficulty("order", difficulty, len(string.ascii_lowercase))
     row = ["A", "B", "C"]
     rng.shuffle(row)
-    asked, steps = [" ".join(row)], [" ".join(row)]
-    for _ in range(difficulty):
+    asked, steps = [" ".join(row)], []
+    for label in string.ascii_lowercase[:difficulty]:
         i, j = rng.choice(SWAPS)
         row[i - 1], row[j - 1] = row[j - 1], row[i - 1]
-        asked.append(f"swap {i} {j}")
-        steps.append(f"{i} {j} {' '.join(row)}")
+        asked.append(f"{label} swap {i} {j}")
+        steps.append(f"{asked[-1]} {' '.join(row)}")
     place = rng.randrange(len(PLACES))
-    return Draft(f"{' . '.join(asked)} . {PLACES[place]} ?", row[place], " . ".join(steps))
+    return Draft(f"{' '.join(asked)} , {PLACES[place]} ?", row[place], " ".join(steps))
 
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _letter(value: bool) -> str:
-    return "T" if value else "F"
-
-
-MAKERS = {"liars": _liars, "xor": _xor, "order": _order}
+MAKERS = {"liars": _liars, "parity": _parity, "order": _order}
 KINDS = tuple(MAKERS)

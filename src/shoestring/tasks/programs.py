@@ -1,12 +1,12 @@
 """Write a small Python function from a description or from examples; hidden tests in the sandbox decide.
 
-describe  "f : x , + 3 , * 2 , + 5 , % 10 ?"                  steps "+ 3 1 3 ; * 2 2 6 ; + 5 2 1"
+describe  "f : x a + 3 b * 2 c + 5 , % 10 ?"                  steps "a + 3 1 3 b * 2 2 6 c + 5 2 1"
           "def f ( x ) : return ( 2 * x + 1 ) % 10"           (the pair a b of a * x + b after each operation)
 examples  "f 1 1 = 6 . f 2 1 = 0 . f 1 2 = 9 . % 10 ?"        steps "6 0 4 . 6 9 3 . 1 1 6 . 0 1 - 4 2 . 0 0 - 3 9"
           "def f ( x , y ) : return ( 4 * x + 3 * y + 9 ) % 10"   (both slopes, then the way back to f 0 0)
 
 Any program that passes the hidden tests is right, whatever its form. Difficulty is the number of operations described,
-or of steps between the examples and zero (at most 16). Multipliers are 2 and 3, so that the tables are small. Left
+or of steps between the examples and zero (at most 16). Multipliers and addends are few, so that the tables are small. Left
 out: loops, strings, several functions; a task file of one's own may ask for them, the sandbox runs any Python.
 """
 
@@ -22,7 +22,8 @@ from shoestring.tasks.sandbox import Program, Sandbox
 
 VERSION = "1.0"
 NEEDS_SANDBOX = True
-MULTIPLIERS = (2, 3)
+MULTIPLIERS, ADDENDS = (2, 3), (1, 2, 3, 4, 5)
+LABELS = "abcdeghijklmno"  # f is the function
 TEST_INPUTS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 40, 58, 127)
 MAX_SOURCE = 20_000  # characters; a longer answer is wrong without being run
 
@@ -54,20 +55,21 @@ def grade(problems: Sequence[Problem], answers: Sequence[str], *, sandbox: Sandb
 
 
 def _describe(rng: random.Random, difficulty: int) -> Draft:
+    check_difficulty("describe", difficulty, len(LABELS))
     a, b = 1, 0
     asked, steps = [], []
-    for _ in range(difficulty):
+    for label in LABELS[:difficulty]:
         if rng.random() < 0.5:
-            sign, operand = "+", rng.randrange(10)
+            sign, operand = "+", rng.choice(ADDENDS)
             b = (b + operand) % 10
         else:
             sign, operand = "*", rng.choice(MULTIPLIERS)
             a, b = a * operand % 10, b * operand % 10
-        asked.append(f"{sign} {operand}")
-        steps.append(f"{sign} {operand} {a} {b}")
+        asked.append(f"{label} {sign} {operand}")
+        steps.append(f"{asked[-1]} {a} {b}")
     tests = [[[x], (a * x + b) % 10] for x in TEST_INPUTS]
     gold = f"def f ( x ) : return ( {a} * x + {b} ) % 10"
-    return Draft(f"f : x , {' , '.join(asked)} , % 10 ?", gold, " ; ".join(steps), {"entry": "f", "tests": tests})
+    return Draft(f"f : x {' '.join(asked)} , % 10 ?", gold, " ".join(steps), {"entry": "f", "tests": tests})
 
 
 def _examples(rng: random.Random, difficulty: int) -> Draft:

@@ -1,0 +1,160 @@
+"""From token sequences to training batches: examples, packing, and the two shifts (next token, MTP).
+
+Rows are packed best-fit decreasing (V3 section 5.1 packs SFT data with isolation): each row holds whole examples,
+told apart by `segments_BT`, with positions that start again at 0. Pretraining rows are cut from one stream and
+carry no segments (V3 section 4.1 packs without a cross-sample mask).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoestring.core.errors import UserError
+
+PADDING = -1  # segment id of padding
+
+
+@dataclass(slots=True)
+class Example:
+    """One sequence. `weight[t]` weighs the prediction OF token t (so weight[0] is never used), as do the rest."""
+
+    ids: Sequence[int]
+    weight: Sequence[float]
+    advantage: float | None = None  # the same for every token of a completion
+    old: Sequence[float] | None = None
+    ref: Sequence[float] | None = None
+
+
+@dataclass(slots=True)
+class Batch:
+    """B rows of T tokens. `target_BT[b, t]` is token t+1 with `weight_BT` 0 where it must not be learned;
+    `target2_BT` is token t+2, for the MTP head. Advantages and logprobs are aligned with `target_BT`."""
+
+    tokens_BT: Tensor
+    target_BT: Tensor
+    weight_BT: Tensor
+    target2_BT: Tensor
+    weight2_BT: Tensor
+    positions_BT: Tensor | None = None
+    segments_BT: Tensor | None = None
+    advantage_BT: Tensor | None = None
+    old_BT: Tensor | None = None
+    ref_BT: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, padding not counted."""
+        return self.tokens_BT.numel() if self.segments_BT is None else int((self.segments_BT != PADDING).sum())
+
+    @property
+    def weight(self) -> float:
+        return float(self.weight_BT.sum(dtype=torch.float64))
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of examples for each row, no row over `capacity`: best fit, longest first. Deterministic.
+
+    Raises UserError when one example alone is longer than a row.
+    """
+    if lengths and max(lengths) > capacity:
+        raise UserError(f"an example of {max(lengths)} tokens does not fit a row of {capacity}; raise row_tokens.")
+    rows: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # free room -> rows with exactly that room
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        need = lengths[index]
+        room = next((r for r in range(need, capacity + 1) if by_room.get(r)), None)
+        if room is None:
+            row, room = len(rows), capacity
+            rows.append([])
+        else:
+            row = by_room[room].pop()
+        rows[row].append(index)
+        by_room.setdefault(room - need, []).append(row)
+    return rows
+
+
+def packed_batch(examples: Sequence[Example], rows: Sequence[Sequence[int]], capacity: int, pad_id: int) -> Batch:
+    """The batch whose row b holds the examples `rows[b]`, one segment each."""
+    shape = (len(rows), capacity)
+    tokens, segments = np.full(shape, pad_id, np.int64), np.full(shape, PADDING, np.int64)
+    positions, weight = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+    has = {name: any(getattr(examples[i], name) is not None for row in rows for i in row) for name in _ALIGNED}
+    aligned = {name: np.zeros(shape, np.float32) for name, present in has.items() if present}
+    for b, row in enumerate(rows):
+        start = 0
+        for segment, index in enumerate(row):
+            example = examples[index]
+            span = slice(start, start + len(example.ids))
+            tokens[b, span], weight[b, span] = example.ids, example.weight
+            segments[b, span], positions[b, span] = segment, np.arange(len(example.ids))
+            for name, array in aligned.items():
+                array[b, span] = getattr(example, name)
+            start = span.stop
+    return _shifted(tokens, weight, segments, positions, aligned)
+
+
+_ALIGNED = ("advantage", "old", "ref")
+
+
+def _ahead(array: np.ndarray, by: int) -> np.ndarray:
+    out = np.zeros_like(array)
+    out[:, :-by] = array[:, by:]
+    return out
+
+
+def _shifted(
+    tokens: np.ndarray,
+    weight: np.ndarray,
+    segments: np.ndarray | None,
+    positions: np.ndarray | None,
+    aligned: dict[str, np.ndarray],
+) -> Batch:
+    def weight_ahead(by: int) -> Tensor:
+        out = _ahead(weight, by)
+        if segments is not None:  # a segment's end predicts nothing of the next
+            other = np.full_like(segments, PADDING - 1)
+            other[:, :-by] = segments[:, by:]
+            out[other != segments] = 0.0
+        return torch.from_numpy(out)
+
+    return Batch(
+        tokens_BT=torch.from_numpy(tokens),
+        target_BT=torch.from_numpy(_ahead(tokens, 1)),
+        weight_BT=weight_ahead(1),
+        target2_BT=torch.from_numpy(_ahead(tokens, 2)),
+        weight2_BT=weight_ahead(2),
+        positions_BT=None if positions is None else torch.from_numpy(positions),
+        segments_BT=None if segments is None else torch.from_numpy(segments),
+        **{f"{name}_BT": torch.from_numpy(_ahead(array, 1)) for name, array in aligned.items()},
+    )
+
+
+def packed_batches(examples: Sequence[Example], *, row_tokens: int, tokens_per_microbatch: int, pad_id: int) -> list[Batch]:
+    """All examples in as few rows as best fit finds, cut into micro-batches of at most `tokens_per_microbatch`.
+
+    Rows are `row_tokens` long, or shorter when the longest example allows (in steps of 8, to keep shapes few).
+    """
+    lengths = [len(e.ids) for e in examples]
+    if not lengths:
+        return []
+    capacity = row_tokens
+    if sum(lengths) < row_tokens:
+        capacity = max(-(-max(lengths) // 8) * 8, min(row_tokens, -(-sum(lengths) // 8) * 8))
+    rows = pack(lengths, capacity)
+    per = max(1, tokens_per_microbatch // capacity)
+    return [packed_batch(examples, rows[i : i + per], capacity, pad_id) for i in range(0, len(rows), per)]
+
+
+def stream_batch(rows_BT: np.ndarray) -> Batch:
+    """A pretraining batch from B rows of T tokens cut from a stream: every next token counts."""
+    return _shifted(rows_BT.astype(np.int64), np.ones(rows_BT.shape, np.float32), None, None, {})
+
+
+def total_weight(batches: Iterable[Batch]) -> float:
+    """The global token weight of one optimiser step: the one divisor of its loss."""
+    return sum(batch.weight for batch in batches)

@@ -1,0 +1,251 @@
+"""The configuration of every stage. Loads no torch, so that a dry run is instant.
+
+A stage names its inputs by role: the value is an earlier stage of the same recipe, a run directory, or (for
+models) a Hugging Face folder or id. Budgets are steps and tokens, never the clock. `match_flops` makes a control:
+the stage trains until it has spent the training FLOPs of the named inputs together, and `steps` must be absent.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import Field, model_validator
+
+from shoestring.core.config import Config
+from shoestring.core.errors import UserError
+from shoestring.core.nouns import Sampling
+from shoestring.optim.schedules import Schedule
+
+
+class TaskMix(Config):
+    """Problems of one task: which kinds (all when empty), how hard (uniform in the range), how often."""
+
+    task: str
+    kinds: tuple[str, ...] = ()
+    difficulty: tuple[int, int] = (4, 4)
+    weight: float = 1.0
+
+
+class Textbook(Config):
+    """Worked solutions written by the tasks themselves. `long_share` of them think step by step, the rest
+    answer at once; the rarity of the long voice is a construction, stated wherever results are shown."""
+
+    mix: tuple[TaskMix, ...]
+    long_share: float = Field(0.2, ge=0.0, le=1.0)
+
+
+class TextFiles(Config):
+    """A corpus of the user's: .txt files (one document each) or .jsonl files with a "text" field."""
+
+    files: tuple[str, ...]
+
+
+class ModelSpec(Config):
+    """A model to make from nothing: the family is a file of models/, the rest its Hugging Face config keys."""
+
+    family: str
+    config: dict[str, Any]
+
+
+class Optim(Config):
+    """AdamW and its schedule. Defaults are DeepSeek-V3's (section 4.2) where it states them."""
+
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    schedule: Schedule = "wsd"
+    final_ratio: float = 0.1
+    decay_share: float = 0.2
+
+
+class Compute(Config):
+    """How products are computed. "auto" measures on this machine at this model's sizes and is recorded."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    experts: Literal["auto", "loop", "bmm", "grouped"] = "auto"
+    device: str = "cpu"
+    threads: int | None = None  # None: as many as torch takes
+
+
+class Decoding(Config):
+    """Sampling of a stage, without its seed and count."""
+
+    temperature: float = Field(1.0, ge=0)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_new_tokens: int = Field(128, ge=1)
+
+    def sampling(self, *, n: int, seed: int, stop_ids: tuple[int, ...], routed_experts: bool = False) -> Sampling:
+        return Sampling(
+            n=n, seed=seed, stop_ids=stop_ids, routed_experts=routed_experts, **self.model_dump()
+        )
+
+
+class StageBase(Config):
+    """What every stage has. `headline` stages are the final run; the others are controls, ablations, evaluation."""
+
+    name: str
+    inputs: dict[str, str] = {}
+    headline: bool = True
+    seed: int = 0
+    compute: Compute = Compute()
+
+
+class TrainBase(StageBase):
+    """What every training stage has."""
+
+    steps: int | None = Field(None, ge=1)
+    match_flops: tuple[str, ...] = ()
+    optim: Optim
+    tokens_per_microbatch: int = Field(8192, ge=1)
+    checkpoint_every: int = Field(100, ge=1)
+    mtp_lambda: float = Field(0.0, ge=0)  # weight of the MTP loss (V3: 0.3, then 0.1)
+    balance_alpha: float = Field(1e-4, ge=0)  # sequence-wise balance loss (V3: 1e-4)
+    bias_gamma: float = Field(1e-3, ge=0)  # step of the auxiliary-loss-free bias (V3: 1e-3)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> TrainBase:
+        if (self.steps is None) == (not self.match_flops):
+            raise UserError(f'stage "{self.name}": give either steps or match_flops, not both or neither.')
+        if missing := [role for role in self.match_flops if role not in self.inputs]:
+            raise UserError(f'stage "{self.name}": match_flops names "{missing[0]}", which is not among its inputs.')
+        return self
+
+
+class TokenizerStage(StageBase):
+    """Train a tokenizer on a corpus."""
+
+    stage: Literal["tokenizer"] = "tokenizer"
+    corpus: Union[Textbook, TextFiles]
+    vocab_size: int = Field(512, ge=64)
+    documents: int = Field(2000, ge=1)
+
+
+class PretrainStage(TrainBase):
+    """Next-token training on a stream of documents, from nothing (`model`) or from input "model"."""
+
+    stage: Literal["pretrain"] = "pretrain"
+    model: ModelSpec | None = None
+    corpus: Union[Textbook, TextFiles]
+    corpus_seed: int = 0
+    corpus_tokens: int = Field(ge=1)  # the stream is made once and read in a seeded order, again when it ends
+    row_tokens: int = Field(256, ge=8)
+    tokens_per_step: int = Field(8192, ge=1)
+
+    @model_validator(mode="after")
+    def _one_start(self) -> PretrainStage:
+        if (self.model is None) == ("model" not in self.inputs):
+            raise UserError(f'stage "{self.name}": give either a model spec or an input "model" to continue from.')
+        return self
+
+
+class SftStage(TrainBase):
+    """Supervised fine-tuning with loss on the completion only: on the textbook as chat, or on input "traces"."""
+
+    stage: Literal["sft"] = "sft"
+    textbook: Textbook | None = None
+    problems: int = Field(1000, ge=1)  # distinct problems taken from the textbook
+    row_tokens: int = Field(256, ge=8)
+    examples_per_step: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SftStage:
+        if (self.textbook is None) == ("traces" not in self.inputs):
+            raise UserError(f'stage "{self.name}": give either a textbook or an input "traces".')
+        return self
+
+
+class DistillStage(TrainBase):
+    """A student (input "model") learns from a teacher's kept answers (input "traces")."""
+
+    stage: Literal["distill"] = "distill"
+    row_tokens: int = Field(256, ge=8)
+    examples_per_step: int = Field(64, ge=1)
+
+
+class RlStage(TrainBase):
+    """GRPO with rule-based rewards. problems_per_step x group_size completions make one step."""
+
+    stage: Literal["rl"] = "rl"
+    mix: tuple[TaskMix, ...]
+    rewards: dict[str, float] = {"correct": 1.0}
+    problems_per_step: int = Field(32, ge=1)
+    group_size: int = Field(8, ge=2)
+    minibatches: int = Field(1, ge=1)  # optimiser updates a rollout
+    decoding: Decoding = Decoding()
+    row_tokens: int = Field(256, ge=8)
+    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    clip_low: float = Field(0.2, gt=0)
+    clip_high: float = Field(0.28, gt=0)
+    kl_beta: float = Field(0.0, ge=0)
+    reference_every: int = Field(400, ge=1)  # steps between copies of the policy to the reference (R1: 400)
+    max_tries: int = Field(2, ge=1)  # dynamic sampling: rounds of problems until enough groups carry signal
+    preflight_problems: int = Field(64, ge=0)  # 0: no check that RL can help
+    preflight_samples: int = Field(16, ge=2)
+    minimum_mixed: float = Field(0.05, ge=0, le=1)  # stop when fewer groups than this carry signal
+    shuffle_rewards: bool = False  # the control: rewards dealt out at random over the step's rollouts
+
+
+class RejectStage(StageBase):
+    """Rejection sampling: the model (input "model") answers, what is verified is kept as traces."""
+
+    stage: Literal["reject"] = "reject"
+    mix: tuple[TaskMix, ...]
+    problems: int = Field(1000, ge=1)
+    samples: int = Field(4, ge=1)
+    keep_per_problem: int = Field(1, ge=1)
+    decoding: Decoding = Decoding()
+    problems_per_batch: int = Field(128, ge=1)
+
+
+class AskStage(StageBase):
+    """Ask a teacher new problems (input "teacher") and keep the answers that curation lets through."""
+
+    stage: Literal["ask"] = "ask"
+    mix: tuple[TaskMix, ...]
+    problems: int = Field(1000, ge=1)
+    samples: int = Field(1, ge=1)
+    decoding: Decoding = Decoding()
+    curate: tuple[str, ...] = ("correct", "dedup")
+    problems_per_batch: int = Field(128, ge=1)
+
+
+class EvalStage(StageBase):
+    """pass@1, pass@k and cons@k with standard errors on unseen problems of every entry of the mix."""
+
+    stage: Literal["eval"] = "eval"
+    headline: bool = False
+    mix: tuple[TaskMix, ...]
+    problems: int = Field(300, ge=2)  # for each entry of the mix
+    samples: int = Field(4, ge=1)
+    decoding: Decoding = Decoding()
+    rows_per_batch: int = Field(256, ge=1)
+
+
+Stage = Annotated[
+    Union[
+        TokenizerStage, PretrainStage, SftStage, RlStage, RejectStage, AskStage, DistillStage, EvalStage
+    ],
+    Field(discriminator="stage"),
+]
+
+
+class Recipe(Config):
+    """A road through stages, in order. `usd_per_hour` is the rate the bill is counted at."""
+
+    name: str
+    about: str = ""
+    stages: tuple[Stage, ...]
+    usd_per_hour: float = Field(0.10, ge=0)
+    report: dict[str, Any] = {}  # what the report shows: which stages are whose (see recipes/quickstart.py)
+
+    @model_validator(mode="after")
+    def _inputs_exist(self) -> Recipe:
+        seen: set[str] = set()
+        for stage in self.stages:
+            if stage.name in seen:
+                raise UserError(f'recipe "{self.name}": two stages are named "{stage.name}".')
+            seen.add(stage.name)
+        return self

@@ -1,0 +1,56 @@
+"""Worked answers as training examples: rendered once, loss on the completion only.
+
+An epoch's order is a function of (seed, epoch), so the examples of update `step` need no reader state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
+
+from shoestring.core.nouns import Message, Trace
+from shoestring.data.batch import Example
+from shoestring.data.textbook import MixEntry, conversation, solved
+from shoestring.text.chat import render
+from shoestring.text.tokenizer import Tokenizer
+
+
+def chat_example(messages: Sequence[Message], tokenizer: Tokenizer) -> Example:
+    """A conversation with loss on what the assistant says, <|end|> included."""
+    rendered = render(list(messages), tokenizer)
+    return Example(rendered.ids, [float(m) for m in rendered.mask])
+
+
+def textbook_examples(
+    mix: Sequence[MixEntry], long_share: float, seed: int, count: int, tokenizer: Tokenizer
+) -> list[Example]:
+    """The first `count` problems of the textbook of `seed`, each told in its voice, as chats."""
+    return [
+        chat_example(conversation(problem, voice), tokenizer)
+        for problem, voice in islice(solved(mix, seed, long_share), count)
+    ]
+
+
+def trace_example(trace: Trace, tokenizer: Tokenizer) -> Example:
+    """A teacher's kept answer. Exact token ids are used when the trace carries them; a cut answer teaches no end."""
+    if trace.prompt_ids is not None and trace.token_ids is not None:
+        ids = [*trace.prompt_ids, *trace.token_ids]
+        return Example(ids, [0.0] * len(trace.prompt_ids) + [1.0] * len(trace.token_ids))
+    question = [Message(m["role"], m["content"]) for m in trace.messages]
+    example = chat_example([*question, Message("assistant", trace.answer, thinking=trace.thinking)], tokenizer)
+    if trace.finish_reason == "length":
+        return Example(example.ids, [*example.weight[:-1], 0.0])
+    return example
+
+
+def examples_of_step(count: int, step: int, per_step: int, seed: int) -> list[int]:
+    """Indices of the examples of update `step`: a seeded permutation an epoch, epochs joined without a gap."""
+    out: list[int] = []
+    epoch, place = divmod(step * per_step, count)
+    while len(out) < per_step:
+        order = np.random.default_rng((seed, epoch)).permutation(count)
+        out.extend(int(i) for i in order[place : place + per_step - len(out)])
+        epoch, place = epoch + 1, 0
+    return out

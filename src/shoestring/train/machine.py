@@ -1,0 +1,92 @@
+"""What this machine can do: its measured GEMM rate (the yardstick of the bill) and the kernels it runs best.
+
+Both are measured once for a folder of runs and kept in `machine.json` there, so that a resumed or repeated run
+computes with the same kernels and ends with the same bits. The file is keyed by the processor and the number of
+threads: another machine measures anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoestring.core.atomic import write_json
+from shoestring.core.config import Config
+from shoestring.nn.choose import choose_kernels
+from shoestring.nn.kernels import Kernels
+from shoestring.train.configs import Compute
+
+
+def processor() -> str:
+    """The processor's model name, as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def gemm_rate(dtype: torch.dtype, device: str = "cpu", size: int = 1024, repeats: int = 7) -> float:
+    """Median FLOP/s of a square product of `size` on `device` at the present number of threads."""
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    b = torch.randn(size, size, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(repeats + 1):
+        if device != "cpu":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds[1:])  # the first one warms up
+
+
+class Machine:
+    """Measurements of this machine, read from and written to `root/machine.json`."""
+
+    def __init__(self, root: Path) -> None:
+        self.path = root / "machine.json"
+        self.key = f"{processor()} x{torch.get_num_threads()} torch {torch.__version__}"
+
+    def _facts(self) -> dict[str, Any]:
+        known: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        return known
+
+    def _keep(self, name: str, value: Any) -> None:
+        known = self._facts()
+        known.setdefault(self.key, {})[name] = value
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, known)
+
+    def peak_flops(self, device: str = "cpu") -> float:
+        """The best GEMM rate measured here over fp32 and bf16, FLOP/s."""
+        name = f"peak_flops {device}"
+        found = self._facts().get(self.key, {}).get(name)
+        if found is None:
+            found = max(gemm_rate(dtype, device) for dtype in (torch.float32, torch.bfloat16))
+            self._keep(name, found)
+        return float(found)
+
+    def kernels(self, config: Config, compute: Compute, *, tokens: int, seq_len: int) -> Kernels:
+        """The kernels for a model: what `compute` fixes, and measured choices where it says "auto"."""
+        if compute.dtype != "auto" and compute.experts != "auto":
+            return Kernels(dtype=compute.dtype, experts=compute.experts)
+        asked = json.dumps([config.to_json(), compute.to_json(), tokens, seq_len], sort_keys=True)
+        name = "kernels " + hashlib.sha256(asked.encode()).hexdigest()[:12]
+        found = self._facts().get(self.key, {}).get(name)
+        if found is None:
+            best, record = choose_kernels(config, tokens, seq_len)
+            found = {"dtype": best.dtype, "experts": best.experts, "measured": record}
+            self._keep(name, found)
+        return Kernels(
+            dtype=found["dtype"] if compute.dtype == "auto" else compute.dtype,
+            experts=found["experts"] if compute.experts == "auto" else compute.experts,
+        )

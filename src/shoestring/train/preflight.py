@@ -1,0 +1,45 @@
+"""Can RL help here? Sample before training, and look for problems that are sometimes solved.
+
+GRPO learns from groups whose rewards differ. With success rate p a group of G is mixed with probability
+1 - p^G - (1-p)^G; when nearly none is, RL will not move and the cold start or the difficulty must change.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+
+from shoestring.core.contracts import Generator
+from shoestring.core.errors import UserError
+from shoestring.data.textbook import problems
+from shoestring.evals.passk import pass_at_k
+from shoestring.text.tokenizer import Tokenizer
+from shoestring.train.configs import RlStage
+from shoestring.train.context import Context, derived_seed
+from shoestring.train.rollouts import Grade, answer_groups, reward_groups
+
+
+def preflight(stage: RlStage, ctx: Context, engine: Generator, tokenizer: Tokenizer, grade: Grade) -> None:
+    """Record pass@1, pass@k and the share of mixed groups; raise UserError below `minimum_mixed`."""
+    if stage.preflight_problems == 0:
+        return
+    asked = list(islice(problems(stage.mix, derived_seed(stage.seed, 8)), stage.preflight_problems))
+    k = stage.preflight_samples
+    sampling = stage.decoding.sampling(n=k, seed=derived_seed(stage.seed, 9), stop_ids=(tokenizer.end_id,))
+    groups = answer_groups(engine, tokenizer, asked, sampling)
+    reward_groups(groups, {"correct": 1.0}, grade)
+    solved = [sum(r.rewards["correct"] > 0.5 for r in group) for group in groups]
+    pass_1 = sum(solved) / (k * len(solved))
+    mixed = sum(1 - (c / k) ** stage.group_size - (1 - c / k) ** stage.group_size for c in solved) / len(solved)
+    histogram = Counter(solved)
+    facts = {
+        "problems": len(solved), "samples": k, "pass@1": pass_1,
+        f"pass@{k}": sum(pass_at_k(k, c, k) for c in solved) / len(solved),
+        "mixed_groups_expected": mixed, "solved_histogram": [histogram[c] for c in range(k + 1)],
+    }  # fmt: skip
+    ctx.run.note(preflight=facts)
+    if mixed < stage.minimum_mixed:
+        raise UserError(
+            f"RL cannot help here: {mixed:.1%} of groups of {stage.group_size} would carry signal (pass@1 {pass_1:.1%}, "
+            f"pass@{k} {facts[f'pass@{k}']:.1%}); change the difficulty or train more first, or set minimum_mixed lower."
+        )

@@ -1,0 +1,66 @@
+"""Pretraining: next-token (and MTP) loss over a stream of documents, from nothing or from a checkpoint.
+
+Source: DeepSeek-V3 section 4.1 (documents packed without a cross-sample mask), section 2.2 (MTP), section 2.1.2 (bias
+balancing). Left out: FIM, batch-size ramp, EMA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from shoestring.data.batch import stream_batch
+from shoestring.data.corpus import file_documents, make_stream, rows, textbook_ids
+from shoestring.losses import next_token
+from shoestring.text.tokenizer import Tokenizer
+from shoestring.train.configs import PretrainStage, Textbook
+from shoestring.train.context import Context, Outcome, derived_seed
+from shoestring.train.loop import Budget, finish_training, record
+from shoestring.train.state import load_model, make_model, save_training, start_or_resume, use_kernels
+from shoestring.train.step import train_step
+
+
+def run(stage: PretrainStage, ctx: Context) -> Outcome:
+    """Train to the budget, a checkpoint every `checkpoint_every` steps."""
+
+    def fresh() -> tuple[Any, Tokenizer]:
+        if stage.model is None:
+            return load_model(ctx, "model")
+        tokenizer = Tokenizer.load(ctx.checkpoint_of("tokenizer"))
+        return make_model(stage.model, vocab_size=tokenizer.vocab_size, seed=stage.seed), tokenizer
+
+    state, tokenizer = start_or_resume(ctx, stage, fresh)
+    use_kernels(state.model, ctx, stage.compute, tokens=stage.tokens_per_microbatch, seq_len=stage.row_tokens)
+    stream = corpus_stream(stage, ctx, tokenizer)
+    rows_per_step = max(1, stage.tokens_per_step // stage.row_tokens)
+    rows_per_microbatch = max(1, stage.tokens_per_microbatch // stage.row_tokens)
+    budget = Budget.of(stage, ctx)
+
+    with ctx.progress(budget.total, unit=budget.unit) as bar:
+        while (spent := budget.spent(state)) < 1.0:
+            rows_BT = rows(stream, state.step, rows_per_step=rows_per_step, row_tokens=stage.row_tokens,
+                           seed=derived_seed(stage.seed, 1))  # fmt: skip
+            batches = [
+                stream_batch(rows_BT[i : i + rows_per_microbatch]) for i in range(0, rows_per_step, rows_per_microbatch)
+            ]
+            stats = train_step(state, batches, next_token.loss, stage, progress=spent)
+            record(ctx, state, stats)
+            bar.update(budget.done(state), tokens=state.tokens, loss=stats.loss)
+            if state.step % stage.checkpoint_every == 0:
+                save_training(ctx, state, tokenizer)
+    return finish_training(ctx, state, tokenizer)
+
+
+def corpus_stream(stage: PretrainStage, ctx: Context, tokenizer: Tokenizer) -> np.ndarray:
+    """The stage's token stream, shared through `runs/data` by every stage that reads the same corpus."""
+    corpus = stage.corpus
+    key: dict[str, object] = {
+        "corpus": corpus.to_json(), "seed": stage.corpus_seed, "tokenizer": tokenizer.digest(),
+    }  # fmt: skip
+    if isinstance(corpus, Textbook):
+        documents = textbook_ids(corpus.mix, corpus.long_share, stage.corpus_seed, tokenizer)
+    else:
+        end = tokenizer.end_id
+        documents = ([*tokenizer.encode(text), end] for text in file_documents(corpus.files))
+    return make_stream(ctx.run.path.parent / "data", key, documents, stage.corpus_tokens)

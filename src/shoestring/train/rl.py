@@ -1,0 +1,105 @@
+"""Reinforcement learning with verifiable rewards: GRPO.
+
+One step: sample groups -> reward -> drop groups without signal -> advantages -> clipped updates -> new weights to the
+sampler. Source: DeepSeekMath (arXiv 2402.03300) section 4.1, R1 (arXiv 2501.12948) section 2.2 (rule rewards only),
+DAPO (arXiv 2503.14476) for Clip-Higher, dynamic sampling and the token mean. Left out: asynchronous rollouts,
+value models, importance correction (the sampler computes with the trainer's own weights, and the difference of
+their logprobs is measured every step).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shoestring.data.batch import Batch, Example, packed_batches
+from shoestring.data.textbook import problems
+from shoestring.infer.engine import Engine
+from shoestring.losses import policy
+from shoestring.tasks.grading import Grader
+from shoestring.text.tokenizer import Tokenizer
+from shoestring.train.configs import RlStage
+from shoestring.train.context import Context, Outcome, derived_seed, step_generator
+from shoestring.train.loop import Budget, finish_training, record
+from shoestring.train.preflight import preflight
+from shoestring.train.rollouts import Group, collect, rollout_example, sample_row
+from shoestring.train.state import load_model, save_training, start_or_resume, use_kernels
+from shoestring.train.step import StepStats, TrainState, forward_flops, train_step
+
+
+def run(stage: RlStage, ctx: Context) -> Outcome:
+    """Train to the budget, a checkpoint every `checkpoint_every` steps. Samples of first and last steps are kept."""
+    state, tokenizer = start_or_resume(ctx, stage, lambda: load_model(ctx, "model"))
+    use_kernels(state.model, ctx, stage.compute, tokens=stage.tokens_per_microbatch, seq_len=stage.row_tokens)
+    engine = Engine(state.model, tokenizer)
+    budget = Budget.of(stage, ctx)
+    with Grader() as grade, ctx.progress(budget.total, unit=budget.unit) as bar:
+        if state.step == 0:
+            preflight(stage, ctx, engine, tokenizer, grade)
+        while (spent := budget.spent(state)) < 1.0:
+            # Problems of update t are those from t·1000 on: a function of the step, whatever was resampled before.
+            source = problems(stage.mix, derived_seed(stage.seed, 4), start=state.step * 1000)
+            groups, facts = collect(stage, engine, tokenizer, source, grade, derived_seed(stage.seed, 5, state.step))
+            state.flops += forward_flops(state.model, round(facts["sampled_tokens"]), facts["length"])
+            if groups:
+                _refresh_reference(stage, state)
+                stats = _update(stage, state, groups, tokenizer, spent)
+                engine.update_weights(state.model)
+                record(ctx, state, stats, **facts)
+                _keep_samples(ctx, state.step, groups)
+            else:
+                state.step += 1  # nothing to learn from this step's problems; the next ones are others
+                ctx.run.metric(state.step, tokens=state.tokens, flops=state.flops, **facts)
+            bar.update(budget.done(state), tokens=state.tokens, reward=facts["reward"], length=facts["length"])
+            if state.step % stage.checkpoint_every == 0:
+                save_training(ctx, state, tokenizer)
+    ctx.run.note(sandbox=grade.layer)
+    return finish_training(ctx, state, tokenizer, metric="reward")
+
+
+def _update(
+    stage: RlStage, state: TrainState, groups: Sequence[Group], tokenizer: Tokenizer, spent: float
+) -> StepStats:
+    """`minibatches` optimiser updates on the rollouts; returns the last one's stats (all but the first are
+    off-policy). The step counter advances by one whatever `minibatches` is."""
+    examples = [rollout_example(rollout) for group in groups for rollout in group]
+    if state.reference is not None:
+        _fill_reference(examples, state.reference, stage)
+    objective = functools.partial(
+        policy.loss, clip_low=stage.clip_low, clip_high=stage.clip_high, kl_beta=stage.kl_beta,
+        temperature=stage.decoding.temperature,
+    )  # fmt: skip
+    order = torch.randperm(len(examples), generator=step_generator(stage.seed, 6, state.step)).tolist()
+    step, share = state.step, -(-len(examples) // stage.minibatches)
+    for start in range(0, len(examples), share):
+        chosen = [examples[i] for i in sorted(order[start : start + share])]
+        batches: list[Batch] = packed_batches(chosen, row_tokens=stage.row_tokens,
+                                              tokens_per_microbatch=stage.tokens_per_microbatch,
+                                              pad_id=tokenizer.pad_id)  # fmt: skip
+        state.step = step
+        stats = train_step(state, batches, objective, stage, progress=spent)
+    return stats
+
+
+def _refresh_reference(stage: RlStage, state: TrainState) -> None:
+    """The frozen model that the KL pulls to: the policy at the start, and again every `reference_every` steps."""
+    if stage.kl_beta > 0 and (state.reference is None or state.step % stage.reference_every == 0):
+        state.reference = copy.deepcopy(state.model).requires_grad_(False)
+
+
+def _fill_reference(examples: Sequence[Example], reference: Any, stage: RlStage) -> None:
+    scores = Engine(reference, None).score([e.ids for e in examples], temperature=stage.decoding.temperature)
+    for example, logprobs in zip(examples, scores, strict=True):
+        example.ref = [0.0, *logprobs]
+
+
+def _keep_samples(ctx: Context, step: int, groups: Sequence[Group]) -> None:
+    """The newest step's rollouts and, once, the first step's: what the report shows."""
+    rows = [sample_row(rollout) for group in groups[:8] for rollout in group[:4]]
+    if step == 1:
+        ctx.run.save_samples("first", rows)
+    ctx.run.save_samples("last", rows)

@@ -1,0 +1,130 @@
+"""From problems to rewarded rollouts, and from rollouts to training examples. Nothing is tokenised twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+
+from shoestring.core.contracts import Generator
+from shoestring.core.nouns import Completion, Problem, Rollout, Sampling
+from shoestring.core.registry import load_part
+from shoestring.data.batch import Example
+from shoestring.data.textbook import conversation
+from shoestring.text.chat import render
+from shoestring.text.tokenizer import Tokenizer
+from shoestring.train.advantage import advantages, carries_signal
+from shoestring.train.configs import RlStage
+from shoestring.train.context import step_generator
+
+Grade = Callable[[Sequence[tuple[Problem, str]]], list[bool]]
+Group = list[Rollout]
+
+
+def prompt_ids(problem: Problem, tokenizer: Tokenizer) -> list[int]:
+    """The problem as the model reads it: the chat template up to where the assistant speaks."""
+    return render(conversation(problem), tokenizer, generation_prompt=True).ids
+
+
+def answer_groups(
+    engine: Generator, tokenizer: Tokenizer, problems: Sequence[Problem], sampling: Sampling
+) -> list[Group]:
+    """`sampling.n` rollouts of each problem, unrewarded."""
+    prompts = [prompt_ids(problem, tokenizer) for problem in problems]
+    answered: list[list[Completion]] = engine.generate(prompts, sampling)
+    return [
+        [Rollout(problem, ids, completion) for completion in completions]
+        for problem, ids, completions in zip(problems, prompts, answered, strict=True)
+    ]
+
+
+def reward_groups(groups: Sequence[Group], rewards: Mapping[str, float], grade: Grade) -> None:
+    """Fill in each rollout's rewards by name and their weighted sum."""
+    rollouts = [rollout for group in groups for rollout in group]
+    for name, weight in rewards.items():
+        values = load_part("rewards", name).reward(rollouts, grade=grade)
+        for rollout, value in zip(rollouts, values, strict=True):
+            rollout.rewards[name] = value
+            rollout.reward += weight * value
+
+
+def collect(
+    stage: RlStage, engine: Generator, tokenizer: Tokenizer, source: Iterator[Problem], grade: Grade, seed: int
+) -> tuple[list[Group], dict[str, float]]:
+    """Groups of one step, dynamic sampling included: groups without signal are replaced, up to `max_tries` rounds.
+
+    Returns (groups to train on, measurements over everything sampled). Source: DAPO (arXiv 2503.14476) section 3.2.
+    """
+    kept: list[Group] = []
+    sampled: list[Group] = []
+    for attempt in range(stage.max_tries):
+        wanted = stage.problems_per_step - len(kept)
+        if wanted <= 0:
+            break
+        sampling = stage.decoding.sampling(n=stage.group_size, seed=seed + attempt, stop_ids=(tokenizer.end_id,))
+        groups = answer_groups(engine, tokenizer, list(islice(source, wanted)), sampling)
+        reward_groups(groups, stage.rewards, grade)
+        if stage.shuffle_rewards:
+            _shuffle(groups, seed + attempt)
+        sampled += groups
+        kept += [group for group in groups if carries_signal([r.reward for r in group])]
+    for group in kept:
+        for rollout, advantage in zip(group, advantages([r.reward for r in group], stage.advantage), strict=True):
+            rollout.advantage = advantage
+    return kept, measure(sampled, len(kept))
+
+
+def _shuffle(groups: Sequence[Group], seed: int) -> None:
+    """Deal the step's rewards out at random: the control that keeps everything but their meaning."""
+    rollouts = [rollout for group in groups for rollout in group]
+    order = torch.randperm(len(rollouts), generator=step_generator(seed, 11)).tolist()
+    rewards = [rollouts[i].reward for i in order]
+    for rollout, reward in zip(rollouts, rewards, strict=True):
+        rollout.reward = reward
+
+
+def measure(groups: Sequence[Group], kept: int) -> dict[str, float]:
+    """What a step's rollouts look like: means over everything sampled."""
+    rollouts = [rollout for group in groups for rollout in group]
+    lengths = [len(r.completion.token_ids) for r in rollouts]
+    out = {
+        "reward": sum(r.reward for r in rollouts) / len(rollouts),
+        "length": sum(lengths) / len(rollouts),
+        "truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "mixed_groups": sum(carries_signal([r.reward for r in g]) for g in groups) / len(groups),
+        "sampled_groups": float(len(groups)),
+        "kept_groups": float(kept),
+        "sampled_tokens": float(sampled_tokens(groups)),
+    }
+    for name in rollouts[0].rewards:
+        out[f"reward/{name}"] = sum(r.rewards[name] for r in rollouts) / len(rollouts)
+    return out
+
+
+def rollout_example(rollout: Rollout) -> Example:
+    """The sampled ids with the sampler's logprobs; weight 1 on every sampled token, <|end|> included."""
+    prompt, completion = rollout.prompt_ids, rollout.completion
+    nothing = [0.0] * len(prompt)
+    return Example(
+        ids=[*prompt, *completion.token_ids],
+        weight=nothing + [1.0] * len(completion.token_ids),
+        advantage=rollout.advantage,
+        old=nothing + completion.logprobs,
+    )
+
+
+def sampled_tokens(groups: Sequence[Group]) -> int:
+    """Prompt and completion tokens read and written for these groups; a prompt is read once a group."""
+    return sum(len(g[0].prompt_ids) + sum(len(r.completion.token_ids) for r in g) for g in groups if g)
+
+
+def sample_row(rollout: Rollout) -> dict[str, Any]:
+    """A rollout for samples/*.jsonl and the report."""
+    return {
+        "task": rollout.problem.task, "kind": rollout.problem.meta.get("kind"), "problem_id": rollout.problem.id,
+        "prompt": rollout.problem.prompt, "gold": rollout.problem.gold, "text": rollout.completion.text,
+        "tokens": len(rollout.completion.token_ids), "finish_reason": rollout.completion.finish_reason,
+        "reward": rollout.reward, **{f"reward/{k}": v for k, v in rollout.rewards.items()},
+    }  # fmt: skip

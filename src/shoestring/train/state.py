@@ -1,0 +1,107 @@
+"""Training state on disk: exact fp32 weights in Hugging Face layout, optimiser moments, counters. No pickle.
+
+A checkpoint folder is loadable by anyone as a model; `optimizer.safetensors` and `training.json` beside it make it
+resumable. Data order and random draws are functions of (seed, step), so there is no RNG state to save.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from shoestring.core.errors import UserError
+from shoestring.core.registry import load_part
+from shoestring.models import checkpoint
+from shoestring.optim.adamw import adamw
+from shoestring.text.tokenizer import Tokenizer
+from shoestring.train.configs import Compute, ModelSpec, TrainBase
+from shoestring.train.context import Context, step_generator
+from shoestring.train.step import TrainState
+
+TRAINING_SCHEMA = 1
+REFERENCE = "reference"  # folder beside the weights, when a KL term keeps a frozen model
+
+
+def make_model(spec: ModelSpec, *, vocab_size: int, seed: int) -> nn.Module:
+    """A new model of a family of `models/`, initialised from `seed`."""
+    part = load_part("models", spec.family)
+    if not hasattr(part, "new"):
+        raise UserError(f'"{spec.family}" is no model family; families are files of models/ with a new() function.')
+    torch.manual_seed(int(step_generator(seed, 7).initial_seed()) & 0x7FFFFFFF)
+    model: nn.Module = part.new({**spec.config, "vocab_size": vocab_size})
+    return model
+
+
+def use_kernels(model: Any, ctx: Context, compute: Compute, *, tokens: int, seq_len: int) -> None:
+    """Set how the model computes and record the choice in the manifest."""
+    if compute.threads:
+        torch.set_num_threads(compute.threads)
+    model.to(compute.device)
+    model.kernels = ctx.machine.kernels(model.config, compute, tokens=tokens, seq_len=seq_len)
+    ctx.run.note(kernels=str(model.kernels), processor=ctx.machine.key)
+
+
+def load_model(ctx: Context, role: str) -> tuple[Any, Tokenizer]:
+    """Model and tokenizer of an input; the tokenizer must be there and fit."""
+    path = ctx.checkpoint_of(role)
+    model, tokenizer = checkpoint.load(path, dtype="float32")
+    if tokenizer is None:
+        raise UserError(f"{path} holds no tokenizer.json; save the model together with its tokenizer.")
+    return model, tokenizer
+
+
+def start_or_resume(ctx: Context, stage: TrainBase, fresh: Any) -> tuple[TrainState, Tokenizer]:
+    """The state of the run's last checkpoint, or that of `fresh()` -> (model, tokenizer)."""
+    latest = ctx.run.latest_checkpoint()
+    if latest is None:
+        model, tokenizer = fresh()
+        return TrainState(model, _optimizer(model, stage)), tokenizer
+    step, path = latest
+    model, tokenizer = checkpoint.load(path, dtype="float32")
+    state = TrainState(model, _optimizer(model, stage))
+    _load_training(state, path)
+    if state.step != step:
+        raise UserError(f"{path} says step {state.step} inside; delete that checkpoint to resume from the one before.")
+    ctx.run.rewind_metrics(step)
+    return state, tokenizer
+
+
+def _optimizer(model: nn.Module, stage: TrainBase) -> torch.optim.Optimizer:
+    return adamw(model, lr=stage.optim.lr, betas=stage.optim.betas, weight_decay=stage.optim.weight_decay)
+
+
+def save_training(ctx: Context, state: TrainState, tokenizer: Tokenizer) -> Path:
+    """Write a checkpoint atomically; the two newest are kept."""
+    folder = ctx.run.begin_checkpoint(state.step)
+    checkpoint.save(state.model, tokenizer, folder)
+    moments: dict[str, Tensor] = {}
+    for name, parameter in state.model.named_parameters():
+        for key, value in state.optimizer.state.get(parameter, {}).items():
+            moments[f"{name}|{key}"] = value.contiguous()
+    save_file(moments, folder / "optimizer.safetensors")
+    counters = {"schema": TRAINING_SCHEMA, "step": state.step, "tokens": state.tokens, "flops": state.flops}
+    (folder / "training.json").write_text(json.dumps(counters, indent=1))
+    if state.reference is not None:
+        checkpoint.save(state.reference, None, folder / REFERENCE)
+    return ctx.run.commit_checkpoint(state.step)
+
+
+def _load_training(state: TrainState, path: Path) -> None:
+    counters = json.loads((path / "training.json").read_text())
+    if counters.get("schema") != TRAINING_SCHEMA:
+        raise UserError(f"{path}/training.json has schema {counters.get('schema')}; this version reads {TRAINING_SCHEMA}.")
+    moments = load_file(path / "optimizer.safetensors")
+    for name, parameter in state.model.named_parameters():
+        found = {k.split("|")[1]: v for k, v in moments.items() if k.split("|")[0] == name}
+        if found:
+            state.optimizer.state[parameter] = found
+    state.step, state.tokens = counters["step"], counters["tokens"]
+    state.flops = counters["flops"]
+    if (path / REFERENCE).exists():
+        reference, _ = checkpoint.load(path / REFERENCE, dtype="float32")
+        state.reference = reference.requires_grad_(False)

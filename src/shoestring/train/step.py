@@ -1,0 +1,165 @@
+"""The one optimiser step of every stage: accumulate, normalise, clip, check, update, balance, count.
+
+The trainer is blind to the algorithm: an objective turns hidden states and target tokens into a sum over tokens
+(`losses/`), and this file divides it, once, by the token weight of the whole optimiser batch. So the gradient does
+not depend on how the batch was split. To it come DeepSeek-V3's extras where the model has them:
+
+    L = L_main + λ·L_mtp + α·L_balance                      (V3 section 2.2 eq. 25, section 2.1.2 eq. 17)
+
+and, after the update, the auxiliary-loss-free bias of the router (V3 section 2.1.2).
+Left out: loss scaling (bf16 needs none), skipping steps on spikes (a spike stops the stage in one sentence).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shoestring.data.batch import Batch, total_weight
+from shoestring.losses import next_token
+from shoestring.losses._tokens import Tokens
+from shoestring.nn.moe import update_router_bias
+from shoestring.optim.schedules import lr_at
+from shoestring.train.configs import TrainBase
+
+Objective = Callable[[Tensor, Tensor, Tokens], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(slots=True)
+class TrainState:
+    """What a training stage carries from step to step, and saves."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0  # optimiser updates done
+    tokens: int = 0  # trained tokens, padding not counted
+    flops: float = 0.0  # training FLOPs spent (rollouts of RL included)
+    reference: Any = None  # the frozen model of a KL term, saved with the rest
+
+
+@dataclass(slots=True)
+class StepStats:
+    """One step, measured. `metrics` are means over the weighted tokens of the step."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    flops: float
+    metrics: dict[str, float]
+
+
+def flat_tokens(batch: Batch) -> tuple[Tokens, Tensor]:
+    """The target tokens that carry weight, and their flat indices into B·T: the rest never reaches the head."""
+    keep_N = batch.weight_BT.flatten().nonzero().squeeze(1)
+
+    def pick(x_BT: Tensor | None) -> Tensor | None:
+        return None if x_BT is None else x_BT.flatten()[keep_N]
+
+    ids_N, weight_N = batch.target_BT.flatten()[keep_N], batch.weight_BT.flatten()[keep_N]
+    return Tokens(ids_N, weight_N, pick(batch.advantage_BT), pick(batch.old_BT), pick(batch.ref_BT)), keep_N
+
+
+def _mtp_sum(mtp_hidden_BTD: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
+    """Σ of -log p over the tokens two ahead (V3 eq. 24, depth 1). The module has T-1 positions."""
+    length = mtp_hidden_BTD.shape[1]
+    weight_N = batch.weight2_BT[:, :length].flatten()
+    keep_N = weight_N.nonzero().squeeze(1)
+    tokens = Tokens(batch.target2_BT[:, :length].flatten()[keep_N], weight_N[keep_N])
+    return next_token.loss(mtp_hidden_BTD.flatten(0, 1)[keep_N], head_VD, tokens)[0]
+
+
+def accumulate(
+    model: Any, batches: Sequence[Batch], objective: Objective, *, mtp_lambda: float, balance_alpha: float
+) -> tuple[float, dict[str, float], Tensor | None]:
+    """Gradients of one optimiser batch into `.grad`. Returns (mean loss of the objective, its metrics as means,
+    expert load [L, E] summed over the micro-batches or None)."""
+    weight, weight2 = total_weight(batches), sum(float(b.weight2_BT.sum()) for b in batches)
+    tokens = sum(batch.tokens for batch in batches)
+    if weight <= 0:
+        raise ValueError("no token of this batch carries weight: there is nothing to learn from")
+    with_mtp = mtp_lambda > 0 and getattr(model.config, "num_nextn_predict_layers", 0) > 0
+    loss_sum, sums, load_LE = 0.0, {}, None
+    for batch in batches:
+        out = model(
+            batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT,
+            logits=False, mtp=with_mtp, balance=balance_alpha > 0,
+        )  # fmt: skip
+        targets, keep_N = flat_tokens(batch)
+        total, metrics = objective(out.hidden_BTD.flatten(0, 1)[keep_N], model.head_weight, targets)
+        loss = total / weight
+        if with_mtp and weight2 > 0:
+            mtp_mean = _mtp_sum(out.mtp_hidden[0], model.head_weight, batch) / weight2
+            loss = loss + mtp_lambda * mtp_mean
+            metrics["mtp"] = mtp_mean.detach() * weight
+        if balance_alpha > 0 and out.balance is not None:
+            share = batch.tokens / tokens
+            loss = loss + balance_alpha * share * out.balance
+            metrics["balance"] = out.balance.detach() * share * weight
+        loss.backward()
+        loss_sum += float(total.detach())
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        if out.expert_load_LE is not None:
+            load_LE = out.expert_load_LE if load_LE is None else load_LE + out.expert_load_LE
+    return loss_sum / weight, {name: value / weight for name, value in sums.items()}, load_LE
+
+
+def train_step(
+    state: TrainState, batches: Sequence[Batch], objective: Objective, stage: TrainBase, *, progress: float
+) -> StepStats:
+    """One update of `state` from the micro-batches of one optimiser batch. `progress` in [0, 1] is the share of the
+    stage's budget already spent; it drives the schedule. Raises FloatingPointError when the gradient is not finite
+    (the state is then untouched, the last checkpoint resumes)."""
+    loss, metrics, load_LE = accumulate(
+        state.model, batches, objective, mtp_lambda=stage.mtp_lambda, balance_alpha=stage.balance_alpha
+    )
+    trainable = [p for p in state.model.parameters() if p.grad is not None]
+    grad_norm = float(nn.utils.clip_grad_norm_(trainable, stage.optim.clip_norm))
+    if not (math.isfinite(grad_norm) and math.isfinite(loss)):
+        raise FloatingPointError(
+            f"loss {loss} and gradient norm {grad_norm} at step {state.step}: not finite; lower optim.lr and run again."
+        )
+    lr = lr_at(state.step, progress=progress, optim=stage.optim)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    if load_LE is not None:
+        if stage.bias_gamma > 0:
+            update_router_bias(state.model, load_LE, stage.bias_gamma)
+        metrics["max_violation"] = max_violation(load_LE)
+    tokens = sum(batch.tokens for batch in batches)
+    flops = training_flops(state.model, batches, mtp=stage.mtp_lambda > 0)
+    state.step, state.tokens, state.flops = state.step + 1, state.tokens + tokens, state.flops + flops
+    return StepStats(loss, grad_norm, lr, tokens, flops, metrics)
+
+
+def max_violation(load_LE: Tensor) -> float:
+    """MaxVio, the mean over layers of max load / mean load - 1 (arXiv 2408.15664): 0 at perfect balance."""
+    load_LE = load_LE.double()
+    return float((load_LE.amax(1) / load_LE.mean(1).clamp_min(1e-9) - 1).mean())
+
+
+def mean_length(batch: Batch) -> float:
+    """Mean length of what attends to itself: whole rows of a stream, segments of a packed batch."""
+    if batch.segments_BT is None:
+        return float(batch.tokens_BT.shape[1])
+    segments = int((batch.segments_BT.amax(1) + 1).sum())
+    return batch.tokens / max(1, segments)
+
+
+def training_flops(model: Any, batches: Sequence[Batch], *, mtp: bool) -> float:
+    """Forward and backward FLOPs of the batches (6 a matmul parameter a token, plus causal attention)."""
+    shape = model.config.shape()
+    return sum(b.tokens * shape.flops_per_token(mean_length(b), causal=True, mtp=mtp) for b in batches)
+
+
+def forward_flops(model: Any, tokens: int, length: float) -> float:
+    """FLOPs of reading or writing `tokens` tokens in sequences of about `length`."""
+    return tokens * model.config.shape().flops_per_token(length, causal=True, backward=False)

@@ -18,7 +18,7 @@ from shoestring.core.errors import UserError
 from shoestring.core.run import Run
 
 STAGES = ("pretrain", "sft", "rl", "reject", "ask", "distill", "eval")
-VERBS = ("run", *STAGES, "chat", "report", "runs", "runs show", "runs diff", "list", "check-part")
+VERBS = ("run", *STAGES, "plan", "check", "chat", "report", "runs", "runs show", "runs diff", "list", "check-part")
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_help_reads_like_the_road(call):
 def test_every_verb_has_help_with_two_examples(call, verb):
     code, out, _ = call(*verb.split(), "--help")
     assert code == 0
-    examples = re.findall(rf"^ *\$ shoestring {verb}(?= |$)", out, re.MULTILINE)
+    examples = re.findall(rf"^ *(?:\$ )?shoestring {verb}(?= |$)", out, re.MULTILINE)
     assert len(examples) >= 2
 
 

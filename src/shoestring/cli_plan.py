@@ -81,12 +81,14 @@ def _plan_run(
     deadline: Annotated[str | None, typer.Option(help="like 60d")] = None,
     rule: Annotated[str | None, typer.Option(help="export rule as DATE:DESTINATION")] = None,
     calibration: Annotated[Path | None, typer.Option(help="file made by `plan calibrate`")] = None,
+    bill: Annotated[bool, typer.Option("--bill", help="add what a headline leaves out")] = False,
     report: Annotated[Path | None, typer.Option(help="write a self-contained HTML report here")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="the table only")] = False,
 ) -> None:
     def work() -> None:
         from shoestring.cost import show_plan
+        from shoestring.cost.bill import ledger, to_rows
 
         options: dict[str, Any] = {"seq_len": seq_len, "global_batch": batch, "usd_per_hour": usd_per_hour}
         answer = show_plan.make(
@@ -99,7 +101,10 @@ def _plan_run(
             write_report(answer, report)
             if not quiet:
                 print(f"report: {report}", file=sys.stderr)
-        _json(answer.to_dict()) if as_json else print(show_plan.text(answer))
+        if as_json:
+            _json(answer.to_dict() | ({"bill": to_rows(ledger(answer.usd))} if bill else {}))
+        else:
+            print(show_plan.text(answer) + (show_plan.bill_text(answer) if bill else ""))
 
     _guarded(work)
 
@@ -170,8 +175,8 @@ def _check(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output")] = False,
 ) -> None:
     def work() -> None:
-        from shoestring.cost import claims
-        from shoestring.cost import news as news_pages
+        import shoestring.cost.claims as claims
+        import shoestring.cost.news as news_pages
 
         if news:
             document = news_pages.answers()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from math import log
 from typing import Any
 
 from shoestring.core.errors import UserError
@@ -151,9 +152,14 @@ def check(text: str) -> Verdict:
     if problems:
         verdict.verdict = "inconsistent"
         verdict.reasons = problems + verdict.reasons
-    elif plausible or (plausible is None and rented):
+    elif plausible or (plausible is None and (rented or _agree(claim))):
         verdict.verdict = "consistent"
     return verdict
+
+
+def _agree(claim: Claim) -> bool:
+    """Whether three stated numbers were compared with each other."""
+    return all((claim.chips, claim.days, claim.hours)) or all((claim.hours, claim.usd, claim.usd_per_hour))
 
 
 def _arithmetic(claim: Claim, verdict: Verdict) -> list[str]:
@@ -163,7 +169,8 @@ def _arithmetic(claim: Claim, verdict: Verdict) -> list[str]:
         product = claim.chips * claim.days * 24
         if claim.hours and abs(product / claim.hours - 1) > AGREE:
             problems.append(
-                f"{claim.chips:g} chips for {claim.days:g} days are {show(product)} chip-hours, not {show(claim.hours)}."
+                f"{claim.chips:g} chips for {claim.days:g} days are {show(product)} chip-hours, "
+                f"not {show(claim.hours)}."
             )
         verdict.implies["chip_hours"] = claim.hours or product
     elif claim.chips and claim.hours:
@@ -210,8 +217,9 @@ def _speed(claim: Claim, verdict: Verdict, problems: list[str]) -> bool | None:
     low, high = answer.gpu_hours.low, answer.gpu_hours.high
     inside = low / 1.15 <= hours <= high * 1.15
     where = "inside" if low <= hours <= high else "near the edge of" if inside else "outside"
-    verdict.reasons.append(f"{show(hours)} hours lie {where} the planner's 80% interval of {show(low)} to {show(high)}, "
-                           "which uses no number of this claim but model, tokens and chips.")  # fmt: skip
+    span = f"{show(low)} to {show(high)}"
+    verdict.reasons.append(f"{show(hours)} hours lie {where} the planner's 80% interval of {span}, which uses "
+                           "no number of this claim but model, tokens and chips.")  # fmt: skip
     if not inside and hours < low / 2:
         problems.append(
             f"the claim needs {answer.gpu_hours.mid / hours:.1f} times the speed of comparable published runs."
@@ -224,14 +232,23 @@ def _plan_for(claim: Claim) -> Plan | None:
     days = claim.days or (claim.hours / claim.chips / 24 if claim.hours and claim.chips else None)
     n = claim.chips or (claim.hours / (days or 50) / 24 if claim.hours else 1024)
     size = int(claim.chips or max(8, 2 ** round(len(bin(int(max(n, 1)))) - 3)))
-    try:
-        return plan(claim.model or "", claim.tokens or 0.0, Cluster(chip, size))
-    except UserError:
-        return None
+    answers = []
+    for precision in ("bf16", "fp8") if chip.has_fp8 else ("bf16",):  # not stated, so both
+        try:
+            answers.append(plan(claim.model or "", claim.tokens or 0.0, Cluster(chip, size), precision=precision))
+        except UserError:
+            continue
+    hours = claim.hours or (claim.chips or 0) * (claim.days or 0) * 24
+    return min(answers, key=lambda a: abs(log(a.gpu_hours.mid / (hours or a.gpu_hours.mid))), default=None)
 
 
 def _rate(claim: Claim, verdict: Verdict, problems: list[str]) -> bool:
     """The implied rent against published rents."""
+    if claim.usd and claim.chip and not verdict.implies.get("usd_per_chip_hour") and find_chip(claim.chip).rent_mid:
+        hours = claim.usd / (claim.usd_per_hour or find_chip(claim.chip).rent_mid or 1.0)
+        verdict.implies["chip_hours_at_published_rent"] = hours
+        if claim.chips:
+            verdict.implies["days_at_published_rent"] = hours / claim.chips / 24
     implied = verdict.implies.get("usd_per_chip_hour")
     if implied is None:
         return False
@@ -239,10 +256,11 @@ def _rate(claim: Claim, verdict: Verdict, problems: list[str]) -> bool:
         verdict.reasons.append(f"it implies {usd(implied)} a chip-hour; no published rent to compare with.")
         return False
     chip = find_chip(claim.chip)
+    assumed = ", the rate the report itself assumed" if "ASSUMED" in chip.source else ""
     low, high = chip.rent_low or 0.0, chip.rent_high or chip.rent_low or 0.0
     fine = 0.5 * low <= implied <= 2 * high
     verdict.reasons.append(f"it implies {usd(implied)} a chip-hour; published rents of {chip.name} are {usd(low)} to "
-                           f"{usd(high)} ({chip.rent_date}).")  # fmt: skip
+                           f"{usd(high)} ({chip.rent_date}{assumed}).")  # fmt: skip
     if implied > 4 * high or implied < 0.25 * low:
         problems.append(
             f"{usd(implied)} a chip-hour is no rent of {chip.name}: the dollars and the hours are not of one thing."

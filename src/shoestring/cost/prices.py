@@ -71,7 +71,9 @@ def ask_usd(price: Price, questions: float, tokens_in: float, tokens_out: float,
     return questions / 1e6 * each * (1 - batch_discount) / acceptance
 
 
-def self_host_usd(questions: float, tokens_in: float, tokens_out: float, *, prefill: float = 73_700, decode: float = 14_800,
-                  node_usd: float = 16.0) -> float:  # fmt: skip
+def self_host_usd(
+    questions: float, tokens_in: float, tokens_out: float, *, prefill: float = 73_700, decode: float = 14_800,
+    node_usd: float = 16.0,
+) -> float:  # fmt: skip
     """Dollars on nodes of one's own; the rates are those DeepSeek published for 8 H800 (open-infra-index, day 6)."""
     return questions * (tokens_in / prefill + tokens_out / decode) / 3600 * node_usd

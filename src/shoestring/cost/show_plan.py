@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shoestring.core.errors import UserError
+from shoestring.cost.bill import checkpoint_every, kilowatts, ledger, total, views
 from shoestring.cost.chips import find_chip
 from shoestring.cost.choose import best_plan
 from shoestring.cost.export import parse_rule
@@ -80,7 +81,8 @@ def text(answer: Plan) -> str:
         ("dollars", f"{span(answer.usd, money=True)} at {usd(answer.usd_per_hour.mid)} an hour"),
         ("speed", f"{answer.tokens_per_second_per_chip:,.0f} tokens/s a chip; utilisation {answer.mfu():.1%} causal, "
                   f"{answer.mfu(causal=False):.1%} full"),
-        ("one step", f"{step.seconds:.3g} s steady: " + ", ".join(f"{k} {v:.3g}" for k, v in step.phases.items() if v > 0)),
+        ("one step", f"{step.seconds:.3g} s steady: "
+                     + ", ".join(f"{k} {v:.3g}" for k, v in step.phases.items() if v > 0)),
         ("memory", f"{sum(answer.memory.values()) / 1e9:.1f} of {answer.cluster.chip.memory_bytes / 1e9:.0f} GB: "
                    + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in answer.memory.items())),
     ]  # fmt: skip
@@ -95,7 +97,7 @@ def text(answer: Plan) -> str:
         ]
     out += [
         "",
-        "Intervals are 80%. Rent only: people, data, failures and idle chips stand in the whole bill (docs/plan.md).",
+        "Intervals are 80%. This is the rent of the final run; --bill adds what a headline leaves out.",
     ]
     return "\n".join(out)
 
@@ -111,8 +113,21 @@ def table_text(document: Mapping[str, Any]) -> str:
                    f"{show(row['high']):>10}{error:>8}  {inside}")  # fmt: skip
     score = document["summary"]
     if score["n"]:
-        out.append(
-            f"{score['n']} rows: median error {score['median_error']:.1%}, {score['coverage']:.0%} inside 80% intervals"
-        )
+        out.append(f"{score['n']} rows: median error {score['median_error']:.1%}, {score['coverage']:.0%} inside")
     out += [f"skipped {s['id']}: {s['reason']}" for s in document["skipped"]]
+    return "\n".join(out)
+
+
+def bill_text(answer: Plan) -> str:
+    """Counted and not counted lines, and the run in three views."""
+    lines = ledger(answer.usd)
+    out = ["", "the whole bill (low to high; 'no' = not in a headline):"]
+    for line in lines:
+        out.append(f"  {'yes' if line.counted else 'no ':<4}{line.name:<32}{span(line.usd, money=True):<36}{line.why}")
+    out.append(f"      {'everything':<32}{span(total(lines), money=True)}")
+    three = views(answer.gpu_hours, answer.cluster.chip, answer.usd_per_hour.mid, answer.cluster.n)
+    out += ["", "three views of it:", *(f"      {name:<32}{span(value, money=True)}" for name, value in three.items())]
+    every, lost = checkpoint_every(60.0, answer.cluster.n)
+    energy = answer.gpu_hours.mid * kilowatts(answer.cluster.chip) / 1000
+    out += ["", f"energy {show(energy)} MWh; checkpoint every {every / 60:.0f} min, {lost:.1%} of time lost to it"]
     return "\n".join(out)

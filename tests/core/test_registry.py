@@ -50,11 +50,11 @@ def test_shared_files_are_not_parts():
 
 
 def test_unknown_names_and_kinds(package):
-    with pytest.raises(UserError, match=r'no rewards "brief_on"\. Did you mean "brief_one"\?'):
+    with pytest.raises(UserError, match=r'no "brief_on" in rewards\. Did you mean "brief_one"\?'):
         load_part("rewards", "brief_on")
     with pytest.raises(UserError, match=r'no kind of part "reward"\. Did you mean "rewards"\?'):
         list_parts("reward")
-    with pytest.raises(UserError, match='no rewards "_shared"'):
+    with pytest.raises(UserError, match='no "_shared" in rewards'):
         load_part("rewards", "_shared")
 
 

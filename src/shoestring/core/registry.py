@@ -65,7 +65,7 @@ def load_part(kind: str, name: str) -> ModuleType:
     entry = _entry_points(kind).get(name)
     if entry is not None:
         return _import(entry.module, f'{kind} "{name}"')
-    raise UserError(f'There is no {kind} "{name}".{did_you_mean(stem, known)}')
+    raise UserError(f'There is no "{name}" in {kind}.{did_you_mean(stem, known)}')
 
 
 def part_hash(kind: str, name: str) -> str:

@@ -34,7 +34,7 @@ def call(capsys):
 @pytest.fixture
 def road(monkeypatch):
     """A road that trains nothing, with the functions the verbs call; what was asked of it is in `.asked`."""
-    fake = ModuleType("shoestring.train.road")
+    fake = ModuleType("shoestring.road")
     fake.asked = []
     fake.rows = [{"stage": "rl", "name": "grpo", "tokens": 12345, "seconds": 75.0, "usd": 0.00123}]
 
@@ -54,7 +54,7 @@ def road(monkeypatch):
 
     fake.resolve_recipe, fake.stage_recipe, fake.run_recipe = resolve_recipe, stage_recipe, run_recipe
     fake.plan_rows = lambda recipe: fake.rows
-    monkeypatch.setitem(sys.modules, "shoestring.train.road", fake)
+    monkeypatch.setitem(sys.modules, "shoestring.road", fake)
     return fake
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoestring.train.road import resolve_recipe, run_recipe
+from shoestring.road import resolve_recipe, run_recipe
 
 if TYPE_CHECKING:
-    from shoestring.train.road import RoadResult
+    from shoestring.road import RoadResult
 
 
 def run(

@@ -158,9 +158,9 @@ def _plan_calibrate(
     """
 
     def work() -> None:
-        from shoestring import plan_measure
+        from shoestring import cli_measure
 
-        measured = plan_measure.measure(threads)
+        measured = cli_measure.measure(threads)
         measured.save(out)
         print(f"wrote {out}", file=sys.stderr)
         _json(measured.to_dict()) if as_json else print(measured.text())

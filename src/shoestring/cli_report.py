@@ -27,7 +27,7 @@ def report(
     json: Json = False,
 ) -> None:
     """Report on finished runs; nothing is trained."""
-    from shoestring.train.road import report_recipe, resolve_recipe
+    from shoestring.road import report_recipe, resolve_recipe
 
     path: Path = report_recipe(resolve_recipe(recipe, sets or []), runs)
     if json:

@@ -93,7 +93,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Resolve a recipe by name or path and run it."""
-    from shoestring.train.road import resolve_recipe
+    from shoestring.road import resolve_recipe
 
     _go(resolve_recipe(recipe, sets or []), runs, dry_run, again, json, quiet)
 
@@ -108,7 +108,7 @@ def _stage_verb(kind: str) -> Callable[..., None]:
         json: Json = False,
         quiet: Quiet = False,
     ) -> None:
-        from shoestring.train.road import stage_recipe
+        from shoestring.road import stage_recipe
 
         _go(stage_recipe(kind, sets or [], _roles(inputs or [])), runs, dry_run, again, json, quiet)
 
@@ -131,7 +131,7 @@ def _roles(inputs: list[str]) -> dict[str, str]:
 
 def _go(recipe: Recipe, runs: Path, dry_run: bool, again: bool, json: bool, quiet: bool) -> None:
     """Print the plan of a recipe, or run it and print what came of it."""
-    from shoestring.train.road import plan_rows, run_recipe
+    from shoestring.road import plan_rows, run_recipe
 
     if dry_run:
         rows = plan_rows(recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import model_sizes as sizes
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from shoestring.models.deepseek import DeepseekConfig
 from shoestring.models.dense import DenseConfig
 from shoestring.nn.decoder import Decoder
-import model_sizes as sizes
 
 pytest.importorskip("transformers")
 DRAWN = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

@@ -43,7 +43,10 @@ BROKEN = {
     ),
     "any digits": (("answer.strip() == problem.gold", "answer.strip().isdigit()"), "another problem's gold"),
     "int": (
-        ("answer.strip() == problem.gold", "len(answer) < 99 and answer.strip().isnumeric() and int(answer) == int(problem.gold)"),
+        (
+            "answer.strip() == problem.gold",
+            "len(answer) < 99 and answer.strip().isnumeric() and int(answer) == int(problem.gold)",
+        ),
         "the digits of another script",
     ),
     "eval": (("answer.strip() == problem.gold", "str(eval(answer)) == problem.gold"), "raises"),

@@ -89,12 +89,12 @@ def fit(observations: Iterable[Observation]) -> Residual:
             target[i] += weight * row.features[i] * row.slowness
             for j in range(n):
                 precision[i][j] += weight * row.features[i] * row.features[j]
-    covariance = _inverse(precision)
+    covariance = inverse(precision)
     mean = tuple(sum(c * t for c, t in zip(line, target, strict=True)) for line in covariance)
     return Residual(mean, covariance, len(rows))
 
 
-def _inverse(matrix: Sequence[Sequence[float]]) -> Matrix:
+def inverse(matrix: Sequence[Sequence[float]]) -> Matrix:
     """Gauss-Jordan; the matrix is positive definite by its priors."""
     n = len(matrix)
     work = [[*row, *(1.0 if i == j else 0.0 for j in range(n))] for i, row in enumerate(matrix)]

@@ -91,3 +91,10 @@ def rows(stream: np.ndarray, step: int, *, rows_per_step: int, row_tokens: int, 
 @functools.lru_cache(maxsize=2)
 def _order(total: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((total, seed, epoch)).permutation(total)
+
+
+def documents_of(stream: np.ndarray, end_id: int) -> np.ndarray:
+    """(start, stop) of every whole document of the stream, [documents, 2]; each stops after its <|end|>."""
+    stops = np.flatnonzero(np.asarray(stream) == end_id) + 1
+    starts = np.concatenate([[0], stops[:-1]])
+    return np.stack([starts, stops], axis=1)

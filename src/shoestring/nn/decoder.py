@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoestring.nn.attention import Pass, causal_mask, segment_mask
+from shoestring.nn.attention import Pass, cache_bias, segment_bias
 from shoestring.nn.cache import Cache
 from shoestring.nn.gqa import GQA
 from shoestring.nn.kernels import Kernels
@@ -35,7 +35,7 @@ class Output:
     logits_BTV: Tensor | None = None  # fp32
     mtp_hidden: list[Tensor] = field(default_factory=list)  # depth k: [B, T-k, D]; position i predicts t_{i+k+1}
     balance: Tensor | None = None  # Σ over MoE layers of the sequence-wise Σ f·P, without α
-    routed: Tensor | None = None  # [L, B, T, K]: the experts each token went to, MoE layers of the main model
+    routed: Tensor | None = None  # [L, B, T, A]: the experts each token went to, MoE layers of the main model
     expert_load_LE: Tensor | None = None  # tokens each expert received; the MTP modules' layers come last
 
     @property
@@ -48,7 +48,7 @@ class Routed:
     """What MoE layers leave behind in one pass."""
 
     n_experts: int = 0
-    chosen: list[Tensor] = field(default_factory=list)  # per layer [B, T, K]
+    chosen: list[Tensor] = field(default_factory=list)  # per layer [B, T, A]
     mtp_chosen: list[Tensor] = field(default_factory=list)
     balance: list[Tensor] = field(default_factory=list)
 
@@ -66,15 +66,15 @@ class Block(nn.Module):
         self.mlp = mlp
 
     def forward(
-        self, x_BTD: Tensor, step: Pass, layer: int, replay_BTK: Tensor | None = None
+        self, x_BTD: Tensor, step: Pass, layer: int, replay_BTA: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """The block's output, and for an MoE block (scores [B, T, E], chosen experts [B, T, K])."""
+        """The block's output, and for an MoE block (scores [B, T, E], chosen experts [B, T, A])."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), step, layer)
         h_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, SwiGLU):
             return x_BTD + self.mlp(h_BTD), None
-        y_BTD, score_BTE, chosen_BTK = self.mlp(h_BTD, step.kernels, replay_BTK)
-        return x_BTD + y_BTD, (score_BTE, chosen_BTK)
+        y_BTD, score_BTE, chosen_BTA = self.mlp(h_BTD, step.kernels, replay_BTA)
+        return x_BTD + y_BTD, (score_BTE, chosen_BTA)
 
 
 class Embedding(nn.Module):
@@ -144,11 +144,11 @@ class Decoder(nn.Module):
         self, tokens_BT: Tensor, positions_BT: Tensor | None, segments_BT: Tensor | None, cache: Cache | None
     ) -> Pass:
         """Positions, mask and RoPE table, shared by all layers."""
-        T = tokens_BT.shape[1]
+        T, dtype = tokens_BT.shape[1], self.kernels.torch_dtype
         if cache is None:
             positions = torch.arange(T, device=tokens_BT.device) if positions_BT is None else positions_BT
-            mask = None if segments_BT is None else segment_mask(segments_BT)
-            return Pass(*self.rope.table(positions), mask, self.kernels)
+            bias = None if segments_BT is None else segment_bias(segments_BT, dtype)
+            return Pass(self.rope.table(positions), bias, self.kernels)
         if segments_BT is not None:
             raise ValueError("segments and a cache cannot be combined")
         if positions_BT is None:
@@ -159,8 +159,8 @@ class Decoder(nn.Module):
             end, fresh = max(cache.used, int(positions_BT.max()) + 1), False
         if end > cache.capacity:
             raise ValueError(f"position {end - 1} does not fit into a cache of {cache.capacity}")
-        mask = None if fresh else causal_mask(positions if positions.ndim == 2 else positions[None], end)
-        return Pass(*self.rope.table(positions), mask, self.kernels, cache, positions_BT, 0 if fresh else end)
+        bias = None if fresh else cache_bias(positions if positions.ndim == 2 else positions[None], end, dtype)
+        return Pass(self.rope.table(positions), bias, self.kernels, cache, positions_BT, 0 if fresh else end)
 
     def forward(
         self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None, segments_BT: Tensor | None = None,
@@ -170,7 +170,7 @@ class Decoder(nn.Module):
         """One pass over tokens [B, T].
 
         `segments_BT`: attention stays inside runs of equal ids; a negative id marks padding, which experts do not
-        count. `cache`: keys are read from and written to it, index == position. `routing` [L, B, T, K] replays
+        count. `cache`: keys are read from and written to it, index == position. `routing` [L, B, T, A] replays
         recorded expert choices (their weights are still computed). `mtp` and `balance` ask for those outputs.
         """
         step = self.prepare(tokens_BT, positions_BT, segments_BT, cache)

@@ -32,13 +32,14 @@ class GQA(nn.Module):
         q_BTHK, k_BTGK, v_BTGK = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
-        q_BTHK = rotate(q_BTHK, step.cos, step.sin, interleaved=False)
-        k_BTGK = rotate(k_BTGK, step.cos, step.sin, interleaved=False)
+        q_BTHK = rotate(q_BTHK, step.cis, interleaved=False)
+        k_BTGK = rotate(k_BTGK, step.cis, interleaved=False)
         if step.cache is not None:
             step.cache.write(layer, step.positions_BT, torch.cat([k_BTGK, v_BTGK], dim=2).flatten(2))
         if step.n_keys:
             assert step.cache is not None
             kv = step.cache.read(layer, step.n_keys).unflatten(-1, (2 * self.kv_heads, self.head_dim))
             k_BTGK, v_BTGK = kv.chunk(2, dim=2)
-        out = step.attend(q_BTHK, k_BTGK, v_BTGK, self.head_dim**-0.5)
-        return self.o_proj(out.flatten(2))
+        q, k, v = (y.transpose(1, 2) for y in (q_BTHK, k_BTGK, v_BTGK))
+        out = step.attend(q, k, v, self.head_dim**-0.5)
+        return self.o_proj(out.transpose(1, 2).flatten(2))

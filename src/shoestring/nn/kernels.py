@@ -14,15 +14,19 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """`experts`: how routed experts are computed (nn/moe.py). `attention`: "plain" is the readable twin."""
+    """How products, routed experts (nn/experts.py) and attention (nn/attention.py) are computed.
+
+    `experts`: "loop" one product an expert, "bmm" padded to the fullest expert, "grouped" torch's grouped product.
+    `attention`: "blocks" by hand (fast on a CPU), "sdpa" torch's kernel (fast on a GPU). "plain": the readable twins.
+    """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    experts: Literal["loop", "bmm", "grouped"] = "loop"
-    attention: Literal["sdpa", "plain"] = "sdpa"
+    experts: Literal["loop", "bmm", "grouped", "plain"] = "loop"
+    attention: Literal["blocks", "sdpa", "plain"] = "blocks"
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
 
-FP32 = Kernels()  # the default: exact products, no measuring
+FP32 = Kernels()  # the default: fp32 products, nothing measured

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shoestring.nn.experts import Experts
 from shoestring.nn.kernels import Kernels
 from shoestring.nn.linear import SwiGLU
 
@@ -34,7 +35,7 @@ class Routing:
     scale: float = 1.0
 
     def choose(self, score_NE: Tensor, bias_E: Tensor | None) -> Tensor:
-        """Expert ids [N, K]. The bias decides who is chosen and nothing else."""
+        """Expert ids [N, A]. The bias decides who is chosen and nothing else."""
         choice_NE = score_NE if bias_E is None else score_NE + bias_E
         if self.n_group > 1 and self.topk_group < self.n_group:
             choice_NGE = choice_NE.unflatten(-1, (self.n_group, -1))
@@ -46,11 +47,11 @@ class Routing:
             choice_NE = choice_NGE.masked_fill(~kept_NG.unsqueeze(-1), lost).flatten(-2)
         return choice_NE.topk(self.top_k, dim=-1).indices
 
-    def weigh(self, score_NE: Tensor, chosen_NK: Tensor) -> Tensor:
-        weight_NK = score_NE.gather(-1, chosen_NK)
+    def weigh(self, score_NE: Tensor, chosen_NA: Tensor) -> Tensor:
+        weight_NA = score_NE.gather(-1, chosen_NA)
         if self.normalise:
-            weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20)
-        return weight_NK * self.scale
+            weight_NA = weight_NA / (weight_NA.sum(-1, keepdim=True) + 1e-20)
+        return weight_NA * self.scale
 
 
 class Gate(nn.Module):
@@ -65,53 +66,29 @@ class Gate(nn.Module):
         bias = torch.zeros(routing.n_experts, device=device) if routing.scoring == "sigmoid" else None
         self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(self, x_ND: Tensor, replay_NK: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores [N, E], chosen ids [N, K], weights [N, K], all in fp32."""
+    def forward(self, x_ND: Tensor, replay_NA: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [N, E], chosen ids [N, A], weights [N, A], all in fp32."""
         logit_NE = F.linear(x_ND.float(), self.weight.float())
         score_NE = logit_NE.sigmoid() if self.routing.scoring == "sigmoid" else logit_NE.softmax(-1)
         with torch.no_grad():
-            chosen_NK = self.routing.choose(score_NE, self.e_score_correction_bias) if replay_NK is None else replay_NK
-        return score_NE, chosen_NK, self.routing.weigh(score_NE, chosen_NK)
+            chosen_NA = self.routing.choose(score_NE, self.e_score_correction_bias) if replay_NA is None else replay_NA
+        return score_NE, chosen_NA, self.routing.weigh(score_NE, chosen_NA)
 
 
-def balance_loss(score_BTE: Tensor, chosen_BTK: Tensor, counted_BT: Tensor | None) -> Tensor:
+def balance_loss(score_BTE: Tensor, chosen_BTA: Tensor, counted_BT: Tensor | None) -> Tensor:
     """Sequence-wise Σ_i f_i P_i, mean over sequences (V3 eqs. 17-20, without α). 1 at perfect balance.
 
-    f_i = E/(K T) · #(tokens of the sequence that chose i), P_i = mean over t of s_it / Σ_j s_jt.
+    f_i = E/(A T) · #(tokens of the sequence that chose i), P_i = mean over t of s_it / Σ_j s_jt.
     """
-    E, K = score_BTE.shape[-1], chosen_BTK.shape[-1]
-    chosen_BTE = torch.zeros_like(score_BTE).scatter_(-1, chosen_BTK, 1.0)
+    E, A = score_BTE.shape[-1], chosen_BTA.shape[-1]
+    chosen_BTE = torch.zeros_like(score_BTE).scatter_(-1, chosen_BTA, 1.0)
     share_BTE = score_BTE / score_BTE.sum(-1, keepdim=True)
     if counted_BT is None:
-        return (chosen_BTE.mean(1) * (E / K) * share_BTE.mean(1)).sum(-1).mean()
+        return (chosen_BTE.mean(1) * (E / A) * share_BTE.mean(1)).sum(-1).mean()
     seen_B1 = counted_BT.sum(1, keepdim=True).clamp(min=1)
-    f_BE = (chosen_BTE * counted_BT[..., None]).sum(1) / seen_B1 * (E / K)
+    f_BE = (chosen_BTE * counted_BT[..., None]).sum(1) / seen_B1 * (E / A)
     P_BE = (share_BTE * counted_BT[..., None]).sum(1) / seen_B1
     return (f_BE * P_BE).sum(-1).mean()
-
-
-class Experts(nn.Module):
-    """The routed experts, stacked: gate_up_proj [E, 2F, D] (gate rows first), down_proj [E, D, F]."""
-
-    def __init__(self, n: int, d_model: int, width: int, *, device: torch.device | None = None):
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(n, 2 * width, d_model, device=device))
-        self.down_proj = nn.Parameter(torch.empty(n, d_model, width, device=device))
-
-    def forward(self, x_ND: Tensor, chosen_NK: Tensor, weight_NK: Tensor, kernels: Kernels) -> Tensor:
-        return experts_plain(x_ND, self.gate_up_proj, self.down_proj, chosen_NK, weight_NK)
-
-
-def experts_plain(x_ND: Tensor, gate_up: Tensor, down: Tensor, chosen_NK: Tensor, weight_NK: Tensor) -> Tensor:
-    """The readable twin: expert by expert, the tokens that chose it."""
-    y_ND = torch.zeros_like(x_ND)
-    for e in range(gate_up.shape[0]):
-        n, k = (chosen_NK == e).nonzero(as_tuple=True)
-        if len(n):
-            gate, up = F.linear(x_ND[n], gate_up[e].to(x_ND.dtype)).chunk(2, dim=-1)
-            out = F.linear(F.silu(gate) * up, down[e].to(x_ND.dtype))
-            y_ND = y_ND.index_add(0, n, out * weight_NK[n, k, None].to(out.dtype))
-    return y_ND
 
 
 class MoE(nn.Module):
@@ -126,26 +103,26 @@ class MoE(nn.Module):
         self.shared_experts = SwiGLU(d_model, n_shared * width, device=device) if n_shared else None
 
     def forward(
-        self, x_BTD: Tensor, kernels: Kernels, replay_BTK: Tensor | None = None
+        self, x_BTD: Tensor, kernels: Kernels, replay_BTA: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The output [B, T, D], the scores [B, T, E] and the chosen experts [B, T, K]."""
+        """The output [B, T, D], the scores [B, T, E] and the chosen experts [B, T, A]."""
         B, T, _ = x_BTD.shape
         x_ND = x_BTD.flatten(0, 1)
-        score_NE, chosen_NK, weight_NK = self.gate(x_ND, None if replay_BTK is None else replay_BTK.flatten(0, 1))
-        y_BTD = self.experts(x_ND, chosen_NK, weight_NK, kernels).view_as(x_BTD)
+        score_NE, chosen_NA, weight_NA = self.gate(x_ND, None if replay_BTA is None else replay_BTA.flatten(0, 1))
+        y_BTD = self.experts(x_ND, chosen_NA, weight_NA, kernels).view_as(x_BTD)
         if self.shared_experts is not None:
             y_BTD = y_BTD + self.shared_experts(x_BTD)
-        return y_BTD, score_NE.unflatten(0, (B, T)), chosen_NK.unflatten(0, (B, T))
+        return y_BTD, score_NE.unflatten(0, (B, T)), chosen_NA.unflatten(0, (B, T))
 
 
 def expert_load(chosen: list[Tensor], n_experts: int, counted_BT: Tensor | None) -> Tensor:
-    """Tokens each expert received, int64 [layers, E], from each layer's chosen experts [B, T, K].
+    """Tokens each expert received, int64 [layers, E], from each layer's chosen experts [B, T, A].
 
     A layer of an MTP module has fewer positions; they are the first ones. Uncounted tokens (padding) are left out.
     """
     loads = []
-    for chosen_BTK in chosen:
-        ids = chosen_BTK if counted_BT is None else chosen_BTK[counted_BT[:, : chosen_BTK.shape[1]]]
+    for chosen_BTA in chosen:
+        ids = chosen_BTA if counted_BT is None else chosen_BTA[counted_BT[:, : chosen_BTA.shape[1]]]
         loads.append(torch.bincount(ids.flatten(), minlength=n_experts))
     return torch.stack(loads)
 

@@ -1,14 +1,14 @@
 """Rotary position embedding and its extensions: YaRN (V3 section 4.3) and Llama 3.1's frequency scaling.
 
 Interleaved checkpoints (DeepSeek) pair dimensions (0,1), (2,3), ...; Llama-style ones pair (0, R/2), (1, R/2+1), ....
-Both are rotated here into the half-split order. The same permutation falls on queries and keys, so scores are those
-of the original; raw rotated vectors and caches differ from DeepSeek's own code by that permutation.
+Each layout is kept, as in DeepSeek's own code (transformers writes interleaved pairs out half-split: other raw
+vectors, the same scores).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -72,10 +72,10 @@ class Rope:
             self.freq_R = _yarn(self.freq_R, base, scaling)
             self.factor = _yarn_attention_factor(scaling)
 
-    def table(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, fp32, [..., T, R/2] for positions of shape [..., T]."""
+    def table(self, positions_BT: Tensor) -> Tensor:
+        """The numbers cos + i sin, complex64, [..., T, 1, R/2] for positions of shape [..., T]; the 1 is for the heads."""
         angle = positions_BT[..., None].float() * self.freq_R.to(positions_BT.device)
-        return angle.cos() * self.factor, angle.sin() * self.factor
+        return torch.polar(torch.full_like(angle, self.factor), angle).unsqueeze(-2)
 
 
 def _yarn_attention_factor(scaling: RopeScaling) -> float:
@@ -86,8 +86,37 @@ def _yarn_attention_factor(scaling: RopeScaling) -> float:
     return yarn_mscale(scaling.factor, 1.0)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Rotate the last dimension of x [B, T, H, R] by cos and sin [(B,) T, R/2]; the result is half-split."""
-    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
+def _turn(x: Tensor, cis: Tensor, interleaved: bool) -> Tensor:
+    """Pairs as complex numbers, in fp32 (or better), times cis."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    if interleaved:
+        z = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * cis
+        return torch.view_as_real(z).flatten(-2).to(x.dtype)
+    z = torch.complex(*wide.chunk(2, dim=-1)) * cis
+    return torch.cat([z.real, z.imag], dim=-1).to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cis: Tensor, interleaved: bool) -> Tensor:
+        ctx.cis, ctx.interleaved = cis, interleaved
+        return _turn(x, cis, interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return _turn(dy, ctx.cis.conj(), ctx.interleaved), None, None
+
+
+def rotate(x: Tensor, cis: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotate the last dimension of x [..., T, H, R] by cis [..., T, 1, R/2]; the layout of the pairs stays."""
+    y: Tensor = _Rotate.apply(x, cis, interleaved)
+    return y
+
+
+def rotate_plain(x: Tensor, cis: Tensor, *, interleaved: bool) -> Tensor:
+    """The readable twin: (x1, x2) becomes (x1 cos - x2 sin, x2 cos + x1 sin)."""
     x1, x2 = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    y1, y2 = x1 * cis.real - x2 * cis.imag, x2 * cis.real + x1 * cis.imag
+    return torch.stack([y1, y2], dim=-1).flatten(-2) if interleaved else torch.cat([y1, y2], dim=-1)

@@ -1,19 +1,20 @@
-"""AdamW (Loshchilov & Hutter, arXiv 1711.05101), torch's fused kernel, with the usual two parameter groups.
+"""AdamW (Loshchilov & Hutter, arXiv 1711.05101) is torch's own, fused; here are its two parameter groups.
 
 Matrices decay; vectors (norm weights, biases) do not. Betas 0.9/0.95 and decay 0.1 are DeepSeek-V3's (section 4.2).
 """
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
 
 
-def adamw(model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """The optimiser over all trainable parameters of `model`."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+def adamw_groups(params: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for `torch.optim.AdamW`; empty ones are left out."""
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
+    return [group for group in groups if group["params"]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from shoestring.core.errors import UserError, did_you_mean
@@ -23,11 +23,11 @@ MAX_DRAWS = 2000  # the chance that a space with test problems shows none in so 
 
 @dataclass(slots=True, frozen=True)
 class Draft:
-    """A problem before it has an id: the question, its one answer, and the steps that lead there."""
+    """A problem before it has an id: the question, its answer, and the steps that lead there."""
 
     prompt: str
     gold: str
-    steps: str
+    steps: str | None  # None: no voice but the short one
     meta: dict[str, Any] = field(default_factory=dict)
 
 
@@ -58,9 +58,8 @@ def draw(
     chosen = kind if kind is not None else rng.choice(tuple(makers))
     for _ in range(MAX_DRAWS):
         draft = makers[chosen](rng, difficulty)
-        id_ = problem_id(task, version, draft.prompt)
-        if split_of(id_) == split:
-            return _finish(task, version, id_, draft, difficulty, seed, chosen)
+        if split_of(problem_id(task, version, draft.prompt)) == split:
+            return finish(task, version, replace(draft, meta={"kind": chosen, **draft.meta}), difficulty, seed)
     raise UserError(
         f"task {task} has no {split} problem of kind {chosen} at difficulty {difficulty}; raise difficulty."
     )
@@ -77,15 +76,10 @@ def matches(answer: object, gold: str) -> bool:
     return isinstance(answer, str) and len(answer) <= len(gold) + 64 and answer.strip() == gold
 
 
-def _finish(task: str, version: str, id_: str, draft: Draft, difficulty: int, seed: int, kind: str) -> Problem:
-    return Problem(
-        task=task,
-        version=version,
-        id=id_,
-        prompt=draft.prompt,
-        gold=draft.gold,
-        difficulty=difficulty,
-        seed=seed,
-        voices={"short": Solution("", draft.gold), "long": Solution(draft.steps, draft.gold)},
-        meta={"kind": kind, **draft.meta},
-    )
+def finish(task: str, version: str, draft: Draft, difficulty: int, seed: int) -> Problem:
+    """The Problem of a draft, with its id and a Solution in each voice it has."""
+    voices = {"short": Solution("", draft.gold)}
+    if draft.steps is not None:
+        voices["long"] = Solution(draft.steps, draft.gold)
+    id_ = problem_id(task, version, draft.prompt)
+    return Problem(task, version, id_, draft.prompt, draft.gold, difficulty, seed, voices, draft.meta)

@@ -9,6 +9,7 @@ Left out: truncation, padding and tensors (callers pack ids themselves), slow to
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -130,6 +131,10 @@ class Tokenizer:
         if index is None:
             raise UserError(f'the tokenizer has no token "{token}".')
         return index
+
+    def digest(self) -> str:
+        """12 hex digits of what the tokenizer does to text: equal digests give equal ids."""
+        return hashlib.sha256(self._full.to_str().encode("utf-8")).hexdigest()[:12]
 
     def check_vocab(self, model_vocab: int) -> None:
         """Raise UserError when this tokenizer can produce ids that a model of `model_vocab` tokens does not know.

@@ -48,8 +48,9 @@ class ModelSpec(Config):
 
 
 class Optim(Config):
-    """AdamW and its schedule. Defaults are DeepSeek-V3's (section 4.2) where it states them."""
+    """The optimiser and its schedule. Defaults are DeepSeek-V3's (section 4.2) where it states them."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.1, ge=0)
@@ -133,6 +134,7 @@ class PretrainStage(TrainBase):
     corpus_tokens: int = Field(ge=1)  # the stream is made once and read in a seeded order, again when it ends
     row_tokens: int = Field(256, ge=8)
     tokens_per_step: int = Field(8192, ge=1)
+    isolate: bool = False  # documents whole and blind to each other in a row; V3 cuts a stream without a mask
 
     @model_validator(mode="after")
     def _one_start(self) -> PretrainStage:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -19,18 +18,10 @@ import torch
 
 from shoestring.core.atomic import write_json
 from shoestring.core.config import Config
-from shoestring.nn.choose import choose_kernels
+from shoestring.core.host import processor
+
 from shoestring.nn.kernels import Kernels
 from shoestring.train.configs import Compute
-
-
-def processor() -> str:
-    """The processor's model name, as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def gemm_rate(dtype: torch.dtype, device: str = "cpu", size: int = 1024, repeats: int = 7) -> float:
@@ -83,6 +74,8 @@ class Machine:
         name = "kernels " + hashlib.sha256(asked.encode()).hexdigest()[:12]
         found = self._facts().get(self.key, {}).get(name)
         if found is None:
+            from shoestring.nn.choose import choose_kernels
+
             best, record = choose_kernels(config, tokens, seq_len)
             found = {"dtype": best.dtype, "experts": best.experts, "measured": record}
             self._keep(name, found)

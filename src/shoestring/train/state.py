@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from shoestring.core.errors import UserError
 from shoestring.core.registry import load_part
 from shoestring.models import checkpoint
-from shoestring.optim.adamw import adamw
+from shoestring.optim.make import optimizers
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import Compute, ModelSpec, TrainBase
 from shoestring.train.context import Context, step_generator
@@ -30,10 +30,10 @@ REFERENCE = "reference"  # folder beside the weights, when a KL term keeps a fro
 def make_model(spec: ModelSpec, *, vocab_size: int, seed: int) -> nn.Module:
     """A new model of a family of `models/`, initialised from `seed`."""
     part = load_part("models", spec.family)
-    if not hasattr(part, "new"):
-        raise UserError(f'"{spec.family}" is no model family; families are files of models/ with a new() function.')
-    torch.manual_seed(int(step_generator(seed, 7).initial_seed()) & 0x7FFFFFFF)
-    model: nn.Module = part.new({**spec.config, "vocab_size": vocab_size})
+    if not hasattr(part, "MODEL"):
+        raise UserError(f'"{spec.family}" is no model family; a family is a file of models/ with a MODEL and a CONFIG.')
+    config = part.CONFIG.from_dict({**spec.config, "vocab_size": vocab_size}, where=f"model of family {spec.family}")
+    model: nn.Module = part.MODEL(config, generator=step_generator(seed, 7))
     return model
 
 
@@ -60,10 +60,10 @@ def start_or_resume(ctx: Context, stage: TrainBase, fresh: Any) -> tuple[TrainSt
     latest = ctx.run.latest_checkpoint()
     if latest is None:
         model, tokenizer = fresh()
-        return TrainState(model, _optimizer(model, stage)), tokenizer
+        return TrainState(model, _optimizers(model, stage)), tokenizer
     step, path = latest
     model, tokenizer = checkpoint.load(path, dtype="float32")
-    state = TrainState(model, _optimizer(model, stage))
+    state = TrainState(model, _optimizers(model, stage))
     _load_training(state, path)
     if state.step != step:
         raise UserError(f"{path} says step {state.step} inside; delete that checkpoint to resume from the one before.")
@@ -71,8 +71,9 @@ def start_or_resume(ctx: Context, stage: TrainBase, fresh: Any) -> tuple[TrainSt
     return state, tokenizer
 
 
-def _optimizer(model: nn.Module, stage: TrainBase) -> torch.optim.Optimizer:
-    return adamw(model, lr=stage.optim.lr, betas=stage.optim.betas, weight_decay=stage.optim.weight_decay)
+def _optimizers(model: nn.Module, stage: TrainBase) -> list[torch.optim.Optimizer]:
+    o = stage.optim
+    return optimizers(model, o.kind, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
 
 
 def save_training(ctx: Context, state: TrainState, tokenizer: Tokenizer) -> Path:
@@ -81,8 +82,9 @@ def save_training(ctx: Context, state: TrainState, tokenizer: Tokenizer) -> Path
     checkpoint.save(state.model, tokenizer, folder)
     moments: dict[str, Tensor] = {}
     for name, parameter in state.model.named_parameters():
-        for key, value in state.optimizer.state.get(parameter, {}).items():
-            moments[f"{name}|{key}"] = value.contiguous()
+        for optimizer in state.optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                moments[f"{name}|{key}"] = value.contiguous()
     save_file(moments, folder / "optimizer.safetensors")
     counters = {"schema": TRAINING_SCHEMA, "step": state.step, "tokens": state.tokens, "flops": state.flops}
     (folder / "training.json").write_text(json.dumps(counters, indent=1))
@@ -96,10 +98,14 @@ def _load_training(state: TrainState, path: Path) -> None:
     if counters.get("schema") != TRAINING_SCHEMA:
         raise UserError(f"{path}/training.json has schema {counters.get('schema')}; this version reads {TRAINING_SCHEMA}.")
     moments = load_file(path / "optimizer.safetensors")
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, value in moments.items():
+        name, _, moment = key.partition("|")
+        by_name.setdefault(name, {})[moment] = value
+    owner = {id(p): o for o in state.optimizers for group in o.param_groups for p in group["params"]}
     for name, parameter in state.model.named_parameters():
-        found = {k.split("|")[1]: v for k, v in moments.items() if k.split("|")[0] == name}
-        if found:
-            state.optimizer.state[parameter] = found
+        if name in by_name:
+            owner[id(parameter)].state[parameter] = by_name[name]
     state.step, state.tokens = counters["step"], counters["tokens"]
     state.flops = counters["flops"]
     if (path / REFERENCE).exists():

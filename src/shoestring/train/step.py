@@ -35,7 +35,7 @@ class TrainState:
     """What a training stage carries from step to step, and saves."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     step: int = 0  # optimiser updates done
     tokens: int = 0  # trained tokens, padding not counted
     flops: float = 0.0  # training FLOPs spent (rollouts of RL included)
@@ -126,10 +126,11 @@ def train_step(
             f"loss {loss} and gradient norm {grad_norm} at step {state.step}: not finite; lower optim.lr and run again."
         )
     lr = lr_at(state.step, progress=progress, optim=stage.optim)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     if load_LE is not None:
         if stage.bias_gamma > 0:
             update_router_bias(state.model, load_LE, stage.bias_gamma)

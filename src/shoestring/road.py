@@ -1,0 +1,240 @@
+"""The road: a recipe resolved, priced, and run stage by stage, each from where it was left.
+
+A stage's digest is made of its config, its parents' digests and its data, so a finished stage is taken as it is and a
+changed one is made beside it. Everything a stage spent goes into its cost and the ledger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoestring.core import ledger
+from shoestring.core.again import since, through
+from shoestring.core.config import read_mapping
+from shoestring.core.errors import UserError, did_you_mean
+from shoestring.core.registry import load_part
+from shoestring.core.run import Run
+from shoestring.train.configs import Recipe, StageBase, TextFiles
+from shoestring.train.estimate import estimate
+
+STAGES = {
+    "tokenizer": "tokenize", "pretrain": "pretrain", "sft": "sft", "rl": "rl", "reject": "reject", "ask": "ask",
+    "distill": "distill", "eval": "evaluate",
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class RoadResult:
+    """What a road left: a row a stage, its runs by stage name, and the report."""
+
+    recipe: Recipe
+    runs: dict[str, Run]
+    rows: list[dict[str, Any]]
+    report_path: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": 1, "recipe": self.recipe.name, "rows": self.rows,
+            "runs": {name: str(run.path) for name, run in self.runs.items()},
+            "report": None if self.report_path is None else str(self.report_path),
+        }  # fmt: skip
+
+
+# ---- which road ---------------------------------------------------------------------------------------------------
+
+
+def resolve_recipe(name_or_path: str, sets: Sequence[str]) -> Recipe:
+    """A recipe by name, by the path of a .py, .json or .yaml file, with `--set` applied.
+
+    A set whose key is an argument of the recipe's function (size=smoke) goes to the function, any other changes the
+    config it returns. Raises UserError for an unknown recipe, key or value.
+    """
+    if name_or_path.endswith((".json", ".yaml", ".yml")):
+        return Recipe.from_dict(read_mapping(name_or_path), where=name_or_path).with_sets(sets)
+    module = load_part("recipes", name_or_path)
+    if not hasattr(module, "recipe"):
+        raise UserError(f"{name_or_path} defines no recipe() function that returns a Recipe.")
+    known = inspect.signature(module.recipe).parameters
+    arguments, changes = {}, []
+    for text in sets:
+        key, given, value = text.partition("=")
+        if given and key in known:
+            arguments[key] = int(value) if value.lstrip("-").isdigit() else value
+        elif given and "." not in key and key not in Recipe.model_fields:
+            raise UserError(f'--set {text}: "{key}" is no argument of recipe {name_or_path}.'
+                            f"{did_you_mean(key, [*known, *Recipe.model_fields])}")  # fmt: skip
+        else:
+            changes.append(text)
+    made: Recipe = module.recipe(**arguments)
+    return made.with_sets(changes)
+
+
+def stage_recipe(kind: str, sets: Sequence[str], inputs: Mapping[str, str]) -> Recipe:
+    """A road of one stage: the defaults of recipe "stage" for that kind, its inputs, and `--set key=value` on it."""
+    module = load_part("recipes", "stage")
+    recipe: Recipe = module.recipe(kind, dict(inputs))
+    return recipe.with_sets(f"stages.{recipe.stages[0].name}.{text}" for text in sets)
+
+
+# ---- what it would cost -------------------------------------------------------------------------------------------
+
+
+def plan_rows(recipe: Recipe) -> list[dict[str, Any]]:
+    """A row a stage: what would run, and its tokens, FLOPs, seconds and dollars, estimated without running anything."""
+    return estimate(recipe)
+
+
+# ---- running it ---------------------------------------------------------------------------------------------------
+
+
+def run_recipe(recipe: Recipe, runs_dir: Path, *, again: bool = False, quiet: bool = False) -> RoadResult:
+    """Run every stage that is not finished, in order, then write the report.
+
+    Raises UserError before any work when an input does not exist; a stage that fails leaves a run that resumes.
+    """
+    from shoestring.train.context import Context
+    from shoestring.train.machine import Machine
+
+    runs_dir = Path(runs_dir)
+    _check_inputs(recipe, runs_dir)
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    moment = since(runs_dir, recipe.digest()) if again else False
+    machine, done = Machine(runs_dir), dict[str, Run]()
+    for stage in recipe.stages:
+        inputs = {role: _input(value, done, runs_dir) for role, value in stage.inputs.items()}
+        run = Run.open(
+            runs_dir, stage=stage.name, recipe=recipe.name, config=stage, seed=stage.seed, headline=stage.headline,
+            parents={role: _digest(found) for role, found in inputs.items()}, data=_data(stage), again=moment,
+        )  # fmt: skip
+        if not run.finished:
+            _run_stage(stage, Context(run, inputs, machine, recipe.usd_per_hour, quiet))
+        done[stage.name] = run
+    if again:
+        through(runs_dir, recipe.digest())
+    report = report_recipe(recipe, runs_dir, done) if recipe.report else None
+    return RoadResult(recipe, done, result_rows(recipe, done), report)
+
+
+def _run_stage(stage: StageBase, ctx: Any) -> None:
+    """One attempt at one stage, its cost counted over all attempts."""
+    module = importlib.import_module(f"shoestring.train.{STAGES[stage.stage]}")  # type: ignore[attr-defined]
+    run, started = ctx.run, time.perf_counter()
+    earlier = sum(entry.seconds for entry in ledger.read(run.path.parent) if entry.run == run.name)
+    with run.attempt(usd_per_hour=ctx.usd_per_hour):
+        peak = ctx.machine.peak_flops(stage.compute.device)
+        run.note(chip=ctx.machine.key)
+        outcome = module.run(stage, ctx)
+        seconds = earlier + time.perf_counter() - started
+        run.finish(
+            outputs=outcome.outputs, headline_metric=outcome.headline_metric,
+            cost={
+                "seconds": seconds, "tokens": outcome.tokens, "flops": outcome.flops,
+                "train_flops": outcome.train_flops, "usd": seconds / 3600 * ctx.usd_per_hour,
+                "usd_per_hour": ctx.usd_per_hour, "peak_flops": peak, "peak_share": outcome.flops / seconds / peak,
+            },
+        )  # fmt: skip
+
+
+def _check_inputs(recipe: Recipe, runs_dir: Path) -> None:
+    """Every input must be an earlier stage, a finished run or an existing folder; else one sentence, before any work."""
+    earlier: list[str] = []
+    for stage in recipe.stages:
+        for role, value in stage.inputs.items():
+            if value not in earlier and not _folder(value, runs_dir):
+                raise UserError(
+                    f'stage "{stage.name}": input "{role}" is "{value}", which is neither an earlier stage, a run nor '
+                    f"a model folder.{did_you_mean(value, earlier)}"
+                )
+        earlier.append(stage.name)
+
+
+def _folder(value: str, runs_dir: Path) -> Path | None:
+    return next((path for path in (Path(value), runs_dir / value) if path.is_dir()), None)
+
+
+def _input(value: str, done: Mapping[str, Run], runs_dir: Path) -> Run | Path:
+    if value in done:
+        return done[value]
+    folder = _folder(value, runs_dir)
+    assert folder is not None  # _check_inputs saw it
+    if not (folder / "manifest.json").exists():
+        return folder
+    run = Run.load(folder)
+    if not run.finished:
+        raise UserError(f"input run {run.name} is not finished; run its command again first.")
+    return run
+
+
+def _digest(found: Run | Path) -> str:
+    if isinstance(found, Run):
+        return found.digest
+    hashed = hashlib.sha256()
+    for path in sorted(found.glob("*.json")) + sorted(found.glob("*.safetensors")):
+        hashed.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                hashed.update(block)
+    return hashed.hexdigest()[:12]
+
+
+def _data(stage: StageBase) -> dict[str, str]:
+    corpus = getattr(stage, "corpus", None)
+    if not isinstance(corpus, TextFiles):
+        return {}
+    found = {}
+    for name in corpus.files:
+        if not Path(name).is_file():
+            raise UserError(f'stage "{stage.name}": corpus file {name} does not exist.')
+        found[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()[:12]
+    return found
+
+
+# ---- what came of it ----------------------------------------------------------------------------------------------
+
+
+def result_rows(recipe: Recipe, runs: Mapping[str, Run]) -> list[dict[str, Any]]:
+    """A row a stage for the terminal; the recipe's own tables are in the report."""
+    rows = []
+    for stage in recipe.stages:
+        made = runs[stage.name].manifest
+        cost, metric = made["cost"], made["headline_metric"] or {}
+        rows.append({
+            "stage": stage.name, "status": made["status"], "metric": metric.get("name"), "value": metric.get("value"),
+            "stderr": metric.get("stderr"), "seconds": cost["seconds"], "tokens": cost["tokens"],
+            "flops": cost["flops"], "peak_share": cost["peak_share"], "usd": cost["usd"], "headline": made["headline"],
+        })  # fmt: skip
+    return rows
+
+
+def report_recipe(recipe: Recipe, runs_dir: Path, runs: Mapping[str, Run] | None = None) -> Path:
+    """Write the report of a recipe from what its finished runs left."""
+    from shoestring.report.page import write_report
+
+    if runs is None:
+        runs = find_runs(recipe, Path(runs_dir))
+    path = Path(runs_dir) / f"report-{recipe.name}-{recipe.digest()}.html"
+    return write_report(recipe, runs, Path(runs_dir), path)
+
+
+def find_runs(recipe: Recipe, runs_dir: Path) -> dict[str, Run]:
+    """The runs of a recipe's stages that are there, finished or not, without making any."""
+    from shoestring.core.manifest import run_digest
+
+    found: dict[str, Run] = {}
+    for stage in recipe.stages:
+        inputs = {role: found[v] if v in found else _folder(v, runs_dir) for role, v in stage.inputs.items()}
+        if any(value is None for value in inputs.values()):
+            continue
+        parents = {role: _digest(value) for role, value in inputs.items() if value is not None}
+        digest = run_digest(stage.to_dict(), parents, _data(stage), stage.seed)
+        folders = sorted(runs_dir.glob(f"{stage.name}-{recipe.name}-{digest}*"), key=lambda path: len(path.name))
+        if folders:
+            found[stage.name] = Run.load(folders[-1])
+    return found

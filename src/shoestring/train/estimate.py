@@ -1,0 +1,70 @@
+"""What a recipe would cost, before it is run: steps, tokens, FLOPs, seconds and dollars a stage. Loads no torch.
+
+Tokens of training on answers are guessed from row lengths, those of sampling from half the longest answer; seconds
+from FLOPs at a share of a peak that small models reach on two cores. Guesses, and marked as such by "about".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shoestring.cost.hf import shape_from_hf
+from shoestring.cost.shape import ModelShape
+from shoestring.train.configs import PretrainStage, Recipe, StageBase, TrainBase
+
+ASSUMED_FLOPS = 3.0e10  # FLOP/s that training of a 0.3M-parameter model reaches on two cores (docs/benchmarks.md)
+ASSUMED_VOCAB = 320
+ANSWER_TOKENS = 48  # tokens of a worked answer with its question, where nothing better is known
+
+
+def estimate(recipe: Recipe) -> list[dict[str, Any]]:
+    """A row a stage, in order."""
+    shapes: dict[str, ModelShape | None] = {}
+    spent: dict[str, float] = {}
+    rows = []
+    for stage in recipe.stages:
+        shape = _shape(stage, shapes)
+        shapes[stage.name] = shape
+        tokens, flops = _work(stage, shape, spent)
+        spent[stage.name] = flops
+        seconds = flops / ASSUMED_FLOPS
+        rows.append({
+            "stage": stage.name, "kind": stage.stage, "from": ", ".join(f"{r}={v}" for r, v in stage.inputs.items()),
+            "steps": getattr(stage, "steps", None), "about_tokens": round(tokens), "about_flops": flops,
+            "about_seconds": round(seconds, 1), "about_usd": seconds / 3600 * recipe.usd_per_hour,
+            "headline": stage.headline,
+        })  # type: ignore[attr-defined]  # fmt: skip
+    return rows
+
+
+def _shape(stage: StageBase, shapes: dict[str, ModelShape | None]) -> ModelShape | None:
+    if isinstance(stage, PretrainStage) and stage.model is not None:
+        defaults = {"model_type": "deepseek_v3" if stage.model.family == "deepseek" else "qwen2"}
+        return shape_from_hf({**defaults, "vocab_size": ASSUMED_VOCAB, **stage.model.config}, f"stage {stage.name}")
+    return next((shapes[v] for r, v in stage.inputs.items() if r in ("model", "teacher") and v in shapes), None)
+
+
+def _work(stage: StageBase, shape: ModelShape | None, spent: dict[str, float]) -> tuple[float, float]:
+    """(tokens, FLOPs) of a stage; 0 FLOPs where the model is not known before it is loaded."""
+    kind = stage.stage  # type: ignore[attr-defined]
+    forward = 0.0 if shape is None else shape.flops_per_token(64, backward=False)
+    train = 0.0 if shape is None else shape.flops_per_token(64)
+    if isinstance(stage, TrainBase) and stage.match_flops:
+        flops = sum(spent.get(stage.inputs[role], 0.0) for role in stage.match_flops)
+        return (flops / train if train else 0.0), flops
+    if isinstance(stage, PretrainStage):
+        tokens = float((stage.steps or 0) * stage.tokens_per_step)
+        return tokens, tokens * train
+    if kind == "rl":
+        s: Any = stage
+        tokens = s.steps * s.problems_per_step * s.group_size * (s.decoding.max_new_tokens / 2 + 16)
+        return tokens, tokens * (train + forward)
+    if isinstance(stage, TrainBase):
+        tokens = float((stage.steps or 0) * getattr(stage, "examples_per_step", 1) * ANSWER_TOKENS)
+        return tokens, tokens * train
+    if kind in ("eval", "ask", "reject"):
+        s = stage
+        entries = len(s.mix) if kind == "eval" else 1
+        tokens = float(entries * s.problems * s.samples * ANSWER_TOKENS)
+        return tokens, tokens * forward
+    return 0.0, 0.0

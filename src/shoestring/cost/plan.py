@@ -132,7 +132,11 @@ def plan(
     fixed = dict(parse_layout(layout) if isinstance(layout, str) else layout or {})
     if precision:
         fixed["precision"] = precision
-    found = choose(shape, cluster, seq_len, global_batch, fixed, guesses)
+    if calibration is not None:
+        found = [calibration.found(shape, seq_len, global_batch)]
+        check_fits(found[0].memory, cluster.chip, f"{name} on {cluster.chip.name}")
+    else:
+        found = choose(shape, cluster, seq_len, global_batch, fixed, guesses)
     best = found[0]
     return _answer(name, shape, cluster, tokens, seq_len, global_batch, best, found, guesses, usd_per_hour,
                    with_frontier=frontier, calibration=calibration)  # fmt: skip

@@ -21,7 +21,7 @@ from shoestring.core.config import read_mapping
 from shoestring.core.errors import UserError, did_you_mean
 from shoestring.core.registry import load_part
 from shoestring.core.run import Run
-from shoestring.train.configs import Recipe, StageBase, TextFiles
+from shoestring.train.configs import Recipe, Stage, TextFiles
 from shoestring.train.estimate import estimate
 
 STAGES = {
@@ -122,9 +122,9 @@ def run_recipe(recipe: Recipe, runs_dir: Path, *, again: bool = False, quiet: bo
     return RoadResult(recipe, done, result_rows(recipe, done), report)
 
 
-def _run_stage(stage: StageBase, ctx: Any) -> None:
+def _run_stage(stage: Stage, ctx: Any) -> None:
     """One attempt at one stage, its cost counted over all attempts."""
-    module = importlib.import_module(f"shoestring.train.{STAGES[stage.stage]}")  # type: ignore[attr-defined]
+    module = importlib.import_module(f"shoestring.train.{STAGES[stage.stage]}")
     run, started = ctx.run, time.perf_counter()
     earlier = sum(entry.seconds for entry in ledger.read(run.path.parent) if entry.run == run.name)
     with run.attempt(usd_per_hour=ctx.usd_per_hour):
@@ -143,7 +143,7 @@ def _run_stage(stage: StageBase, ctx: Any) -> None:
 
 
 def _check_inputs(recipe: Recipe, runs_dir: Path) -> None:
-    """Every input must be an earlier stage, a finished run or an existing folder; else one sentence, before any work."""
+    """Every input must be an earlier stage, a finished run or a folder; else one sentence, before any work."""
     earlier: list[str] = []
     for stage in recipe.stages:
         for role, value in stage.inputs.items():
@@ -184,7 +184,7 @@ def _digest(found: Run | Path) -> str:
     return hashed.hexdigest()[:12]
 
 
-def _data(stage: StageBase) -> dict[str, str]:
+def _data(stage: Stage) -> dict[str, str]:
     corpus = getattr(stage, "corpus", None)
     if not isinstance(corpus, TextFiles):
         return {}

@@ -134,7 +134,9 @@ def _shifted(
     )
 
 
-def packed_batches(examples: Sequence[Example], *, row_tokens: int, tokens_per_microbatch: int, pad_id: int) -> list[Batch]:
+def packed_batches(
+    examples: Sequence[Example], *, row_tokens: int, tokens_per_microbatch: int, pad_id: int
+) -> list[Batch]:
     """All examples in as few rows as best fit finds, cut into micro-batches of at most `tokens_per_microbatch`.
 
     Rows are `row_tokens` long, or shorter when the longest example allows (in steps of 8, to keep shapes few).

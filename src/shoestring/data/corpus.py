@@ -33,8 +33,8 @@ def file_documents(files: tuple[str, ...]) -> Iterator[str]:
             for number, line in enumerate(lines, 1):
                 try:
                     yield json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise UserError(f'{name}, line {number}: expected a JSON object with a "text" field ({error}).') from None
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(f'{name}, line {number}: expected a JSON object with a "text" field.') from None
 
 
 def textbook_ids(mix: tuple[MixEntry, ...], long_share: float, seed: int, tokenizer: Tokenizer) -> Iterator[list[int]]:

@@ -62,7 +62,7 @@ class _CrossEntropySum(torch.autograd.Function):
         return -(logp_N * weight_N).sum(), logp_N
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         grad_ND, grad_VD = ctx.saved_tensors
         return (
             None if grad_ND is None else grad_ND * grad.to(grad_ND.dtype),
@@ -102,7 +102,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logp_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, grad_N: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_N: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, ids_N = ctx.saved_tensors
         table_VD = weight_VD.to(hidden_ND.dtype)
         grad_ND, grad_VD = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD)

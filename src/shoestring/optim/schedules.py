@@ -15,11 +15,16 @@ Schedule = Literal["constant", "cosine", "wsd"]
 class ScheduleOptions(Protocol):
     """The part of a stage's `optim` that shapes the schedule."""
 
-    lr: float
-    warmup_steps: int
-    schedule: Schedule
-    final_ratio: float
-    decay_share: float
+    @property
+    def lr(self) -> float: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def final_ratio(self) -> float: ...
+    @property
+    def decay_share(self) -> float: ...
 
 
 def lr_at(step: int, *, progress: float, optim: ScheduleOptions) -> float:

@@ -27,16 +27,16 @@ from shoestring.train.configs import (
     Recipe,
     RlStage,
     SftStage,
-    StageBase,
+    Stage,
     TaskMix,
     Textbook,
     TokenizerStage,
 )
 
 NOTE = (
-    "The textbook is a construction: it tells {share:.0%} of its solutions step by step and the rest as a bare answer, and "
-    "its problems are chosen so that the bare answer is out of reach for models of this size. RL therefore has a rare "
-    "skill to amplify; nothing here says how often that is so elsewhere. The control of equal training FLOPs gets "
+    "The textbook is a construction: it tells {share:.0%} of its solutions step by step and the rest as a bare answer, "
+    "and its problems are chosen so that the bare answer is out of reach for models of this size. RL therefore has a "
+    "rare skill to amplify; nothing here says how often that is so elsewhere. The control of equal training FLOPs gets "
     "the same mixture."
 )
 
@@ -113,12 +113,12 @@ def recipe(size: str = "full", seed: int = 0) -> Recipe:
     """The road at a `size` ("full" or "smoke") for a seed."""
     if size not in SIZES:
         raise UserError(f'quickstart has no size "{size}".{did_you_mean(size, SIZES)}')
-    stages = [tokenizer(), *teacher(SIZES[size], seed), *student(SIZES[size], seed)]
+    stages: list[Stage] = [tokenizer(), *teacher(SIZES[size], seed), *student(SIZES[size], seed)]
     stages += [exam(stage.name, SIZES[size], seed) for stage in stages if stage.name in EXAMINED]
     return Recipe(
         name="quickstart" if size == "full" else f"quickstart-{size}",
         about=(__doc__ or "").split("\n")[0], stages=tuple(stages), report=report([seed], [""]),
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
 
 
 def tokenizer() -> TokenizerStage:
@@ -126,7 +126,7 @@ def tokenizer() -> TokenizerStage:
     return TokenizerStage(name="tokenizer", corpus=Textbook(mix=LEARN, long_share=0.5), vocab_size=400, documents=3000)
 
 
-def teacher(size: Size, seed: int, suffix: str = "") -> list[StageBase]:
+def teacher(size: Size, seed: int, suffix: str = "") -> list[Stage]:
     """Pretrain, SFT, RL; and the control: more SFT for the training FLOPs that RL took."""
     book = Textbook(mix=LEARN, long_share=LONG_SHARE)
     common: dict[str, Any] = {"seed": seed, "compute": COMPUTE, "checkpoint_every": size.checkpoint_every}
@@ -154,7 +154,7 @@ def teacher(size: Size, seed: int, suffix: str = "") -> list[StageBase]:
     ]  # fmt: skip
 
 
-def student(size: Size, seed: int, suffix: str = "") -> list[StageBase]:
+def student(size: Size, seed: int, suffix: str = "") -> list[Stage]:
     """Pretrain, ask the teacher, distil; and the controls at distillation's training FLOPs: more textbook, RL only."""
     book = Textbook(mix=LEARN, long_share=LONG_SHARE)
     common: dict[str, Any] = {"seed": seed, "compute": COMPUTE, "checkpoint_every": size.checkpoint_every}
@@ -169,8 +169,8 @@ def student(size: Size, seed: int, suffix: str = "") -> list[StageBase]:
             steps=size.student_steps, optim=Optim(kind="muon", lr=1e-2, decay_share=0.3), **reading,
         ),
         SftStage(
-            name=base, inputs={"model": f"student-pretrain{suffix}"}, steps=size.sft_steps, textbook=book, problems=2000,
-            row_tokens=192, optim=Optim(lr=1e-3), **common,
+            name=base, inputs={"model": f"student-pretrain{suffix}"}, steps=size.sft_steps, textbook=book,
+            problems=2000, row_tokens=192, optim=Optim(lr=1e-3), **common,
         ),
         AskStage(
             name=f"ask{suffix}", inputs={"teacher": f"teacher-rl{suffix}"}, mix=EXAM, problems=size.ask_problems,
@@ -228,8 +228,10 @@ def report(seeds: list[int], suffixes: list[str]) -> dict[str, Any]:
         "title": "A reasoning model on a shoestring",
         "note": NOTE.format(share=LONG_SHARE),
         "evals": [
-            {"label": label, "of": of, "stage": f"eval-{stage}{suffix}", "model": f"{stage}{suffix}", "control": control,
-             "seed": seed}
+            {
+                "label": label, "of": of, "stage": f"eval-{stage}{suffix}", "model": f"{stage}{suffix}",
+                "control": control, "seed": seed,
+            }
             for seed, suffix in zip(seeds, suffixes, strict=True)
             for stage, (of, label, control) in EXAMINED.items()
         ],

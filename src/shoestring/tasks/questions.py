@@ -37,7 +37,9 @@ def grade(problems: Sequence[Problem], answers: Sequence[str], *, sandbox: Any =
 
 def _sum(rng: random.Random, difficulty: int) -> Draft:
     check_difficulty("sum", difficulty, len(string.ascii_lowercase) - 1)
-    total, asked, steps = 0, [], []
+    total = 0
+    asked: list[str] = []
+    steps: list[str] = []
     for label in string.ascii_lowercase[: difficulty + 1]:
         operand = rng.choice(OPERANDS) if asked else rng.randrange(10)
         total = (total + operand) % 10

@@ -132,6 +132,18 @@ class Tokenizer:
             raise UserError(f'the tokenizer has no token "{token}".')
         return index
 
+    @property
+    def end(self) -> int:
+        """The id that ends a turn. Raises UserError for a foreign tokenizer that names none."""
+        if self.end_id is None:
+            raise UserError("the tokenizer names no end-of-turn token; set eos_token in its tokenizer_config.json.")
+        return self.end_id
+
+    @property
+    def pad(self) -> int:
+        """An id to fill rows with; what it is never matters, for filled places carry no weight."""
+        return self.end if self.pad_id is None else self.pad_id
+
     def digest(self) -> str:
         """12 hex digits of what the tokenizer does to text: equal digests give equal ids."""
         return hashlib.sha256(self._full.to_str().encode("utf-8")).hexdigest()[:12]

@@ -21,8 +21,10 @@ from shoestring.train.context import Context, derived_seed
 Keep = Callable[[Sequence[Trace]], list[Trace]]
 
 
-def ask_all(stage: AskStage | RejectStage, ctx: Context, teacher: Teacher, keep: Keep) -> tuple[TraceStore, dict[str, int]]:
-    """Ask `stage.problems` problems; returns the store of kept traces and counts of asked, answered, right, kept, tokens."""
+def ask_all(
+    stage: AskStage | RejectStage, ctx: Context, teacher: Teacher, keep: Keep
+) -> tuple[TraceStore, dict[str, int]]:
+    """Ask `stage.problems` problems; returns the store of kept traces and counts (problems, answers, correct, ...)."""
     store = TraceStore(ctx.run.path / "traces.jsonl")
     asked = list(islice(problems(stage.mix, derived_seed(stage.seed, 4)), stage.problems))
     counts = {"problems": 0, "answers": 0, "correct": 0, "kept": 0, "tokens": 0, "prompt_tokens": 0}

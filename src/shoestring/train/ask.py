@@ -19,7 +19,10 @@ def run(stage: AskStage, ctx: Context) -> Outcome:
     """Ask, verify, curate; traces.jsonl is the output."""
     model, tokenizer = load_model(ctx, "teacher")
     use_kernels(model, ctx, stage.compute, tokens=stage.problems_per_batch * 64, seq_len=64)
-    teacher = EngineTeacher(Engine(model, tokenizer), tokenizer, name=ctx.checkpoint_of("teacher").parents[1].name, licence="own model")
+    source = ctx.inputs["teacher"]
+    teacher = EngineTeacher(
+        Engine(model, tokenizer), tokenizer, name=source.name, licence=stage.licence, usd_per_hour=ctx.usd_per_hour
+    )
     store, counts = ask_all(stage, ctx, teacher, curation(stage.curate))
     tokens = counts["tokens"] + counts["prompt_tokens"]
     flops = forward_flops(model, tokens, tokens / max(1, counts["answers"]))

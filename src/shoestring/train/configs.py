@@ -7,7 +7,7 @@ the stage trains until it has spent the training FLOPs of the named inputs toget
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -119,7 +119,7 @@ class TokenizerStage(StageBase):
     """Train a tokenizer on a corpus."""
 
     stage: Literal["tokenizer"] = "tokenizer"
-    corpus: Union[Textbook, TextFiles]
+    corpus: Textbook | TextFiles
     vocab_size: int = Field(512, ge=64)
     documents: int = Field(2000, ge=1)
 
@@ -129,7 +129,7 @@ class PretrainStage(TrainBase):
 
     stage: Literal["pretrain"] = "pretrain"
     model: ModelSpec | None = None
-    corpus: Union[Textbook, TextFiles]
+    corpus: Textbook | TextFiles
     corpus_seed: int = 0
     corpus_tokens: int = Field(ge=1)  # the stream is made once and read in a seeded order, again when it ends
     row_tokens: int = Field(256, ge=8)
@@ -211,6 +211,7 @@ class AskStage(StageBase):
     samples: int = Field(1, ge=1)
     decoding: Decoding = Decoding()
     curate: tuple[str, ...] = ("correct", "dedup")
+    licence: str = "own model"  # of the teacher's outputs; it travels with every trace
     problems_per_batch: int = Field(128, ge=1)
 
 
@@ -227,9 +228,7 @@ class EvalStage(StageBase):
 
 
 Stage = Annotated[
-    Union[
-        TokenizerStage, PretrainStage, SftStage, RlStage, RejectStage, AskStage, DistillStage, EvalStage
-    ],
+    TokenizerStage | PretrainStage | SftStage | RlStage | RejectStage | AskStage | DistillStage | EvalStage,
     Field(discriminator="stage"),
 ]
 

@@ -55,7 +55,7 @@ class Context:
         """The folder of weights behind an input: a run's last checkpoint, or a Hugging Face folder as given."""
         found = self.inputs.get(role)
         if found is None:
-            raise UserError(f'{self.run.name}: input "{role}" is missing; name a stage, a run directory or a model folder.')
+            raise UserError(f'{self.run.name}: input "{role}" is missing; name a stage, a run or a model folder.')
         if isinstance(found, Path):
             return found
         latest = found.latest_checkpoint()

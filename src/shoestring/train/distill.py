@@ -34,7 +34,7 @@ def run(stage: DistillStage, ctx: Context) -> Outcome:
             chosen = examples_of_step(len(examples), state.step, stage.examples_per_step, order_seed)
             batches = packed_batches([examples[i] for i in chosen], row_tokens=stage.row_tokens,
                                      tokens_per_microbatch=stage.tokens_per_microbatch,
-                                     pad_id=tokenizer.pad_id)  # fmt: skip
+                                     pad_id=tokenizer.pad)  # fmt: skip
             stats = train_step(state, batches, next_token.loss, stage, progress=spent)
             record(ctx, state, stats)
             bar.update(budget.done(state), tokens=state.tokens, loss=stats.loss)

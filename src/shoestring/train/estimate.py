@@ -10,7 +10,7 @@ from typing import Any
 
 from shoestring.cost.hf import shape_from_hf
 from shoestring.cost.shape import ModelShape
-from shoestring.train.configs import PretrainStage, Recipe, StageBase, TrainBase
+from shoestring.train.configs import PretrainStage, Recipe, Stage, TrainBase
 
 ASSUMED_FLOPS = 3.0e10  # FLOP/s that training of a 0.3M-parameter model reaches on two cores (docs/benchmarks.md)
 ASSUMED_VOCAB = 320
@@ -21,7 +21,7 @@ def estimate(recipe: Recipe) -> list[dict[str, Any]]:
     """A row a stage, in order."""
     shapes: dict[str, ModelShape | None] = {}
     spent: dict[str, float] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for stage in recipe.stages:
         shape = _shape(stage, shapes)
         shapes[stage.name] = shape
@@ -33,20 +33,20 @@ def estimate(recipe: Recipe) -> list[dict[str, Any]]:
             "steps": getattr(stage, "steps", None), "about_tokens": round(tokens), "about_flops": flops,
             "about_seconds": round(seconds, 1), "about_usd": seconds / 3600 * recipe.usd_per_hour,
             "headline": stage.headline,
-        })  # type: ignore[attr-defined]  # fmt: skip
+        })  # fmt: skip
     return rows
 
 
-def _shape(stage: StageBase, shapes: dict[str, ModelShape | None]) -> ModelShape | None:
+def _shape(stage: Stage, shapes: dict[str, ModelShape | None]) -> ModelShape | None:
     if isinstance(stage, PretrainStage) and stage.model is not None:
         defaults = {"model_type": "deepseek_v3" if stage.model.family == "deepseek" else "qwen2"}
         return shape_from_hf({**defaults, "vocab_size": ASSUMED_VOCAB, **stage.model.config}, f"stage {stage.name}")
     return next((shapes[v] for r, v in stage.inputs.items() if r in ("model", "teacher") and v in shapes), None)
 
 
-def _work(stage: StageBase, shape: ModelShape | None, spent: dict[str, float]) -> tuple[float, float]:
+def _work(stage: Stage, shape: ModelShape | None, spent: dict[str, float]) -> tuple[float, float]:
     """(tokens, FLOPs) of a stage; 0 FLOPs where the model is not known before it is loaded."""
-    kind = stage.stage  # type: ignore[attr-defined]
+    kind = stage.stage
     forward = 0.0 if shape is None else shape.flops_per_token(64, backward=False)
     train = 0.0 if shape is None else shape.flops_per_token(64)
     if isinstance(stage, TrainBase) and stage.match_flops:

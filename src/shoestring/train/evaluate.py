@@ -39,7 +39,7 @@ def run(stage: EvalStage, ctx: Context) -> Outcome:
     use_kernels(model, ctx, stage.compute, tokens=stage.rows_per_batch * 64, seq_len=64)
     engine = Engine(model, tokenizer)
     asked = test_problems(stage)
-    sampling = stage.decoding.sampling(n=stage.samples, seed=derived_seed(stage.seed, 5), stop_ids=(tokenizer.end_id,))
+    sampling = stage.decoding.sampling(n=stage.samples, seed=derived_seed(stage.seed, 5), stop_ids=(tokenizer.end,))
     with Grader() as grade, ctx.progress(len(asked), unit="problems") as bar:
         result = evaluate(
             engine, tokenizer, asked, sampling, grade, batch=max(1, stage.rows_per_batch // stage.samples),
@@ -51,6 +51,6 @@ def run(stage: EvalStage, ctx: Context) -> Outcome:
     ctx.run.save_samples("answers", result.rows)
     overall = result.overall
     ctx.run.metric(0, **{k: v for k, v in overall.items() if isinstance(v, int | float)})
-    flops = forward_flops(model, result.tokens, overall["mean_tokens"])
+    flops = forward_flops(model, result.tokens, float(overall["mean_tokens"] or 0.0))
     metric: dict[str, Any] = {"name": "pass@1", "value": overall["pass@1"], "stderr": overall["pass@1_stderr"]}
     return Outcome([path], metric, result.tokens, flops)

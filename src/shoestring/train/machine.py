@@ -19,7 +19,6 @@ import torch
 from shoestring.core.atomic import write_json
 from shoestring.core.config import Config
 from shoestring.core.host import processor
-
 from shoestring.nn.kernels import Kernels
 from shoestring.train.configs import Compute
 

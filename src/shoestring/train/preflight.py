@@ -25,7 +25,7 @@ def preflight(stage: RlStage, ctx: Context, engine: Generator, tokenizer: Tokeni
         return
     asked = list(islice(problems(stage.mix, derived_seed(stage.seed, 8)), stage.preflight_problems))
     k = stage.preflight_samples
-    sampling = stage.decoding.sampling(n=k, seed=derived_seed(stage.seed, 9), stop_ids=(tokenizer.end_id,))
+    sampling = stage.decoding.sampling(n=k, seed=derived_seed(stage.seed, 9), stop_ids=(tokenizer.end,))
     groups = answer_groups(engine, tokenizer, asked, sampling)
     reward_groups(groups, {"correct": 1.0}, grade)
     solved = [sum(r.rewards["correct"] > 0.5 for r in group) for group in groups]
@@ -41,5 +41,5 @@ def preflight(stage: RlStage, ctx: Context, engine: Generator, tokenizer: Tokeni
     if mixed < stage.minimum_mixed:
         raise UserError(
             f"RL cannot help here: {mixed:.1%} of groups of {stage.group_size} would carry signal (pass@1 {pass_1:.1%}, "
-            f"pass@{k} {facts[f'pass@{k}']:.1%}); change the difficulty or train more first, or set minimum_mixed lower."
+            f"pass@{k} {facts[f'pass@{k}']:.1%}); change the difficulty, train more first, or lower minimum_mixed."
         )

@@ -1,6 +1,6 @@
 """Pretraining: next-token (and MTP) loss over a stream of documents, from nothing or from a checkpoint.
 
-Source: DeepSeek-V3 section 4.1 (a stream cut into rows, without a cross-sample mask), section 2.2 (MTP), section 2.1.2 (bias
+Source: DeepSeek-V3 section 4.1 (a stream cut into rows, without a cross-sample mask), 2.2 (MTP), 2.1.2 (bias
 balancing). With `isolate` rows hold whole documents that do not see each other: short documents that
 repeat the same labels are learnt far faster so (LOG.md, entry 1). Left out: FIM, batch-size ramp, EMA.
 """
@@ -62,13 +62,13 @@ def _reader(stage: PretrainStage, stream: np.ndarray, tokenizer: Tokenizer) -> C
             return [stream_batch(rows_BT[i : i + per]) for i in range(0, count, per)]
 
         return cut
-    spans = documents_of(stream, tokenizer.end_id)
+    spans = documents_of(stream, tokenizer.end)
     per_step = max(1, round(stage.tokens_per_step * len(spans) / len(stream)))
 
     def packed(step: int) -> list[Batch]:
         chosen = (spans[i] for i in examples_of_step(len(spans), step, per_step, seed))
         examples = [Example(stream[a:b].tolist(), [1.0] * int(b - a)) for a, b in chosen]
-        return packed_batches(examples, row_tokens=stage.row_tokens, pad_id=tokenizer.pad_id,
+        return packed_batches(examples, row_tokens=stage.row_tokens, pad_id=tokenizer.pad,
                               tokens_per_microbatch=stage.tokens_per_microbatch)  # fmt: skip
 
     return packed
@@ -83,6 +83,6 @@ def corpus_stream(stage: PretrainStage, ctx: Context, tokenizer: Tokenizer) -> n
     if isinstance(corpus, Textbook):
         documents = textbook_ids(corpus.mix, corpus.long_share, stage.corpus_seed, tokenizer)
     else:
-        end = tokenizer.end_id
+        end = tokenizer.end
         documents = ([*tokenizer.encode(text), end] for text in file_documents(corpus.files))
     return make_stream(ctx.run.path.parent / "data", key, documents, stage.corpus_tokens)

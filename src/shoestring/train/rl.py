@@ -79,7 +79,7 @@ def _update(
         chosen = [examples[i] for i in sorted(order[start : start + share])]
         batches: list[Batch] = packed_batches(chosen, row_tokens=stage.row_tokens,
                                               tokens_per_microbatch=stage.tokens_per_microbatch,
-                                              pad_id=tokenizer.pad_id)  # fmt: skip
+                                              pad_id=tokenizer.pad)  # fmt: skip
         state.step = step
         stats = train_step(state, batches, objective, stage, progress=spent)
     return stats

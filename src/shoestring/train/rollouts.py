@@ -63,7 +63,7 @@ def collect(
         wanted = stage.problems_per_step - len(kept)
         if wanted <= 0:
             break
-        sampling = stage.decoding.sampling(n=stage.group_size, seed=seed + attempt, stop_ids=(tokenizer.end_id,))
+        sampling = stage.decoding.sampling(n=stage.group_size, seed=seed + attempt, stop_ids=(tokenizer.end,))
         groups = answer_groups(engine, tokenizer, list(islice(source, wanted)), sampling)
         reward_groups(groups, stage.rewards, grade)
         if stage.shuffle_rewards:

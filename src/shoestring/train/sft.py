@@ -31,7 +31,7 @@ def run(stage: SftStage, ctx: Context) -> Outcome:
             chosen = examples_of_step(len(examples), state.step, stage.examples_per_step, order_seed)
             batches = packed_batches([examples[i] for i in chosen], row_tokens=stage.row_tokens,
                                      tokens_per_microbatch=stage.tokens_per_microbatch,
-                                     pad_id=tokenizer.pad_id)  # fmt: skip
+                                     pad_id=tokenizer.pad)  # fmt: skip
             stats = train_step(state, batches, next_token.loss, stage, progress=spent)
             record(ctx, state, stats)
             bar.update(budget.done(state), tokens=state.tokens, loss=stats.loss)
@@ -46,5 +46,5 @@ def _examples(stage: SftStage, ctx: Context, tokenizer: Tokenizer) -> list[Examp
         return textbook_examples(stage.textbook.mix, stage.textbook.long_share, seed, stage.problems, tokenizer)
     traces = TraceStore(ctx.input_run("traces").path / "traces.jsonl").read()
     if not traces:
-        raise UserError(f"{ctx.run.name}: the traces of {ctx.input_run('traces').name} are empty; nothing to learn from.")
+        raise UserError(f"{ctx.run.name}: {ctx.input_run('traces').name} kept no traces; there is nothing to learn.")
     return [trace_example(trace, tokenizer) for trace in traces]

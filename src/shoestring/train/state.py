@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from shoestring.core.errors import UserError
 from shoestring.core.registry import load_part
 from shoestring.models import checkpoint
+from shoestring.nn.decoder import Decoder
 from shoestring.optim.make import optimizers
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import Compute, ModelSpec, TrainBase
@@ -27,13 +28,13 @@ TRAINING_SCHEMA = 1
 REFERENCE = "reference"  # folder beside the weights, when a KL term keeps a frozen model
 
 
-def make_model(spec: ModelSpec, *, vocab_size: int, seed: int) -> nn.Module:
+def make_model(spec: ModelSpec, *, vocab_size: int, seed: int) -> Decoder:
     """A new model of a family of `models/`, initialised from `seed`."""
     part = load_part("models", spec.family)
     if not hasattr(part, "MODEL"):
         raise UserError(f'"{spec.family}" is no model family; a family is a file of models/ with a MODEL and a CONFIG.')
     config = part.CONFIG.from_dict({**spec.config, "vocab_size": vocab_size}, where=f"model of family {spec.family}")
-    model: nn.Module = part.MODEL(config, generator=step_generator(seed, 7))
+    model: Decoder = part.MODEL(config, generator=step_generator(seed, 7))
     return model
 
 
@@ -48,7 +49,10 @@ def use_kernels(model: Any, ctx: Context, compute: Compute, *, tokens: int, seq_
 
 def load_model(ctx: Context, role: str) -> tuple[Any, Tokenizer]:
     """Model and tokenizer of an input; the tokenizer must be there and fit."""
-    path = ctx.checkpoint_of(role)
+    return _load(ctx.checkpoint_of(role))
+
+
+def _load(path: Path) -> tuple[Any, Tokenizer]:
     model, tokenizer = checkpoint.load(path, dtype="float32")
     if tokenizer is None:
         raise UserError(f"{path} holds no tokenizer.json; save the model together with its tokenizer.")
@@ -62,7 +66,7 @@ def start_or_resume(ctx: Context, stage: TrainBase, fresh: Any) -> tuple[TrainSt
         model, tokenizer = fresh()
         return TrainState(model, _optimizers(model, stage)), tokenizer
     step, path = latest
-    model, tokenizer = checkpoint.load(path, dtype="float32")
+    model, tokenizer = _load(path)
     state = TrainState(model, _optimizers(model, stage))
     _load_training(state, path)
     if state.step != step:
@@ -96,7 +100,7 @@ def save_training(ctx: Context, state: TrainState, tokenizer: Tokenizer) -> Path
 def _load_training(state: TrainState, path: Path) -> None:
     counters = json.loads((path / "training.json").read_text())
     if counters.get("schema") != TRAINING_SCHEMA:
-        raise UserError(f"{path}/training.json has schema {counters.get('schema')}; this version reads {TRAINING_SCHEMA}.")
+        raise UserError(f"{path}/training.json: schema {counters.get('schema')}; this version reads {TRAINING_SCHEMA}.")
     moments = load_file(path / "optimizer.safetensors")
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, value in moments.items():

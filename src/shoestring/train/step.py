@@ -34,7 +34,7 @@ Objective = Callable[[Tensor, Tensor, Tokens], tuple[Tensor, dict[str, Tensor]]]
 class TrainState:
     """What a training stage carries from step to step, and saves."""
 
-    model: nn.Module
+    model: Any
     optimizers: list[torch.optim.Optimizer]
     step: int = 0  # optimiser updates done
     tokens: int = 0  # trained tokens, padding not counted
@@ -84,7 +84,8 @@ def accumulate(
     if weight <= 0:
         raise ValueError("no token of this batch carries weight: there is nothing to learn from")
     with_mtp = mtp_lambda > 0 and getattr(model.config, "num_nextn_predict_layers", 0) > 0
-    loss_sum, sums, load_LE = 0.0, {}, None
+    loss_sum, load_LE = 0.0, None
+    sums: dict[str, float] = {}
     for batch in batches:
         out = model(
             batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT,

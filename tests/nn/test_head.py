@@ -1,0 +1,63 @@
+"""The head without its logits equals the plain one, in value and gradient, for any chunking."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shoestring.nn import head
+
+
+def _case(dtype: torch.dtype = torch.float64, n: int = 37, d: int = 8, vocab: int = 23) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    hidden = torch.randn(n, d, dtype=dtype, requires_grad=True)
+    table = torch.randn(vocab, d, dtype=dtype, requires_grad=True)
+    weight = torch.rand(n, dtype=dtype)
+    weight[::3] = 0
+    return hidden, table, torch.randint(0, vocab, (n,)), weight
+
+
+def _grads(loss: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, inputs))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 37, 100, None])
+def test_cross_entropy_equals_its_plain_twin(chunk: int | None) -> None:
+    hidden, table, ids, weight = _case()
+    ours, logp = head.cross_entropy_sum(hidden, table, ids, weight, chunk=chunk)
+    plain = head.plain_cross_entropy_sum(hidden, table, ids, weight)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(logp, head.plain_token_logprobs(hidden, table, ids).detach())
+    torch.testing.assert_close(_grads(ours, hidden, table), _grads(plain, hidden, table))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("chunk", [1, 5, 37])
+def test_token_logprobs_equal_their_plain_twin(chunk: int, temperature: float) -> None:
+    hidden, table, ids, weight = _case()
+    ours, entropy = head.token_logprobs(hidden, table, ids, temperature=temperature, chunk=chunk)
+    plain = head.plain_token_logprobs(hidden, table, ids, temperature=temperature)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(_grads((ours * weight).sum(), hidden, table), _grads((plain * weight).sum(), hidden, table))
+    p = torch.softmax(hidden @ table.T / temperature, -1)
+    torch.testing.assert_close(entropy, -(p * p.log()).sum(-1).detach())
+
+
+def test_logits_never_exist_for_all_tokens() -> None:
+    """Nothing as large as [N, V] is ever allocated: the largest new tensor is one chunk of rows."""
+    hidden, table, ids, weight = _case(torch.float32, n=512, d=16, vocab=4096)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    with Watch():
+        head.cross_entropy_sum(hidden, table, ids, weight, chunk=32)[0].backward()
+        head.token_logprobs(hidden, table, ids, chunk=32)[0].sum().backward()
+    assert largest < 512 * 4096 / 4

@@ -1,0 +1,69 @@
+"""Muon against torch's own, the split of parameters, and schedules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from shoestring.optim.make import optimizers
+from shoestring.optim.muon import Muon
+from shoestring.optim.schedules import lr_at
+from shoestring.train.configs import Optim
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])
+def test_muon_equals_torchs(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    a = Muon([ours], lr=0.02, momentum=0.95, weight_decay=0.1)
+    b = torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        grad = torch.randn(shape)
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        a.step()
+        b.step()
+    # torch orthogonalises in bf16, we in fp32
+    torch.testing.assert_close(ours, theirs, atol=5e-3, rtol=0)
+    assert (ours - start).norm() > 10 * (ours - theirs).norm()
+
+
+def test_a_stack_of_matrices_is_updated_as_its_matrices() -> None:
+    torch.manual_seed(0)
+    stack = nn.Parameter(torch.randn(3, 4, 6))
+    single = [nn.Parameter(stack[i].detach().clone()) for i in range(3)]
+    stack.grad = torch.randn(3, 4, 6)
+    for i, p in enumerate(single):
+        p.grad = stack.grad[i].clone()
+    Muon([stack], lr=0.1).step()
+    for p in single:
+        Muon([p], lr=0.1).step()
+    torch.testing.assert_close(stack, torch.stack([p.detach() for p in single]))
+
+
+def test_muon_refuses_vectors() -> None:
+    with pytest.raises(ValueError, match="shape"):
+        Muon([nn.Parameter(torch.zeros(3))], lr=0.1)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_parameter_has_one_optimizer(kind: str) -> None:
+    model = nn.ModuleDict({"embed_tokens": nn.Embedding(5, 4), "layer": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    made = optimizers(model, kind, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)  # type: ignore[arg-type]
+    held = [p for o in made for group in o.param_groups for p in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    muon = {id(p) for o in made if isinstance(o, Muon) for g in o.param_groups for p in g["params"]}
+    assert muon == ({id(model["layer"].weight)} if kind == "muon" else set())
+
+
+def test_schedules_start_warm_and_end_low() -> None:
+    wsd = Optim(lr=1.0, warmup_steps=9, schedule="wsd", final_ratio=0.1, decay_share=0.2)
+    assert lr_at(0, progress=0.0, optim=wsd) == pytest.approx(0.1)
+    assert lr_at(50, progress=0.5, optim=wsd) == 1.0
+    assert lr_at(90, progress=0.9, optim=wsd) == pytest.approx(0.55)
+    assert lr_at(100, progress=1.0, optim=wsd) == pytest.approx(0.1)
+    cosine = Optim(lr=1.0, warmup_steps=0, schedule="cosine", final_ratio=0.0)
+    assert lr_at(50, progress=0.5, optim=cosine) == pytest.approx(0.5)
+    constant = Optim(lr=1.0, warmup_steps=0, schedule="constant")
+    assert lr_at(99, progress=1.0, optim=constant) == 1.0

@@ -1,0 +1,29 @@
+"""Advantages: golden values of the papers' formulas, and no signal from equal rewards."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoestring.train.advantage import advantages, carries_signal
+
+
+def test_golden_values() -> None:
+    assert advantages([1, 0, 0, 1], "grpo") == [1, -1, -1, 1]
+    assert advantages([1, 0, 0, 0], "grpo") == pytest.approx([1.732051, -0.577350, -0.577350, -0.577350], abs=1e-6)
+    assert advantages([1, 0, 0, 0], "dr_grpo") == [0.75, -0.25, -0.25, -0.25]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1 + 0.2])
+def test_equal_rewards_carry_no_signal(value: float) -> None:
+    assert not carries_signal([value] * 8)
+    assert advantages([value] * 8, "grpo") == [0.0] * 8
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=16))
+def test_advantages_sum_to_zero_and_keep_the_order(rewards: list[float]) -> None:
+    found = advantages(rewards, "dr_grpo")
+    assert sum(found) == pytest.approx(0, abs=1e-6)
+    if carries_signal(rewards):
+        assert found.index(max(found)) == rewards.index(max(rewards))

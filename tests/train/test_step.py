@@ -1,0 +1,105 @@
+"""The one optimiser step: independent of how its batch was split, honest about sums, loud when not finite."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import islice
+
+import pytest
+import torch
+
+from shoestring.core.nouns import Sampling
+from shoestring.data.batch import packed_batches
+from shoestring.data.textbook import problems
+from shoestring.infer.engine import Engine
+from shoestring.losses import next_token, policy
+from shoestring.models.deepseek import Deepseek
+from shoestring.nn.kernels import Kernels
+from shoestring.optim.make import optimizers
+from shoestring.recipes import quickstart
+from shoestring.text.tokenizer import Tokenizer
+from shoestring.train.configs import Optim, SftStage, Textbook
+from shoestring.train.examples import examples_of_step, textbook_examples
+from shoestring.train.rollouts import answer_groups, rollout_example
+from shoestring.train.step import TrainState, accumulate, train_step
+
+STAGE = SftStage(
+    name="x", steps=1, textbook=Textbook(mix=quickstart.LEARN), optim=Optim(lr=1e-2, warmup_steps=0),
+    mtp_lambda=0.3, balance_alpha=0.0,
+)
+
+
+def _batches(tokenizer: Tokenizer, per: int, count: int = 12) -> list:  # type: ignore[type-arg]
+    examples = textbook_examples(quickstart.LEARN, 0.5, 3, count, tokenizer)
+    return packed_batches(examples, row_tokens=128, tokens_per_microbatch=per, pad_id=tokenizer.pad)
+
+
+@pytest.mark.parametrize("per", [128, 256, 10_000])
+def test_any_split_into_microbatches_gives_the_same_gradient(model: Deepseek, tokenizer: Tokenizer, per: int) -> None:
+    model.double()
+    model.kernels = Kernels()
+    grads = []
+    for size in (10_000, per):
+        model.zero_grad()
+        batches = _batches(tokenizer, size)
+        loss, metrics, _ = accumulate(model.float(), batches, next_token.loss, mtp_lambda=0.3, balance_alpha=0.0)
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert metrics["nll"] == pytest.approx(loss, rel=1e-5)
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_a_step_learns_counts_and_balances(model: Deepseek, tokenizer: Tokenizer) -> None:
+    state = TrainState(model, optimizers(model, "muon", lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1))
+    batches = _batches(tokenizer, 10_000)
+    before = [m.e_score_correction_bias.clone() for m in model.modules() if hasattr(m, "e_score_correction_bias")]
+    first = train_step(state, batches, next_token.loss, STAGE, progress=0.0)
+    for _ in range(8):
+        last = train_step(state, batches, next_token.loss, STAGE, progress=0.5)
+    assert last.loss < first.loss - 0.5
+    assert state.step == 9 and state.tokens == 9 * sum(b.tokens for b in batches)
+    assert first.flops > 6 * model.config.shape().matmul_params() * first.tokens
+    after = [m.e_score_correction_bias for m in model.modules() if hasattr(m, "e_score_correction_bias")]
+    assert any((a != b).any() for a, b in zip(after, before, strict=True))
+
+
+def test_a_gradient_that_is_not_finite_stops_in_a_sentence(model: Deepseek, tokenizer: Tokenizer) -> None:
+    state = TrainState(model, optimizers(model, "adamw", lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1))
+    with torch.no_grad():
+        model.head_weight[3, 0] = float("inf")
+    kept = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError, match="step 0: not finite; lower optim.lr"):
+        train_step(state, _batches(tokenizer, 10_000), next_token.loss, STAGE, progress=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters(), strict=True))
+
+
+def test_nothing_to_learn_is_said(model: Deepseek, tokenizer: Tokenizer) -> None:
+    batches = _batches(tokenizer, 10_000)
+    for batch in batches:
+        batch.weight_BT.zero_()
+    with pytest.raises(ValueError, match="no token of this batch carries weight"):
+        accumulate(model, batches, next_token.loss, mtp_lambda=0.0, balance_alpha=0.0)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_sampler_and_trainer_agree(model: Deepseek, tokenizer: Tokenizer, dtype: str, bound: float) -> None:
+    """The mean |sampler - trainer logprob| of fresh rollouts, through the very path that RL takes."""
+    model.kernels = Kernels(dtype=dtype)  # type: ignore[arg-type]
+    asked = list(islice(problems(quickstart.EXAM, 1), 6))
+    sampling = Sampling(n=4, temperature=1.0, max_new_tokens=24, seed=1, stop_ids=(tokenizer.end,))
+    groups = answer_groups(Engine(model, tokenizer), tokenizer, asked, sampling)
+    examples = [rollout_example(r) for group in groups for r in group]
+    for example in examples:
+        example.advantage = 1.0
+    batches = packed_batches(examples, row_tokens=128, tokens_per_microbatch=10_000, pad_id=tokenizer.pad)
+    _, metrics, _ = accumulate(model, batches, partial(policy.loss), mtp_lambda=0.0, balance_alpha=0.0)
+    assert 0 <= metrics["ratio_error"] < bound
+    assert metrics["clipped"] == 0
+
+
+def test_every_example_comes_once_an_epoch() -> None:
+    seen = [i for step in range(10) for i in examples_of_step(20, step, 6, seed=3)]
+    assert sorted(seen[:20]) == sorted(seen[20:40]) == sorted(seen[40:]) == list(range(20))
+    assert seen[:20] != seen[20:40]
+    assert examples_of_step(20, 7, 6, seed=3) == seen[42:48]
+    assert len(examples_of_step(2, 0, 7, seed=3)) == 7

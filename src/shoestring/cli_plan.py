@@ -31,6 +31,22 @@ Examples:
 
   shoestring plan table mine.csv --json
 """
+STAGE_HELP = """Price one stage other than pretraining.
+
+Examples:
+
+  shoestring plan stage distill qwen2.5-7b --tokens 4.3B --epochs 2.5 --on 64xH100
+
+  shoestring plan stage rl deepseek-v3 --samples 5.3M --length 8000 --on 512xH800
+"""
+ASK_HELP = """Price asking a teacher: its API against chips of one's own.
+
+Examples:
+
+  shoestring plan ask "deepseek-reasoner (R1)" --questions 1M --tokens-out 5355
+
+  shoestring plan ask gpt-5-mini --questions 200K --acceptance 0.5
+"""
 CHECK_HELP = """What a claim about a run implies, and whether it holds.
 
 Examples:
@@ -168,6 +184,47 @@ def _plan_calibrate(
     _guarded(work)
 
 
+def _plan_stage(
+    kind: Annotated[str, typer.Argument(help="sft, distill, logits, on-policy, rl, generate or extend")],
+    model: Annotated[str, typer.Argument(help="a model's name or config.json")],
+    on: Annotated[str, typer.Option(help="chips, like 8xH100")] = "H100",
+    tokens: Annotated[str, typer.Option(help="training tokens (sft, distill, logits, on-policy)")] = "",
+    samples: Annotated[str, typer.Option(help="rollouts or answers (rl, generate)")] = "",
+    length: Annotated[int, typer.Option(help="tokens a sequence or answer")] = 4000,
+    teacher: Annotated[str, typer.Option(help="the teacher's shape (logits, on-policy)")] = "",
+    epochs: Annotated[float, typer.Option(help="passes over the data")] = 1.0,
+    acceptance: Annotated[float, typer.Option(help="share of answers that is kept")] = 1.0,
+    usd_per_hour: Annotated[float | None, typer.Option(help="rent of one chip-hour")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output")] = False,
+) -> None:
+    def work() -> None:
+        from shoestring.cost.show_stage import stage, stage_text
+
+        answer = stage(kind, model, on, tokens=tokens, samples=samples, length=length, teacher=teacher, epochs=epochs,
+                       acceptance=acceptance, usd_per_hour=usd_per_hour)  # fmt: skip
+        _json(answer) if as_json else print(stage_text(answer))
+
+    _guarded(work)
+
+
+def _plan_ask(
+    teacher: Annotated[str, typer.Argument(help="a model of the price list")],
+    questions: Annotated[str, typer.Option(help="how many, like 1M")] = "1M",
+    tokens_in: Annotated[int, typer.Option(help="tokens a question")] = 200,
+    tokens_out: Annotated[int, typer.Option(help="tokens an answer, reasoning included")] = 1000,
+    acceptance: Annotated[float, typer.Option(help="share of answers that is kept")] = 1.0,
+    cached: Annotated[float, typer.Option(help="share of the input that is cached")] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output")] = False,
+) -> None:
+    def work() -> None:
+        from shoestring.cost.show_stage import ask, ask_text
+
+        answer = ask(teacher, questions, tokens_in, tokens_out, acceptance=acceptance, cached=cached)
+        _json(answer) if as_json else print(ask_text(answer))
+
+    _guarded(work)
+
+
 def _check(
     claim: Annotated[str, typer.Argument(help="the claim in words, numbers with units")] = "",
     news: Annotated[bool, typer.Option("--news", help="work through the claims of the news")] = False,
@@ -200,6 +257,8 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(cls=_PlanGroup, help=PLAN_HELP, no_args_is_help=True, add_completion=False)
     group.command("run", help=PLAN_HELP)(_plan_run)
     group.command("table", help=TABLE_HELP)(_plan_table)
+    group.command("stage", help=STAGE_HELP)(_plan_stage)
+    group.command("ask", help=ASK_HELP)(_plan_ask)
     group.command("validate")(_plan_validate)
     group.command("calibrate")(_plan_calibrate)
     app.add_typer(group, name="plan")

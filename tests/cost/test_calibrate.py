@@ -115,6 +115,9 @@ def test_plan_verb(verb, tmp_path):
         ("plan", "llama-3.2-1b", "--tokens", "1T", "--on", "8xH100", "--deadline", "1d"),
         ("plan", "llama-3.2-1b", "--tokens", "1T", "--on", "8xH100", "--layout", "pp=3"),
         ("plan", "table", "nowhere.csv"),
+        ("plan", "stage", "fst", "llama-3.2-1b", "--tokens", "1B"),
+        ("plan", "stage", "rl", "llama-3.2-1b"),
+        ("plan", "ask", "gpt-17"),
         ("check", ""),
         ("check", "cheap"),
     ],
@@ -132,3 +135,18 @@ def test_check_verb(verb):
         and document["consistent"] is True
         and document["implies"]["days"] == pytest.approx(56.7, abs=0.1)
     )
+
+
+def test_stage_and_ask_verbs(verb):
+    distilled = json.loads(
+        verb("plan", "stage", "distill", "qwen2.5-7b", "--tokens", "4.3B", "--epochs", "2.5", "--json").stdout
+    )
+    assert 300 < distilled["gpu_hours"]["mid"] < 600 and distilled["usd"]["low"] < distilled["usd"]["mid"]
+    words = ("plan", "ask", "deepseek-reasoner (R1)", "--questions", "1M", "--tokens-out", "5355", "--json")
+    assert json.loads(verb(*words).stdout)["api_usd"] == pytest.approx(11837, abs=1)
+    for kind, more in (
+        ("rl", ("--samples", "1M")),
+        ("logits", ("--tokens", "1B", "--teacher", "qwen2.5-7b")),
+        ("generate", ("--samples", "1M")),
+    ):
+        assert verb("plan", "stage", kind, "qwen2.5-1.5b", *more).exit_code == 0

@@ -48,10 +48,11 @@ def make(
     if where:
         for chip in chips:
             check_rule(chip.name, *where)
-    return best_plan(
+    best = best_plan(
         model, tokens, chips, by=by, rule=where, budget=parse_usd(budget, "budget") if budget else None,
         deadline_hours=parse_hours(deadline, "deadline") if deadline else None, **options,
     )  # fmt: skip
+    return plan(model, tokens, best.cluster, rule=where, frontier=True, **options)
 
 
 def _within(answer: Plan, deadline: str | None, budget: str | None) -> None:

@@ -15,7 +15,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from shoestring.cost.calibrate import Calibration
 from shoestring.cost.shape import ModelShape
@@ -48,17 +47,20 @@ def gemm_rates() -> list[tuple[float, float, float, float]]:
     return out
 
 
-def attention_rates(batch: int = 8, heads: int = 8, length: int = 256, dim: int = 32) -> tuple[float, float]:
-    """Causal FLOP/s of attention, forward and backward."""
+def attention_rates(length: int, heads: int = 8, dim: int = 32, tokens: int = 2048) -> tuple[float, float, float]:
+    """(length, causal FLOP/s forward, backward) of our own CPU attention."""
+    from shoestring.nn.attention_blocks import attend_blocks
+
+    batch = max(1, tokens // length)
     q, k, v = (torch.randn(batch, heads, length, dim, requires_grad=True) for _ in range(3))
     flops = 2 * batch * heads * length * length * dim * 2 / 2
 
     def both() -> None:
-        F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+        attend_blocks(q, k, v, dim**-0.5, None).sum().backward()
 
     with torch.no_grad():
-        forward = timed(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
-    return flops / forward, 2.5 * flops / max(timed(both) - forward, 0.2 * forward)
+        forward = timed(partial(attend_blocks, q, k, v, dim**-0.5, None))
+    return float(length), flops / forward, 2.5 * flops / max(timed(both) - forward, 0.2 * forward)
 
 
 def bandwidth(numbers: int = 16_000_000) -> float:
@@ -131,10 +133,10 @@ def measure(threads: int = 0, steps: bool = True) -> Calibration:
     """Everything; about a minute."""
     if threads:
         torch.set_num_threads(threads)
-    forward, backward = attention_rates()
     bare = Calibration(
         host=f"{platform.machine()} {platform.node() and 'CPU'}".strip(), threads=torch.get_num_threads(),
-        gemms=tuple(gemm_rates()), attention_forward=forward, attention_backward=backward, bandwidth=bandwidth(),
+        gemms=tuple(gemm_rates()), attention=tuple(attention_rates(t) for t in (32, 64, 128, 256, 512, 1024)),
+        bandwidth=bandwidth(),
         per_operation=per_operation(), memory_bytes=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
     )  # fmt: skip
     return bare.fitted(real_steps()) if steps else bare

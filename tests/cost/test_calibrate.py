@@ -16,7 +16,7 @@ from shoestring.cost.shape import ModelShape
 
 RATES = tuple((float(m), float(n), float(k), 1e9 * (40 + min(m, n, k) / 50)) for m in (256, 2048) for n in (64, 512)
               for k in (64, 512))  # fmt: skip
-BARE = Calibration("a test machine", 1, RATES, 2e10, 1.5e10, 2e10, 3e-6, 16e9)
+BARE = Calibration("a test machine", 1, RATES, ((64.0, 1e10, 8e9), (256.0, 2e10, 1.5e10)), 2e10, 3e-6, 16e9)
 SHAPES = [
     ModelShape(vocab=v, d_model=d, layers=n, heads=4, ffn=3 * d, n_routed=e, n_active=2 if e else 0, expert_ffn=d // 2,
                dense_layers=1 if e else 0)
@@ -48,6 +48,8 @@ def test_one_step_moves_towards_it_but_not_off():
 
 def test_rates_interpolate():
     assert min(r[3] for r in RATES) <= BARE.gemm_rate(700, 200, 200) <= max(r[3] for r in RATES)
+    assert BARE.attention_rates(64) == (1e10, 8e9) and BARE.attention_rates(4096) == (2e10, 1.5e10)
+    assert BARE.attention_rates(128)[0] == pytest.approx((1e10 * 2e10) ** 0.5)
     assert BARE.terms(SHAPES[0], 8, 64)[0] * 2 == pytest.approx(BARE.terms(SHAPES[0], 16, 64)[0], rel=0.3)
 
 

@@ -43,8 +43,9 @@ class Calibration:
     host: str
     threads: int
     gemms: tuple[tuple[float, float, float, float], ...]
-    attention_forward: float  # causal FLOP/s
-    attention_backward: float
+    attention: tuple[
+        tuple[float, float, float], ...
+    ]  # length, causal FLOP/s forward and backward, as our kernel does it
     bandwidth: float  # bytes/s of a large copy, read and write counted
     per_operation: float  # seconds
     memory_bytes: float
@@ -70,12 +71,22 @@ class Calibration:
             total, weight = total + w * log(rate), weight + w
         return float(2.718281828459045 ** (total / weight))
 
+    def attention_rates(self, length: int) -> tuple[float, float]:
+        """(forward, backward) FLOP/s at a length, between the two measured ones around it; the nearest beyond them."""
+        points = sorted(self.attention)
+        below = [p for p in points if p[0] <= length] or points[:1]
+        above = [p for p in points if p[0] >= length] or points[-1:]
+        (x0, f0, b0), (x1, f1, b1) = below[-1], above[0]
+        share = 0.0 if x0 == x1 else log(length / x0) / log(x1 / x0)
+        return f0 * (f1 / f0) ** share, b0 * (b1 / b0) ** share
+
     def terms(self, shape: ModelShape, sequences: int, seq_len: int, *, mtp: bool = False) -> tuple[float, ...]:
         """Seconds of each term before its multiplier."""
         tokens = float(sequences * seq_len)
         products = sum(self._three(g) for g in _products(shape, tokens, mtp))
         flops = tokens * shape.attention_flops(seq_len, mtp=mtp)
-        attention = flops / self.attention_forward + 2.5 * flops / self.attention_backward
+        forward, backward = self.attention_rates(seq_len)
+        attention = flops / forward + 2.5 * flops / backward
         layers = shape.layers + (shape.mtp_layers if mtp else 0)
         bytes_moved = TRAFFIC * tokens * (layers * _numbers(shape) + 3 * shape.vocab) * 4
         experts = shape.moe_layers * shape.n_routed * 12
@@ -147,7 +158,7 @@ class Calibration:
             if raw.get("schema") != SCHEMA:
                 raise UserError(f"{path} has schema {raw.get('schema')!r}; run `shoestring plan calibrate` again.")
             raw = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-            return cls(**{**raw, "gemms": tuple(map(tuple, raw["gemms"]))})
+            return cls(**raw | {k: tuple(map(tuple, raw[k])) for k in ("gemms", "attention")})
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -157,7 +168,7 @@ class Calibration:
         """For the terminal."""
         pairs = ", ".join(f"{k} x{m:.2f}" for k, m in zip(TERMS, self.multipliers, strict=True))
         return (f"{self.host}, {self.threads} threads: best product {self.peak / 1e9:.1f} GFLOP/s, attention "
-                f"{self.attention_forward / 1e9:.1f} and {self.attention_backward / 1e9:.1f}, copy "
+                f"{self.attention_rates(256)[0] / 1e9:.1f} and {self.attention_rates(256)[1] / 1e9:.1f} at 256, copy "
                 f"{self.bandwidth / 1e9:.1f} GB/s, {self.per_operation * 1e6:.1f} us an operation\n"
                 f"from {self.steps_measured} real steps: {pairs}")  # fmt: skip
 

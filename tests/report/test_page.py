@@ -1,0 +1,164 @@
+"""The page: self-contained, whole with whatever is there, and safe with whatever a model wrote."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from shoestring.core.run import Run, runs_tree
+from shoestring.report.curves import averaged, nice_ticks, smoothed
+from shoestring.report.page import page, style, write_report
+from shoestring.report.samples import choose, pairs_of
+from shoestring.report.spec import read_spec
+from shoestring.train.configs import Recipe
+
+VOID = {"meta", "br", "path", "rect", "link", "img"}
+HOSTILE = "</style></title><script>alert(1)</script>\"'><img src=x onerror=alert(2)>\u202e\x00&lt;"
+
+
+class Tags(HTMLParser):
+    """Which tags and attributes a page has, and whether every one is closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.attributes: set[str] = set()
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag, f"</{tag}> closes another"
+
+
+def parsed(text: str) -> Tags:
+    tags = Tags()
+    tags.feed(text)
+    tags.close()
+    assert tags.open == []
+    return tags
+
+
+def test_one_file_without_scripts_or_anything_from_elsewhere(road, tmp_path):
+    recipe, runs, root = road
+    path = write_report(recipe, runs, root, tmp_path / "report.html")
+    text = path.read_text()
+    tags = parsed(text)
+    assert not tags.seen & {"script", "link", "img", "iframe", "object", "form"}
+    assert not re.search(r"https?://|url\((?!#)|@import|src=", text)
+    assert len(tags.ids) == len(set(tags.ids))
+    assert "prefers-color-scheme: dark" in text and "@media print" in text
+    assert len(text) < 600_000
+
+
+def test_everything_the_recipe_asks_for_is_on_it(road):
+    recipe, runs, root = road
+    text = page(recipe, runs, root)
+    for stage in recipe.stages:
+        assert stage.name in text
+    for heading in ("Claims", "The road", "Results", "Curves", "Answers, side by side", "The bill", "How it was made"):
+        assert f"<h2>{heading}</h2>" in text
+    assert "Pass rate in training" in text and "Before teacher RL: right of 16 samples" in text
+    assert text.count("<b class=\"yes\">✓ reached</b>") + text.count("<b class=\"no\">✗ missed</b>") == 5
+    assert recipe.report["note"] in text and "{teacher" not in text
+    assert "Not whole yet" not in text
+
+
+def test_what_models_and_recipes_say_is_text(road, tmp_path):
+    recipe, runs, root = road
+    report = recipe.report | dict.fromkeys(("title", "note", "finding", "command"), HOSTILE)
+    report["curves"] = {HOSTILE: "teacher-rl"}
+    report["claims"] = [report["claims"][0] | {"text": HOSTILE}]
+    changed = Recipe.from_dict(recipe.to_dict() | {"report": report})
+    copy = _copy_of(runs["eval-teacher-rl"], tmp_path / "eval")
+    rows = [json.loads(line) for line in (copy.path / "samples" / "answers.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"texts": [f"<think>{HOSTILE}</think>{HOSTILE}"], "prompt": HOSTILE, "gold": HOSTILE, "kind": HOSTILE}
+    (copy.path / "samples" / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = page(changed, runs | {"eval-teacher-rl": copy}, root)
+    tags = parsed(text)
+    assert not tags.seen & {"script", "img"} and not {name for name in tags.attributes if name.startswith("on")}
+    assert "&lt;script&gt;alert(1)" in text and "\x00" not in text and "\u202e" not in text
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4, 9, 13])
+def test_a_road_half_gone_is_a_page_that_says_so(road, kept):
+    recipe, runs, root = road
+    some = dict(list(runs.items())[:kept])
+    text = page(recipe, some, root)
+    parsed(text)
+    assert f"{len(runs) - kept} of {len(runs)} stages have not finished" in text and "cannot be decided yet" in text
+
+
+def test_an_unfinished_run_and_damaged_files_do_not_stop_it(road, tmp_path):
+    recipe, runs, _ = road
+    stage = next(stage for stage in recipe.stages if stage.name == "teacher-rl")
+    begun = Run.open(tmp_path, stage="teacher-rl", recipe="quickstart", config=stage)
+    with begun.attempt():
+        begun.metric(1, reward=0.5, loss=float("nan"), length=7)
+    damaged = _copy_of(runs["eval-distill"], tmp_path / "damaged")
+    (damaged.path / "result.json").write_text("{")
+    (damaged.path / "samples" / "answers.jsonl").write_text('{"problem_id": 1}\n')
+    text = page(recipe, runs | {"teacher-rl": begun, "eval-distill": damaged}, tmp_path)
+    parsed(text)
+    assert "teacher-rl (interrupted)" in text and "result.json unreadable" in text
+
+
+def test_a_recipe_without_a_report_still_has_a_page(road):
+    recipe, runs, root = road
+    text = page(Recipe.from_dict(recipe.to_dict() | {"report": {}}), runs, root)
+    parsed(text)
+    assert "The bill" in text and "Results" not in text
+
+
+def test_the_same_problem_stands_on_both_sides_and_failures_are_shown(road):
+    recipe, _, _ = road
+    pair, _ = pairs_of(read_spec(recipe))
+    left = {str(i): {"task": "t" if i < 3 else "u", "right": [i == 0]} for i in range(6)}
+    right = {str(i): {"task": "t" if i < 3 else "u", "right": [i in (0, 2)]} for i in range(1, 7)}
+    assert choose(left, right, pair) == ["2", "3", "1"]  # improved in t; nothing fits in u; the first still wrong
+
+
+def test_drawing_numbers():
+    assert nice_ticks(0.53, 0.97) == [0.4, 0.6, 0.8, 1.0]
+    for low, high in ((0.0, 1.0), (3e-7, 4e-7), (-2.0, 13.0), (5.0, 5.0), (0.0, 0.0), (1e9, 1.1e9)):
+        ticks = nice_ticks(low, high)
+        assert ticks[0] <= low <= high <= ticks[-1] and 2 <= len(ticks) <= 8
+        assert all(a < b for a, b in itertools.pairwise(ticks))
+    line = [(float(i), 2.0 * i) for i in range(1000)]
+    assert smoothed(line)[500] == pytest.approx((500.0, 1000.0))
+    thin = averaged(line, 160)
+    assert len(thin) <= 160 and thin[0][0] == 0 and thin[-1][0] == 999
+
+
+def test_the_stylesheet_is_part_of_the_package():
+    assert style().count("{") == style().count("}") and "http" not in style()
+
+
+def _copy_of(run: Run, folder: Path) -> Run:
+    return Run.load(shutil.copytree(run.path, folder))
+
+
+def test_the_runs_on_disk_give_the_same_page(road):
+    recipe, runs, root = road
+    loaded = {run.manifest["stage"]: run for run in runs_tree(root)}
+    again = Recipe.from_json(recipe.to_json())
+    assert page(again, {name: loaded[name] for name in runs}, root) == page(recipe, runs, root)

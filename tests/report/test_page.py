@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from shoestring.core.run import Run, runs_tree
-from shoestring.report.curves import averaged, nice_ticks, smoothed
+from shoestring.report.curves import averaged, log_ticks, nice_ticks, smoothed
+from shoestring.report.drawing import road_svg
 from shoestring.report.page import page, style, write_report
 from shoestring.report.samples import choose, pairs_of
 from shoestring.report.spec import read_spec
@@ -76,7 +77,7 @@ def test_everything_the_recipe_asks_for_is_on_it(road):
         assert stage.name in text
     for heading in ("Claims", "The road", "Results", "Curves", "Answers, side by side", "The bill", "How it was made"):
         assert f"<h2>{heading}</h2>" in text
-    assert "Pass rate in training" in text and "Before teacher RL: right of 16 samples" in text
+    assert "Pass rate in training" in text and "Before “teacher RL”: right of 16 samples" in text
     assert text.count("<b class=\"yes\">✓ reached</b>") + text.count("<b class=\"no\">✗ missed</b>") == 5
     assert recipe.report["note"] in text and "{teacher" not in text
     assert "Not whole yet" not in text
@@ -137,12 +138,31 @@ def test_the_same_problem_stands_on_both_sides_and_failures_are_shown(road):
     assert choose(left, right, pair) == ["2", "3", "1"]  # improved in t; nothing fits in u; the first still wrong
 
 
+def test_of_several_seeds_the_first_is_drawn(road):
+    recipe, runs, root = road
+    entries = [entry | {"seed": int(entry["of"] == "student")} for entry in recipe.report["evals"]]
+    changed = Recipe.from_dict(recipe.to_dict() | {"report": recipe.report | {"evals": entries, "claims": []}})
+    drawn = road_svg(changed, read_spec(changed), runs)
+    assert "teacher-rl" in drawn and "tokenizer" in drawn and "student-rl" not in drawn
+    assert "first of 2 seeds" in page(changed, runs, root)
+    assert "student-rl" in road_svg(recipe, read_spec(recipe), runs)
+
+
+def test_an_arrow_is_firm_where_the_manifest_names_the_parent(road):
+    recipe, runs, _ = road
+    whole = road_svg(recipe, read_spec(recipe), runs)
+    assert "arrow planned" not in whole and whole.count('class="arrow"') == 11
+    without = {name: run for name, run in runs.items() if name != "distill"}
+    assert road_svg(recipe, read_spec(recipe), without).count("arrow planned") == 2
+
+
 def test_drawing_numbers():
     assert nice_ticks(0.53, 0.97) == [0.4, 0.6, 0.8, 1.0]
     for low, high in ((0.0, 1.0), (3e-7, 4e-7), (-2.0, 13.0), (5.0, 5.0), (0.0, 0.0), (1e9, 1.1e9)):
         ticks = nice_ticks(low, high)
         assert ticks[0] <= low <= high <= ticks[-1] and 2 <= len(ticks) <= 8
         assert all(a < b for a, b in itertools.pairwise(ticks))
+    assert log_ticks(0.29, 3.1) == [0.2, 0.5, 1.0, 2.0, 5.0] and log_ticks(1.0, 1.0) == [1.0, 2.0]
     line = [(float(i), 2.0 * i) for i in range(1000)]
     assert smoothed(line)[500] == pytest.approx((500.0, 1000.0))
     thin = averaged(line, 160)

@@ -14,6 +14,7 @@ from shoestring.train.configs import Recipe
 
 WIDTH, HEIGHT = 320, 168
 LEFT, RIGHT, TOP, BOTTOM = 40, 8, 8, 20
+Scale = Callable[[float], float]
 POINTS = 160  # a line is averaged down to this many
 KINDS = {
     "pretrain": "Pretraining", "sft": "Supervised fine-tuning and distillation",
@@ -21,11 +22,11 @@ KINDS = {
 }  # fmt: skip
 PANELS: dict[str, tuple[tuple[str, str], ...]] = {
     "Pretraining": (
-        ("loss", "Next-token loss, nats"), ("mtp", "Multi-token-prediction loss, nats"),
+        ("loss", "Next-token loss, nats, log scale"), ("mtp", "Loss of the MTP module, log scale"),
         ("max_violation", "Expert load, max ÷ mean − 1"),
     ),
     "Supervised fine-tuning and distillation": (
-        ("loss", "Next-token loss, nats"), ("max_violation", "Expert load, max ÷ mean − 1"),
+        ("loss", "Next-token loss, nats, log scale"), ("max_violation", "Expert load, max ÷ mean − 1"),
     ),
     "Reinforcement learning": (
         ("reward", "Reward, weighted sum"), ("length", "Mean answer length, tokens"),
@@ -96,7 +97,11 @@ def _metrics(title: str, lines: Sequence[Line]) -> list[tuple[str, str]]:
     named = [(key, PASS_RATE.get(key[7:], f"Reward: {key[7:]}")) for key in rewards]
     rest = [(key, name) for key, name in PANELS[title] if key in known and not (key == "reward" and len(rewards) == 1)]
     shown = [*named, *rest]
-    return [(key, name) for key, name in shown if any(y for line in lines for _, y in line.points(key))]
+    least = {"truncated": 0.01}  # below that there is nothing to see
+    return [
+        (key, name) for key, name in shown
+        if any(abs(y) > least.get(key, 0.0) for line in lines for _, y in line.points(key))
+    ]  # fmt: skip
 
 
 def _legend(lines: Sequence[Line]) -> str:
@@ -117,9 +122,10 @@ def _panel(metric: str, title: str, lines: Sequence[Line]) -> str:
         return ""
     smooth = [(line, points, smoothed(points)) for line, points in found]
     ys = [y for _, points, soft in smooth for _, y in (*soft, *_middle(points))]
-    ticks = nice_ticks(min(ys), max(ys))
+    log = "log scale" in title and min(ys) > 0
+    ticks = log_ticks(min(ys), max(ys)) if log else nice_ticks(min(ys), max(ys))
     last = max(points[-1][0] for _, points in found)
-    to_x, to_y = _scales(last, ticks)
+    to_x, to_y = _scales(last, ticks, log=log)
     drawn = []
     for line, points, soft in smooth:
         faint = _path([(x, min(max(y, ticks[0]), ticks[-1])) for x, y in averaged(points, POINTS)], to_x, to_y)
@@ -142,20 +148,20 @@ def _middle(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return ordered[cut : len(ordered) - cut]
 
 
-def _scales(last: float, ticks: Sequence[float]) -> tuple[Callable[[float], float], Callable[[float], float]]:
-    low, high = ticks[0], ticks[-1]
+def _scales(last: float, ticks: Sequence[float], *, log: bool) -> tuple[Scale, Scale]:
+    low, high = (math.log(ticks[0]), math.log(ticks[-1])) if log else (ticks[0], ticks[-1])
     across, up = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def to_x(x: float) -> float:
         return LEFT + across * (x / last if last else 0.0)
 
     def to_y(y: float) -> float:
-        return TOP + up * (1 - (y - low) / (high - low))
+        return TOP + up * (1 - ((math.log(y) if log else y) - low) / (high - low))
 
     return to_x, to_y
 
 
-def _axes(ticks: Sequence[float], last: float, to_x: Callable[[float], float], to_y: Callable[[float], float]) -> str:
+def _axes(ticks: Sequence[float], last: float, to_x: Scale, to_y: Scale) -> str:
     grid = "".join(
         f'<path class="grid" d="M{LEFT} {to_y(t):.1f}H{WIDTH - RIGHT}"/>'
         f'<text class="tick" x="{LEFT - 6}" y="{to_y(t) + 3.5:.1f}" text-anchor="end">{_short(t)}</text>'
@@ -167,7 +173,7 @@ def _axes(ticks: Sequence[float], last: float, to_x: Callable[[float], float], t
     return grid + under
 
 
-def _path(points: Sequence[tuple[float, float]], to_x: Callable[[float], float], to_y: Callable[[float], float]) -> str:
+def _path(points: Sequence[tuple[float, float]], to_x: Scale, to_y: Scale) -> str:
     return "M" + "L".join(f"{to_x(x):.1f} {to_y(y):.1f}" for x, y in points)
 
 
@@ -210,6 +216,14 @@ def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
     return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10, ... times a power of ten, enclosing [low, high] > 0."""
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    steps = [float(f"{m}e{power}") for power in powers for m in (1, 2, 5)]
+    below, above = max(s for s in steps if s <= low * 1.000001), min(s for s in steps if s >= high * 0.999999)
+    return [s for s in steps if below <= s <= max(above, below * 2)]
+
+
 # ---- the pre-flight check -----------------------------------------------------------------------------------------
 
 
@@ -226,7 +240,7 @@ def _histogram(label: str, run: Run) -> str:
         f'y="{TOP + up * (1 - c / tallest):.1f}" height="{up * c / tallest:.1f}" rx="1.5"/>'
         for i, c in enumerate(counts)
     )
-    told = f"Before {words.text(label)}: right of {k} samples"
+    told = f"Before “{words.text(label)}”: right of {k} samples"
     return (
         f'<figure class="panel r-a"><figcaption>{told}<span class="ends">{words.percent(facts["pass@1"], 0)} right'
         f'</span></figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{told}">'

@@ -12,9 +12,9 @@ from shoestring.report.roles import Role, budget_of, first_seed, roles_of, sourc
 from shoestring.report.spec import ReportSpec
 from shoestring.train.configs import Recipe, StageBase
 
-WIDTH, HEIGHT, DOCK = 140, 44, 19  # a box, and an evaluation under it
-GAP_X, GAP_Y = 30, 16
-LETTERS = 21  # that fit into a box
+WIDTH, HEIGHT, DOCK = 150, 44, 19  # a box, and an evaluation under it
+GAP_X, GAP_Y = 28, 16
+LETTERS = 22  # that fit into a box
 
 
 @dataclass(slots=True)

@@ -81,7 +81,7 @@ def why_missing(runs: Mapping[str, Run], stage: str) -> str | None:
     if run.finished:
         return None
     status = run.manifest["status"]
-    return {"started": "under way or killed", "interrupted": "interrupted", "failed": "failed"}.get(status, status)
+    return {"started": "unfinished", "interrupted": "interrupted", "failed": "failed"}.get(status, status)
 
 
 def results_of(row: Row, runs: Mapping[str, Run]) -> dict[int, Result]:

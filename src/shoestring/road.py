@@ -110,7 +110,7 @@ def run_recipe(recipe: Recipe, runs_dir: Path, *, again: bool = False, quiet: bo
     for stage in recipe.stages:
         inputs = {role: _input(value, done, runs_dir) for role, value in stage.inputs.items()}
         run = Run.open(
-            runs_dir, stage=stage.name, recipe=recipe.name, config=stage, seed=stage.seed, headline=stage.headline,
+            runs_dir, stage=stage.name, recipe=recipe.runs_as or recipe.name, config=stage, seed=stage.seed, headline=stage.headline,
             parents={role: _digest(found) for role, found in inputs.items()}, data=_data(stage), again=moment,
         )  # fmt: skip
         if not run.finished:
@@ -234,7 +234,8 @@ def find_runs(recipe: Recipe, runs_dir: Path) -> dict[str, Run]:
             continue
         parents = {role: _digest(value) for role, value in inputs.items() if value is not None}
         digest = run_digest(stage.to_dict(), parents, _data(stage), stage.seed)
-        folders = sorted(runs_dir.glob(f"{stage.name}-{recipe.name}-{digest}*"), key=lambda path: len(path.name))
+        name = f"{stage.name}-{recipe.runs_as or recipe.name}-{digest}"
+        folders = sorted(runs_dir.glob(f"{name}*"), key=lambda path: len(path.name))
         if folders:
             found[stage.name] = Run.load(folders[-1])
     return found

@@ -68,7 +68,7 @@ def test_a_gradient_that_is_not_finite_stops_in_a_sentence(model: Deepseek, toke
     with torch.no_grad():
         model.head_weight[3, 0] = float("inf")
     kept = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(FloatingPointError, match="step 0: not finite; lower optim.lr"):
+    with pytest.raises(FloatingPointError, match=r"step 0: not finite; lower optim\.lr"):
         train_step(state, _batches(tokenizer, 10_000), next_token.loss, STAGE, progress=0.0)
     assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters(), strict=True))
 

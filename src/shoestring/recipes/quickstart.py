@@ -59,6 +59,7 @@ class Size:
     group_size: int = 8
     preflight_problems: int = 64
     curate: tuple[str, ...] = ("correct", "dedup")
+    rewards: tuple[str, ...] = ("correct", "format")
     minimum_mixed: float = 0.05
     checkpoint_every: int = 100
 
@@ -67,20 +68,21 @@ SIZES = {
     "full": Size(900, 900, 60, 80, 3000, 160, 300, 4, 3_000_000),
     "smoke": Size(
         12, 12, 4, 3, 24, 4, 8, 2, 40_000, tokens_per_step=1024, problems_per_step=4, group_size=4,
-        preflight_problems=4, minimum_mixed=0.0, checkpoint_every=2, curate=("dedup",),
+        preflight_problems=4, minimum_mixed=0.0, checkpoint_every=2, curate=("dedup",), rewards=("repetition",),
     ),
 }  # fmt: skip
 LONG_SHARE = 0.3
+REWARDS = {"correct": 1.0, "format": 0.1, "repetition": 1.0}  # the last only to give an untrained model a signal
 
 # Learnt on every length up to the hardest, examined on the hardest.
 LEARN = (
     TaskMix(task="questions", kinds=("sum",), difficulty=(1, 6)),
-    TaskMix(task="logic", kinds=("liars",), difficulty=(1, 8)),
+    TaskMix(task="logic", kinds=("liars",), difficulty=(1, 10)),
     TaskMix(task="programs", kinds=("describe",), difficulty=(1, 5)),
 )
 EXAM = (
     TaskMix(task="questions", kinds=("sum",), difficulty=(5, 6)),
-    TaskMix(task="logic", kinds=("liars",), difficulty=(7, 8)),
+    TaskMix(task="logic", kinds=("liars",), difficulty=(8, 10)),
     TaskMix(task="programs", kinds=("describe",), difficulty=(4, 5)),
 )
 
@@ -106,6 +108,7 @@ STUDENT = ModelSpec(
 )  # fmt: skip
 
 DECODING = Decoding(temperature=1.0, max_new_tokens=72)
+DISTILL_OPTIM = Optim(kind="muon", lr=3e-3)
 COMPUTE = Compute(dtype="float32", experts="grouped")
 
 
@@ -114,7 +117,7 @@ def recipe(size: str = "full", seed: int = 0) -> Recipe:
     if size not in SIZES:
         raise UserError(f'quickstart has no size "{size}".{did_you_mean(size, SIZES)}')
     stages: list[Stage] = [tokenizer(), *teacher(SIZES[size], seed), *student(SIZES[size], seed)]
-    stages += [exam(stage.name, SIZES[size], seed) for stage in stages if stage.name in EXAMINED]
+    stages += [exam(stage.name, SIZES[size]) for stage in stages if stage.name in EXAMINED]
     return Recipe(
         name="quickstart" if size == "full" else f"quickstart-{size}",
         about=(__doc__ or "").split("\n")[0], stages=tuple(stages), report=report([seed], [""]),
@@ -178,7 +181,7 @@ def student(size: Size, seed: int, suffix: str = "") -> list[Stage]:
         ),
         DistillStage(
             name=distilled, inputs={"model": base, "traces": f"ask{suffix}"}, steps=size.distill_steps, row_tokens=224,
-            examples_per_step=64, optim=Optim(kind="muon", lr=3e-3), **common,
+            examples_per_step=64, optim=DISTILL_OPTIM, **common,
         ),
         PretrainStage(
             name=f"student-more-textbook{suffix}", inputs={"model": base, "budget": distilled}, match_flops=("budget",),
@@ -194,7 +197,7 @@ def student(size: Size, seed: int, suffix: str = "") -> list[Stage]:
 def rl_options(size: Size) -> dict[str, Any]:
     """GRPO on exam-like training problems; the same for teacher and student."""
     return {
-        "mix": EXAM, "rewards": {"correct": 1.0, "format": 0.1}, "problems_per_step": size.problems_per_step,
+        "mix": EXAM, "rewards": {name: REWARDS[name] for name in size.rewards}, "problems_per_step": size.problems_per_step,
         "group_size": size.group_size, "decoding": DECODING, "row_tokens": 224, "max_tries": 1,
         "preflight_problems": size.preflight_problems, "minimum_mixed": size.minimum_mixed,
         "optim": Optim(lr=3e-4, weight_decay=0.0, warmup_steps=5, schedule="constant"), "balance_alpha": 0.0,
@@ -213,15 +216,17 @@ EXAMINED = {
 }
 
 
-def exam(model: str, size: Size, seed: int) -> EvalStage:
+def exam(model: str, size: Size) -> EvalStage:
     """The same unseen problems for every model of every seed."""
     return EvalStage(
         name=f"eval-{model}", inputs={"model": model}, mix=EXAM, problems=size.eval_problems, samples=size.eval_samples,
-        decoding=DECODING, seed=seed, compute=COMPUTE, rows_per_batch=512,
+        decoding=DECODING, compute=COMPUTE, rows_per_batch=512,
     )  # fmt: skip
 
 
-def report(seeds: list[int], suffixes: list[str]) -> dict[str, Any]:
+def report(
+    seeds: list[int], suffixes: list[str], examined: dict[str, tuple[str, str, bool]] | None = None
+) -> dict[str, Any]:
     """What the report shows; its schema is described in report/tables.py."""
     first = suffixes[0]
     return {
@@ -233,7 +238,7 @@ def report(seeds: list[int], suffixes: list[str]) -> dict[str, Any]:
                 "control": control, "seed": seed,
             }
             for seed, suffix in zip(seeds, suffixes, strict=True)
-            for stage, (of, label, control) in EXAMINED.items()
+            for stage, (of, label, control) in (examined or EXAMINED).items()
         ],
         "samples": {
             "before": f"eval-teacher-sft{first}", "after": f"eval-teacher-rl{first}",

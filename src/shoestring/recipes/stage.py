@@ -1,7 +1,7 @@
 """One stage by itself, with the quickstart's settings as defaults: what the verbs `pretrain`, `sft`, `rl` ... run.
 
-    shoestring rl --from model=runs/teacher-sft-quickstart-0123 --set steps=40
-    shoestring eval --from model=some/folder --set problems=100
+shoestring rl --from model=runs/teacher-sft-quickstart-0123 --set steps=40
+shoestring eval --from model=some/folder --set problems=100
 """
 
 from __future__ import annotations

@@ -237,6 +237,7 @@ class Recipe(Config):
     """A road through stages, in order. `usd_per_hour` is the rate the bill is counted at."""
 
     name: str
+    runs_as: str = ""  # the name its runs go by, when they are to be shared with another recipe; else `name`
     about: str = ""
     stages: tuple[Stage, ...]
     usd_per_hour: float = Field(0.10, ge=0)

@@ -6,9 +6,11 @@ model the same problems, so two evaluations can be compared in pairs.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 from shoestring.core.atomic import write_json
+from shoestring.core.errors import UserError
 from shoestring.core.nouns import Problem
 from shoestring.data.textbook import problems
 from shoestring.evals.runner import evaluate
@@ -21,14 +23,19 @@ from shoestring.train.step import forward_flops
 
 
 def test_problems(stage: EvalStage) -> list[Problem]:
-    """`stage.problems` distinct test problems of every entry of the mix."""
+    """`stage.problems` distinct test problems of every entry of the mix. Raises UserError when there are not so many."""
     chosen: list[Problem] = []
     for entry in stage.mix:
         seen: dict[str, Problem] = {}
-        for problem in problems([entry], stage.seed, split="test"):
+        for problem in islice(problems([entry], stage.seed, split="test"), 50 * stage.problems):
             seen.setdefault(problem.id, problem)
             if len(seen) == stage.problems:
                 break
+        else:
+            raise UserError(
+                f"{entry.task} {'/'.join(entry.kinds)} at difficulty {entry.difficulty} has only about {len(seen)} test "
+                f"problems, not {stage.problems}; ask fewer or raise the difficulty."
+            )
         chosen += seen.values()
     return chosen
 

@@ -1,0 +1,96 @@
+"""Killed at any moment, the same command goes on and ends with the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shoestring.core.run import Run, runs_tree
+from shoestring.recipes import quickstart
+from shoestring.road import run_recipe
+from shoestring.train import step as step_module
+from shoestring.train.configs import Recipe
+
+TRAINED = ("teacher-pretrain", "teacher-sft", "teacher-rl", "student-pretrain", "student-base", "ask",
+           "student-distilled", "student-more-textbook", "student-rl")  # fmt: skip
+
+
+def _hashes(root: Path) -> dict[str, dict[str, str]]:
+    """Stage -> file -> sha256, of everything that finished stages left (wall-clock costs are not outputs)."""
+    found = {}
+    for run in runs_tree(root):
+        assert run.finished, run.name
+        files = {o["path"].split("checkpoints/")[-1]: o["sha256"] for o in run.manifest["outputs"]}
+        found[run.manifest["stage"]] = {k: v for k, v in files.items() if k.endswith(".safetensors")}
+    return found
+
+
+def _road(until: str) -> Recipe:
+    whole = quickstart.recipe("smoke")
+    names = [stage.name for stage in whole.stages]
+    return whole.model_copy(update={"stages": whole.stages[: names.index(until) + 1], "report": {}})
+
+
+class Killed(BaseException):
+    """Stands for the death of the process: nothing but BaseException handlers may see it."""
+
+
+def test_a_stage_that_dies_between_checkpoints_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every update of pretraining, SFT and RL is once the one before which the process dies."""
+    recipe = _road("teacher-rl")
+    run_recipe(recipe, tmp_path / "whole", quiet=True)
+    whole = step_module.train_step
+    count, deaths = 0, [2, 5, 9, 13, 15, 17]
+
+    def dying(*args, **options):  # type: ignore[no-untyped-def]
+        nonlocal count
+        count += 1
+        if deaths and count == deaths[0]:
+            deaths.pop(0)
+            raise Killed
+        return whole(*args, **options)
+
+    for name in ("pretrain", "sft", "rl"):
+        monkeypatch.setattr(f"shoestring.train.{name}.train_step", dying)
+    for _ in range(10):
+        try:
+            run_recipe(recipe, tmp_path / "killed", quiet=True)
+            break
+        except Killed:
+            continue
+    assert not deaths
+    assert _hashes(tmp_path / "killed") == _hashes(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kill_9_inside_every_stage_ends_with_the_same_bits(tmp_path: Path) -> None:
+    def start(root: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "shoestring.cli", "run", "quickstart", "--set", "size=smoke", "--quiet"]
+        return subprocess.Popen([*command, "--runs", str(root)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    assert start(tmp_path / "whole").wait() == 0
+    killed_in = []
+    for stage in TRAINED:
+        process = start(tmp_path / "killed")
+        while process.poll() is None:
+            if any((tmp_path / "killed").glob(f"{stage}-quickstart-smoke-*/metrics.jsonl")):
+                process.send_signal(signal.SIGKILL)
+                killed_in.append(stage)
+                break
+            time.sleep(0.01)
+        process.wait()
+    assert start(tmp_path / "killed").wait() == 0
+    assert len(killed_in) >= len(TRAINED) - 1, "the road ran ahead of the killer"
+    assert _hashes(tmp_path / "killed") == _hashes(tmp_path / "whole")
+    attempts = [run.manifest["attempts"] for run in runs_tree(tmp_path / "killed")]
+    assert sum(attempts) >= len(attempts) + len(killed_in)
+    assert isinstance(runs_tree(tmp_path / "killed")[0], Run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -131,14 +132,20 @@ def _panel(metric: str, title: str, lines: Sequence[Line]) -> str:
         faint = _path([(x, min(max(y, ticks[0]), ticks[-1])) for x, y in averaged(points, POINTS)], to_x, to_y)
         drawn.append(f'<path class="faint {line.css}" d="{faint}"/>')
         drawn.append(f'<path class="line {line.css} d{line.dash}" d="{_path(averaged(soft, POINTS), to_x, to_y)}"/>')
-    first = smooth[0][2]
-    ends = f"{words.text(_short(first[0][1]))} → {words.text(_short(first[-1][1]))}"
+    ends = _ends(found[0][1])
     return (
         f'<figure class="panel"><figcaption>{words.text(title)}<span class="ends {found[0][0].css}">{ends}</span>'
         "</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{words.text(title)}">'
         f"{_axes(ticks, last, to_x, to_y)}{''.join(drawn)}</svg></figure>"
     )
+
+
+def _ends(points: Sequence[tuple[float, float]]) -> str:
+    """Where a line begins (the mean of its first hundredth) and ends (of its last twentieth)."""
+    values = [y for _, y in points]
+    first, last = values[: len(values) // 100 + 1], values[-(len(values) // 20 + 1) :]
+    return f"{_short(statistics.fmean(first))} → {_short(statistics.fmean(last))}"
 
 
 def _middle(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -183,13 +190,14 @@ def _short(value: float) -> str:
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A centred running mean over about a fifteenth of the curve, over half of that at its ends: it does not lag."""
+    """A centred running mean over about a fifteenth of the curve, narrower at its steep beginning."""
     sums, reach = [0.0], len(points) // 30
     for _, y in points:
         sums.append(sums[-1] + y)
     out = []
     for i, (x, _) in enumerate(points):
-        first, end = max(0, i - reach), min(len(points), i + reach + 1)
+        half = min(reach, i)
+        first, end = i - half, min(len(points), i + half + 1)
         out.append((x, (sums[end] - sums[first]) / (end - first)))
     return out
 

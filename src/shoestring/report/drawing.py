@@ -118,7 +118,7 @@ def _box(box: Box, runs: Mapping[str, Run]) -> str:
         f'<rect class="back" width="{WIDTH}" height="{HEIGHT}" rx="5"/>',
         f'<rect class="front" width="{WIDTH}" height="{HEIGHT}" rx="5"/>',
         f'<rect class="edge" width="4" height="{HEIGHT - 12}" x="6" y="6" rx="2"/>',
-        f'<text class="name" x="17" y="18">{words.text(_short(name))}</text>',
+        f'<text class="name{" long" if len(name) > 18 else ""}" x="17" y="18">{words.text(_short(name))}</text>',
         f'<text class="small" x="17" y="34">{words.text(_short(under + (" · = FLOPs" if budget else ""), 26))}</text>',
     ]
     for index, stage in enumerate(box.evals):

@@ -16,7 +16,6 @@ from shoestring.report.spec import EvalEntry, ReportSpec
 from shoestring.train.configs import Recipe
 
 Result = dict[str, Any]  # EvalResult.to_dict()
-FLOWS = ("model", "traces")  # input roles through which training FLOPs pass on to a model
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,7 @@ def cell(row: Mapping[str, Any], key: str) -> str:
     """One number with its unit and its error, as text."""
     value = row[key]
     if key in ("value", "target"):
-        told = words.in_unit(value, row["unit"])
+        told = words.in_unit(value, row["unit"], sign=key == "value")
         return f"{'at least ' if row['sense'] == '>=' else 'at most '}{told}" if key == "target" else _with(told, row)
     if key == "reached":
         return {True: "reached", False: "missed", None: "not decided"}[value]

@@ -62,6 +62,23 @@ def print_table(rows: Sequence[Mapping[str, Any]], *, title: str | None = None) 
     console().print(table)
 
 
+def readable(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a report's table for a terminal: "X" and "X stderr" in one column, accuracies in per cent."""
+    told: dict[str, Any] = {}
+    for key, value in row.items():
+        if key.endswith("stderr"):
+            continue
+        error = row.get(f"{key} stderr", row.get("stderr") if key == "value" else None)
+        share = key == "value" and row.get("unit") in ("points", "share")
+        percent = share or key.startswith(("task: ", "pass@", "cons@"))
+        scale, unit = (100.0, " %") if percent else (1.0, "")
+        if not _is_number(value) or (error is None and not percent):
+            told[key] = value
+        else:
+            told[key] = f"{scale * value:.1f}" + ("" if error is None else f" ± {scale * error:.1f}") + unit
+    return told
+
+
 def short(value: Any, column: str = "") -> str:
     """A value as a person reads it: 12.3k, 4m 05s for seconds, $0.0031 for dollars, a dash for nothing."""
     if value is None or value == "":

@@ -20,6 +20,7 @@ from shoestring.cli_options import (
     described,
     emit_json,
     print_table,
+    readable,
 )
 from shoestring.core.errors import UserError
 
@@ -138,9 +139,12 @@ def _go(recipe: Recipe, runs: Path, dry_run: bool, again: bool, json: bool, quie
         _report({"schema": 1, "recipe": recipe.name, "plan": rows}, rows, json)
         return
     result = run_recipe(recipe, runs, again=again, quiet=quiet)
-    _report(result.to_json(), result.rows, json)
-    if result.report_path is not None and not json:
-        print(f"report: {result.report_path}")
+    _report(result.to_json(), [] if result.tables else result.rows, json)
+    if json or result.report_path is None:
+        return
+    for title, rows in result.tables.items():
+        print_table([readable(row) for row in rows], title=title)
+    print(f"report: {result.report_path}")
 
 
 def _report(document: Any, rows: list[dict[str, Any]], json: bool) -> None:

@@ -21,6 +21,9 @@ from shoestring.core.config import read_mapping
 from shoestring.core.errors import UserError, did_you_mean
 from shoestring.core.registry import load_part
 from shoestring.core.run import Run
+from shoestring.report import tables
+from shoestring.report.page import write_report
+from shoestring.report.spec import read_spec
 from shoestring.train.configs import Recipe, Stage, TextFiles
 from shoestring.train.estimate import estimate
 
@@ -38,12 +41,13 @@ class RoadResult:
     runs: dict[str, Run]
     rows: list[dict[str, Any]]
     report_path: Path | None
+    tables: dict[str, list[dict[str, Any]]]  # of a recipe that says what to report: accuracy, claims, bill
 
     def to_json(self) -> dict[str, Any]:
         return {
             "schema": 1, "recipe": self.recipe.name, "rows": self.rows,
             "runs": {name: str(run.path) for name, run in self.runs.items()},
-            "report": None if self.report_path is None else str(self.report_path),
+            "report": None if self.report_path is None else str(self.report_path), "tables": self.tables,
         }  # fmt: skip
 
 
@@ -103,6 +107,7 @@ def run_recipe(recipe: Recipe, runs_dir: Path, *, again: bool = False, quiet: bo
     from shoestring.train.machine import Machine
 
     runs_dir = Path(runs_dir)
+    read_spec(recipe)  # a misspelt stage in what is to be reported is said now, not at the end
     _check_inputs(recipe, runs_dir)
     runs_dir.mkdir(parents=True, exist_ok=True)
     moment = since(runs_dir, recipe.digest()) if again else False
@@ -110,7 +115,8 @@ def run_recipe(recipe: Recipe, runs_dir: Path, *, again: bool = False, quiet: bo
     for stage in recipe.stages:
         inputs = {role: _input(value, done, runs_dir) for role, value in stage.inputs.items()}
         run = Run.open(
-            runs_dir, stage=stage.name, recipe=recipe.runs_as or recipe.name, config=stage, seed=stage.seed, headline=stage.headline,
+            runs_dir, stage=stage.name, recipe=recipe.runs_as or recipe.name, config=stage, seed=stage.seed,
+            headline=stage.headline,
             parents={role: _digest(found) for role, found in inputs.items()}, data=_data(stage), again=moment,
         )  # fmt: skip
         if not run.finished:
@@ -118,8 +124,13 @@ def run_recipe(recipe: Recipe, runs_dir: Path, *, again: bool = False, quiet: bo
         done[stage.name] = run
     if again:
         through(runs_dir, recipe.digest())
-    report = report_recipe(recipe, runs_dir, done) if recipe.report else None
-    return RoadResult(recipe, done, result_rows(recipe, done), report)
+    if not recipe.report:
+        return RoadResult(recipe, done, result_rows(recipe, done), None, {})
+    made = {
+        "accuracy": tables.result_table(recipe, done), "claims": tables.claims(recipe, done),
+        "bill": tables.bill_table(recipe, done, runs_dir),
+    }  # fmt: skip
+    return RoadResult(recipe, done, result_rows(recipe, done), report_recipe(recipe, runs_dir, done), made)
 
 
 def _run_stage(stage: Stage, ctx: Any) -> None:
@@ -215,8 +226,6 @@ def result_rows(recipe: Recipe, runs: Mapping[str, Run]) -> list[dict[str, Any]]
 
 def report_recipe(recipe: Recipe, runs_dir: Path, runs: Mapping[str, Run] | None = None) -> Path:
     """Write the report of a recipe from what its finished runs left."""
-    from shoestring.report.page import write_report
-
     if runs is None:
         runs = find_runs(recipe, Path(runs_dir))
     path = Path(runs_dir) / f"report-{recipe.name}-{recipe.digest()}.html"

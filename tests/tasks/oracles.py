@@ -13,7 +13,8 @@ def questions_sum(prompt: str) -> tuple[str, str]:
 
 def questions_story(prompt: str) -> tuple[str, str]:
     events = re.findall(r"([A-Z][a-z]+) (has|gives|takes) (\d)", prompt)
-    totals = [sum(int(n) * (-1 if verb == "takes" else 1) for _, verb, n in events[: i + 1]) for i in range(len(events))]
+    signed = [int(n) * (-1 if verb == "takes" else 1) for _, verb, n in events]
+    totals = [sum(signed[: i + 1]) for i in range(len(signed))]
     assert min(totals) >= 0 and len({name for name, _, _ in events}) == len(events)
     steps = [f"{' '.join(event)} {t % 10}" for event, t in zip(events, totals, strict=True)]
     return " ".join(steps), str(totals[-1] % 10)

@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim not in (2, 3):
-                    raise ValueError(f"Muon takes matrices and stacks of them, not a parameter of shape {tuple(p.shape)}")
+                    raise ValueError(f"Muon takes matrices and stacks of them, not shape {tuple(p.shape)}")
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

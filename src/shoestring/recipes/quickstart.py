@@ -65,7 +65,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size(900, 900, 60, 80, 3000, 160, 300, 4, 3_000_000),
+    "full": Size(900, 900, 60, 80, 3000, 100, 300, 4, 3_000_000),
     "smoke": Size(
         12, 12, 4, 3, 24, 4, 8, 2, 40_000, tokens_per_step=1024, problems_per_step=4, group_size=4,
         preflight_problems=4, minimum_mixed=0.0, checkpoint_every=2, curate=("dedup",), rewards=("repetition",),
@@ -197,12 +197,44 @@ def student(size: Size, seed: int, suffix: str = "") -> list[Stage]:
 def rl_options(size: Size) -> dict[str, Any]:
     """GRPO on exam-like training problems; the same for teacher and student."""
     return {
-        "mix": EXAM, "rewards": {name: REWARDS[name] for name in size.rewards}, "problems_per_step": size.problems_per_step,
-        "group_size": size.group_size, "decoding": DECODING, "row_tokens": 224, "max_tries": 1,
+        "mix": EXAM, "rewards": {name: REWARDS[name] for name in size.rewards},
+        "problems_per_step": size.problems_per_step, "group_size": size.group_size,
+        "decoding": DECODING, "row_tokens": 224, "max_tries": 1,
         "preflight_problems": size.preflight_problems, "minimum_mixed": size.minimum_mixed,
         "optim": Optim(lr=3e-4, weight_decay=0.0, warmup_steps=5, schedule="constant"), "balance_alpha": 0.0,
     }  # fmt: skip
 
+
+# The claims, decided over the seeds of `study-quickstart`.
+AFTER_SFT, AFTER_RL = {"of": "teacher", "label": "after SFT"}, {"of": "teacher", "label": "after RL"}
+MORE_SFT = {"of": "teacher", "label": "more SFT instead of RL"}
+DISTILLED = {"of": "student", "label": "distilled"}
+CLAIMS: list[dict[str, Any]] = [
+    {
+        "text": "RL adds at least 15 points to the teacher", "minuend": AFTER_RL, "subtrahend": AFTER_SFT,
+        "at_least": 0.15,
+    },
+    {
+        "text": "RL adds at least 10 points more than as many FLOPs of SFT add", "at_least": 0.10,
+        "difference_of": [AFTER_RL, AFTER_SFT], "minus": [MORE_SFT, AFTER_SFT],
+    },
+    {
+        "text": "the answers grow longer by themselves, by at least 5 tokens", "metric": "mean_tokens", "at_least": 5.0,
+        "minuend": AFTER_RL, "subtrahend": AFTER_SFT,
+    },
+    {
+        "text": "the distilled student keeps at least 85 % of the teacher", "ratio_of": DISTILLED, "to": AFTER_RL,
+        "at_least": 0.85,
+    },
+    {
+        "text": "distilling beats as many FLOPs of textbook by at least 10 points", "minuend": DISTILLED,
+        "subtrahend": {"of": "student", "label": "more textbook instead"}, "at_least": 0.10,
+    },
+    {
+        "text": "distilling beats as many FLOPs of RL by at least 10 points", "minuend": DISTILLED,
+        "subtrahend": {"of": "student", "label": "RL only instead"}, "at_least": 0.10,
+    },
+]  # fmt: skip
 
 # What is examined: stage (without seed suffix) -> (whose, label in the tables, control?)
 EXAMINED = {
@@ -231,7 +263,10 @@ def report(
     first = suffixes[0]
     return {
         "title": "A reasoning model on a shoestring",
+        "finding": "RL takes the teacher from {teacher/after SFT} to {teacher/after RL} of unseen problems, and a "
+        "student with a quarter of its active parameters learns {student/distilled} from its answers.",
         "note": NOTE.format(share=LONG_SHARE),
+        "claims": CLAIMS,
         "evals": [
             {
                 "label": label, "of": of, "stage": f"eval-{stage}{suffix}", "model": f"{stage}{suffix}",

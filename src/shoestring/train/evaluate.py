@@ -23,7 +23,7 @@ from shoestring.train.step import forward_flops
 
 
 def test_problems(stage: EvalStage) -> list[Problem]:
-    """`stage.problems` distinct test problems of every entry of the mix. Raises UserError when there are not so many."""
+    """`stage.problems` distinct test problems of every entry of the mix. Raises UserError when there are fewer."""
     chosen: list[Problem] = []
     for entry in stage.mix:
         seen: dict[str, Problem] = {}
@@ -33,8 +33,8 @@ def test_problems(stage: EvalStage) -> list[Problem]:
                 break
         else:
             raise UserError(
-                f"{entry.task} {'/'.join(entry.kinds)} at difficulty {entry.difficulty} has only about {len(seen)} test "
-                f"problems, not {stage.problems}; ask fewer or raise the difficulty."
+                f"{entry.task} {'/'.join(entry.kinds)} at difficulty {entry.difficulty} has only about {len(seen)} "
+                f"test problems, not {stage.problems}; ask fewer or raise the difficulty."
             )
         chosen += seen.values()
     return chosen

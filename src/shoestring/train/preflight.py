@@ -40,6 +40,7 @@ def preflight(stage: RlStage, ctx: Context, engine: Generator, tokenizer: Tokeni
     ctx.run.note(preflight=facts)
     if mixed < stage.minimum_mixed:
         raise UserError(
-            f"RL cannot help here: {mixed:.1%} of groups of {stage.group_size} would carry signal (pass@1 {pass_1:.1%}, "
-            f"pass@{k} {facts[f'pass@{k}']:.1%}); change the difficulty, train more first, or lower minimum_mixed."
+            f"RL cannot help here: {mixed:.1%} of groups of {stage.group_size} would carry signal (pass@1 "
+            f"{pass_1:.1%}, pass@{k} {facts[f'pass@{k}']:.1%}); change the difficulty, train more first, or lower "
+            "minimum_mixed."
         )

@@ -22,6 +22,8 @@ from .conftest import LIMITS
 
 TASKS: dict[str, ModuleType] = {"questions": questions, "logic": logic, "programs": programs}
 KINDS = [(task, kind) for task, module in TASKS.items() for kind in module.KINDS]
+# The shortest chains are so few that none of them may be a test problem; that is said, and tested elsewhere.
+HOW = st.tuples(st.integers(1, 16), st.just("train")) | st.tuples(st.integers(4, 16), st.just("test"))
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +37,10 @@ def make(task: str, kind: str, seed: int, difficulty: int, split: str = "train")
 
 
 @pytest.mark.parametrize(("task", "kind"), KINDS)
-@given(seed=st.integers(0, 2**40), difficulty=st.integers(1, 16), split=st.sampled_from(["train", "test"]))
+@given(seed=st.integers(0, 2**40), how=HOW)
 @settings(max_examples=150, deadline=None)
-def test_steps_and_gold_are_the_oracles(task: str, kind: str, seed: int, difficulty: int, split: str) -> None:
-    problem = make(task, kind, seed, difficulty, split)
+def test_steps_and_gold_are_the_oracles(task: str, kind: str, seed: int, how: tuple[int, str]) -> None:
+    problem = make(task, kind, seed, *how)
     steps, answer = getattr(oracles, f"{task}_{kind}")(problem.prompt)
     assert problem.gold == answer
     assert problem.voices["long"].thinking == steps
@@ -63,7 +65,7 @@ def test_a_problem_never_changes() -> None:
 
 @pytest.mark.parametrize(("task", "kind"), KINDS)
 def test_train_and_test_are_disjoint(task: str, kind: str) -> None:
-    difficulties = (1, 2, 8)
+    difficulties = (4, 5, 8)
     train = [make(task, kind, seed, difficulty) for difficulty in difficulties for seed in range(1000)]
     test = [make(task, kind, seed, difficulty, "test") for difficulty in difficulties for seed in range(1000)]
     for what in ("id", "prompt"):
@@ -85,7 +87,7 @@ def test_no_answer_can_be_guessed(task: str, kind: str) -> None:
     """The most frequent answer stays near chance, for train and for test problems."""
     for split in ("train", "test"):
         golds = Counter(make(task, kind, seed, 8, split).gold for seed in range(1000))
-        classes = {"yes": 2, "T": 2, "A": 3, "0": 10}
+        classes = {"yes": 2, "odd": 2, "A": 3, "0": 10}
         chance = 1 / next((n for gold, n in classes.items() if gold in golds), 10)
         assert golds.most_common(1)[0][1] / 1000 < chance + 0.08
 
@@ -155,7 +157,7 @@ def test_users_mistakes(task: str) -> None:
 
 
 GOLDEN = {
-    "questions": ["07c405ceffd1b29e", "67deafdbd158ac2c"],
-    "logic": ["910fff2ed0cd707b", "b24786db15eaf97e", "8694d541c324ae34"],
-    "programs": ["1ae7f42ec7b36971", "5aa53474209e02db"],
+    "questions": ["e93c047c4c3a903e", "2997bd6cd6fb6bce"],
+    "logic": ["df9b796ebb9a38d5", "b0f2b2fe95d03d97", "371cb32052bc6dae"],
+    "programs": ["a6cf85fee6600073", "5aa53474209e02db"],
 }

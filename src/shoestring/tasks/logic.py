@@ -23,11 +23,11 @@ from shoestring.tasks._draw import Draft, Split, check_difficulty, draw, matches
 VERSION = "1.0"
 PLACES = ("first", "second", "third")
 SWAPS = ((1, 2), (2, 3), (1, 3))
-PROPOSITIONS = "pqrstuvwxyzmnkl"
+PROPOSITIONS = "pqrstuvwxyzmnklab"
 
 
 def make(seed: int, difficulty: int, split: Split = "train", kind: str | None = None) -> Problem:
-    """The problem of `seed`; raises UserError for an unknown kind or an impossible difficulty (parity: at most 14)."""
+    """The problem of `seed`; raises UserError for an unknown kind or an impossible difficulty (parity: at most 16)."""
     return draw("logic", VERSION, MAKERS, seed, difficulty, split, kind)
 
 

@@ -6,8 +6,8 @@ examples  "f 1 1 = 6 . f 2 1 = 0 . f 1 2 = 9 . % 10 ?"        steps "6 0 4 . 6 9
           "def f ( x , y ) : return ( 4 * x + 3 * y + 9 ) % 10"   (both slopes, then the way back to f 0 0)
 
 Any program that passes the hidden tests is right, whatever its form. Difficulty is the number of operations described,
-or of steps between the examples and zero (at most 16). Multipliers and addends are few, so that the tables are small. Left
-out: loops, strings, several functions; a task file of one's own may ask for them, the sandbox runs any Python.
+or of steps between the examples and zero (at most 16). Multipliers and addends are few, so that the tables are small.
+Left out: loops, strings, several functions; a task file of one's own may ask for them, the sandbox runs any Python.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shoestring.tasks.sandbox import Program, Sandbox
 VERSION = "1.0"
 NEEDS_SANDBOX = True
 MULTIPLIERS, ADDENDS = (2, 3), (1, 2, 3, 4, 5)
-LABELS = "abcdeghijklmno"  # f is the function
+LABELS = "abcdeghijklmnopq"  # f is the function
 TEST_INPUTS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 40, 58, 127)
 MAX_SOURCE = 20_000  # characters; a longer answer is wrong without being run
 

@@ -21,12 +21,12 @@ from shoestring.core.nouns import Problem
 from shoestring.tasks._draw import Draft, Split, check_difficulty, draw, matches
 
 VERSION = "1.0"
-NAMES = ("Ann", "Bob", "Cid", "Dee", "Eve", "Fay", "Gus", "Hal", "Ivy", "Jon", "Kay", "Lea", "Max", "Ned", "Oli")
+NAMES = ("Ann", "Bob", "Cid", "Dee", "Eve", "Fay", "Gus", "Hal", "Ivy", "Jon", "Kay", "Lea", "Max", "Ned", "Oli", "Pam", "Rex")
 OPERANDS = (1, 2, 3, 4, 5)  # what is added or taken after the first digit: a table of fifty lines
 
 
 def make(seed: int, difficulty: int, split: Split = "train", kind: str | None = None) -> Problem:
-    """The problem of `seed`; raises UserError for an unknown kind or an impossible difficulty (story: at most 14)."""
+    """The problem of `seed`; raises UserError for an unknown kind or an impossible difficulty (story: at most 16)."""
     return draw("questions", VERSION, MAKERS, seed, difficulty, split, kind)
 
 

@@ -1,0 +1,159 @@
+"""Routed experts, computed for the tokens that chose them; no token is dropped.
+
+Tokens are sorted by expert once. `loop`: each expert's tokens are then one contiguous slice, one product a matrix.
+`bmm`: slices padded to the fullest expert and multiplied as a batch, which pays when there are few tokens (decoding);
+beyond twice the balanced size it gives way to the loop, so one expert with every token costs no more memory than
+balance. `grouped`: torch's grouped product, for GPUs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shoestring.nn.kernels import Kernels
+from shoestring.nn.linear import swiglu, swiglu_backward
+
+
+def experts_plain(x_ND: Tensor, gate_up: Tensor, down: Tensor, chosen_NA: Tensor, weight_NA: Tensor) -> Tensor:
+    """The readable twin: expert by expert, the tokens that chose it."""
+    y_ND = torch.zeros_like(x_ND)
+    for e in range(gate_up.shape[0]):
+        n, a = (chosen_NA == e).nonzero(as_tuple=True)
+        gate, up = F.linear(x_ND[n], gate_up[e]).chunk(2, dim=-1)
+        y_nD = F.linear(F.silu(gate) * up, down[e]) * weight_NA[n, a, None]
+        y_ND = y_ND.index_add(0, n, y_nD.to(y_ND.dtype))
+    return y_ND
+
+
+class Order:
+    """The M = N·A (token, choice) pairs sorted by expert: one sort serves the forward and the backward.
+
+    Each expert owns a slice of P >= M rows: its pairs, then padding (up to a multiple of `multiple`, or up to the
+    fullest expert's if `even`). `place_NA`: the row of each pair. `token_P`: the token of each row (0 in padding).
+    """
+
+    def __init__(self, chosen_NA: Tensor, n_experts: int, *, multiple: int = 1, even: bool = False):
+        chosen_M = chosen_NA.flatten()
+        M, device = len(chosen_M), chosen_NA.device
+        load_E = torch.bincount(chosen_M, minlength=n_experts)
+        rows_E = load_E.max().expand(n_experts) if even else load_E
+        rows_E = (rows_E + (multiple - 1)) // multiple * multiple
+        ends_E = rows_E.cumsum(0)
+        shift_E = (ends_E - rows_E) - (load_E.cumsum(0) - load_E)
+        order_M = torch.argsort(chosen_M, stable=True)
+        place_M = torch.empty_like(order_M)
+        place_M[order_M] = torch.arange(M, device=device) + shift_E[chosen_M[order_M]]
+        self.ends_E, self.ends = ends_E, ends_E.tolist()
+        self.place_NA = place_M.view_as(chosen_NA)
+        self.token_P = torch.zeros(self.ends[-1], dtype=torch.long, device=device)
+        self.token_P[place_M] = torch.arange(M, device=device).div_(chosen_NA.shape[1], rounding_mode="floor")
+
+    def slices(self) -> list[tuple[int, int, int]]:
+        """(expert, start, end) of every expert that has tokens."""
+        starts = [0, *self.ends[:-1]]
+        return [(e, i, j) for e, (i, j) in enumerate(zip(starts, self.ends, strict=True)) if i < j]
+
+
+def gather_sum(y_PD: Tensor, place_NA: Tensor, weight_NA: Tensor | None) -> Tensor:
+    """Back to tokens in one pass: Σ_a weight · y[place]."""
+    return F.embedding_bag(place_NA, y_PD, mode="sum", per_sample_weights=weight_NA)
+
+
+class _Loop(torch.autograd.Function):
+    """Keeps x, the weights in compute dtype and h = [gate | up] of every pair; the rest is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, gate_up: Tensor, down: Tensor, weight_NA: Tensor, order: Order) -> Tensor:
+        x_PD = x_ND.index_select(0, order.token_P)
+        h_PG = x_ND.new_empty(len(x_PD), gate_up.shape[1])
+        slices = order.slices()
+        for e, i, j in slices:
+            torch.mm(x_PD[i:j], gate_up[e].t(), out=h_PG[i:j])
+        gate_PF, up_PF = h_PG.chunk(2, dim=-1)
+        a_PF = F.silu(gate_PF).mul_(up_PF)
+        y_PD = x_PD  # its memory is free now
+        for e, i, j in slices:
+            torch.mm(a_PF[i:j], down[e].t(), out=y_PD[i:j])
+        ctx.save_for_backward(x_ND, gate_up, down, weight_NA, h_PG)
+        ctx.order, ctx.slices = order, slices
+        return gather_sum(y_PD, order.place_NA, weight_NA)
+
+    @staticmethod
+    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, gate_up, down, weight_NA, h_PG = ctx.saved_tensors
+        order, slices = ctx.order, ctx.slices
+        weight_P1 = weight_NA.new_zeros(len(h_PG), 1)  # 0 in padding, which keeps it out of every gradient
+        weight_P1[order.place_NA.flatten(), 0] = weight_NA.flatten()
+        dy_PD = dy_ND.index_select(0, order.token_P)
+        da_PF = h_PG.new_empty(len(h_PG), down.shape[2])
+        for e, i, j in slices:
+            torch.mm(dy_PD[i:j], down[e], out=da_PF[i:j])
+        dh_PG, a_PF = swiglu_backward(da_PF * weight_P1, h_PG)
+        dweight_P = da_PF.mul_(a_PF).sum(-1, dtype=torch.promote_types(da_PF.dtype, torch.float32))
+        a_PF.mul_(weight_P1)
+        x_PD = x_ND.index_select(0, order.token_P)
+        dgate_up, ddown = torch.zeros_like(gate_up), torch.zeros_like(down)
+        for e, i, j in slices:
+            torch.mm(dy_PD[i:j].t(), a_PF[i:j], out=ddown[e])
+            torch.mm(dh_PG[i:j].t(), x_PD[i:j], out=dgate_up[e])
+        dx_PD = dy_PD  # its memory is free now
+        for e, i, j in slices:
+            torch.mm(dh_PG[i:j], gate_up[e], out=dx_PD[i:j])
+        dweight_NA = dweight_P[order.place_NA].to(weight_NA.dtype)
+        return gather_sum(dx_PD, order.place_NA, None), dgate_up, ddown, dweight_NA, None
+
+
+def experts_loop(x_ND: Tensor, gate_up: Tensor, down: Tensor, chosen_NA: Tensor, weight_NA: Tensor) -> Tensor:
+    """One product a matrix and expert, forward and backward by hand."""
+    order = Order(chosen_NA, len(gate_up), multiple=_multiple(x_ND))
+    y: Tensor = _Loop.apply(x_ND, gate_up, down, weight_NA.to(x_ND.dtype), order)
+    return y
+
+
+def _multiple(x_ND: Tensor) -> int:
+    """On a CPU, bf16 products are compiled for each new shape (0.7 ms): slices of 32, 64, ... rows come again."""
+    return 32 if x_ND.dtype == torch.bfloat16 and x_ND.device.type == "cpu" and len(x_ND) >= 512 else 1
+
+
+def experts_bmm(x_ND: Tensor, gate_up: Tensor, down: Tensor, chosen_NA: Tensor, weight_NA: Tensor) -> Tensor:
+    """Slices padded to the fullest expert, two batched products; uneven loads go to the loop."""
+    E = len(gate_up)
+    order = Order(chosen_NA, E, even=True)
+    if len(order.token_P) > 2 * chosen_NA.numel() + 16 * E:
+        return experts_loop(x_ND, gate_up, down, chosen_NA, weight_NA)
+    x_EXD = x_ND.index_select(0, order.token_P).unflatten(0, (E, -1))
+    y_EXD = torch.bmm(swiglu(torch.bmm(x_EXD, gate_up.transpose(1, 2))), down.transpose(1, 2))
+    return _weighted(y_EXD.flatten(0, 1), order, weight_NA)
+
+
+def _weighted(y_PD: Tensor, order: Order, weight_NA: Tensor) -> Tensor:
+    """As `gather_sum`, with autograd's gradients."""
+    return (y_PD[order.place_NA] * weight_NA.to(y_PD.dtype).unsqueeze(-1)).sum(1)
+
+
+def experts_grouped(x_ND: Tensor, gate_up: Tensor, down: Tensor, chosen_NA: Tensor, weight_NA: Tensor) -> Tensor:
+    """Torch's grouped product; D and F must be multiples of 16 bytes."""
+    order = Order(chosen_NA, len(gate_up))
+    ends_E = order.ends_E.to(torch.int32)
+    h_PG = F.grouped_mm(x_ND.index_select(0, order.token_P), gate_up.transpose(1, 2), offs=ends_E)
+    return _weighted(F.grouped_mm(swiglu(h_PG), down.transpose(1, 2), offs=ends_E), order, weight_NA)
+
+
+WAYS = {"loop": experts_loop, "bmm": experts_bmm, "grouped": experts_grouped, "plain": experts_plain}
+
+
+class Experts(nn.Module):
+    """The routed experts, stacked: gate_up_proj [E, 2F, D] (gate rows first), down_proj [E, D, F]."""
+
+    def __init__(self, n: int, d_model: int, width: int, *, device: torch.device | None = None):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(n, 2 * width, d_model, device=device))
+        self.down_proj = nn.Parameter(torch.empty(n, d_model, width, device=device))
+
+    def forward(self, x_ND: Tensor, chosen_NA: Tensor, weight_NA: Tensor, kernels: Kernels) -> Tensor:
+        gate_up, down = self.gate_up_proj.to(x_ND.dtype), self.down_proj.to(x_ND.dtype)
+        return WAYS[kernels.experts](x_ND, gate_up, down, chosen_NA, weight_NA)

@@ -103,6 +103,14 @@ class DeepseekConfig(Config):
             qkv_bias=self.attention_bias, out_bias=self.attention_bias, mtp_layers=self.num_nextn_predict_layers,
         )  # fmt: skip
 
+    def probe(self, *, device: str, generator: torch.Generator) -> Deepseek:
+        """A small model to time kernels on: two blocks of these sizes, as many of them MoE as fit the whole."""
+        dense, L = min(self.first_k_dense_replace, self.num_hidden_layers), min(self.num_hidden_layers, 2)
+        first = L if dense == self.num_hidden_layers else min(dense, L - 1)
+        small = {"num_hidden_layers": L, "first_k_dense_replace": first, "num_nextn_predict_layers": 0}
+        few = self.model_copy(update=small | {"vocab_size": min(self.vocab_size, 1024)})
+        return Deepseek(few, device=device, generator=generator)
+
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> DeepseekConfig:
         """From the contents of a config.json. Keys that change nothing here are ignored, others are refused."""

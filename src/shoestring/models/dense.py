@@ -75,6 +75,11 @@ class DenseConfig(Config):
             tied=self.tie_word_embeddings, qkv_bias=self.qkv_bias, out_bias=self.attention_bias, ffn_bias=self.mlp_bias,
         )  # fmt: skip
 
+    def probe(self, *, device: str, generator: torch.Generator) -> Dense:
+        """A small model to time kernels on: two blocks of these sizes."""
+        small = {"num_hidden_layers": min(self.num_hidden_layers, 2), "vocab_size": min(self.vocab_size, 1024)}
+        return Dense(self.model_copy(update=small), device=device, generator=generator)
+
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> DenseConfig:
         """From the contents of a config.json. Keys that change nothing here are ignored, others are refused."""

@@ -73,7 +73,7 @@ class Rope:
             self.factor = _yarn_attention_factor(scaling)
 
     def table(self, positions_BT: Tensor) -> Tensor:
-        """The numbers cos + i sin, complex64, [..., T, 1, R/2] for positions of shape [..., T]; the 1 is for the heads."""
+        """The complex64 cos + i sin, [..., T, 1, R/2] for positions of shape [..., T]; the 1 is for the heads."""
         angle = positions_BT[..., None].float() * self.freq_R.to(positions_BT.device)
         return torch.polar(torch.full_like(angle, self.factor), angle).unsqueeze(-2)
 

@@ -1,0 +1,99 @@
+"""Which kernels a machine runs fastest for a model: measured on a small probe at the model's own sizes.
+
+The probe is one pair of the model's blocks with fresh weights. Candidates take turns, so that a machine that slows
+down for a moment slows them all; each counts by its median.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from shoestring.nn.decoder import Decoder
+from shoestring.nn.experts import Experts
+from shoestring.nn.kernels import Kernels
+
+REPEATS = 5
+SECONDS = 1.5  # no new round after this
+TOKENS = 8192  # a probe takes no more than this; rates change little beyond
+
+
+class Probed(Protocol):
+    """A family's config: it knows how to build the probe."""
+
+    def probe(self, *, device: str, generator: torch.Generator) -> Decoder: ...
+
+
+def candidates(
+    probe: Decoder, *, dtype: str | None = None, experts: str | None = None, device: str = "cpu"
+) -> list[Kernels]:
+    """All kernels that apply to this model on this device, but for what the caller has fixed."""
+    routed = next((module for module in probe.modules() if isinstance(module, Experts)), None)
+    found = []
+    for kind in ("float32", "bfloat16") if dtype is None else (dtype,):
+        ways = ["loop"]
+        if routed is not None:
+            aligned = 8 if kind == "bfloat16" else 4  # 16 bytes
+            grouped = all(size % aligned == 0 for size in routed.down_proj.shape[1:])
+            ways = [experts] if experts is not None else ["loop", "bmm", *(["grouped"] if grouped else [])]
+        attention: Literal["blocks", "sdpa"] = "blocks" if device == "cpu" else "sdpa"
+        found += [Kernels(dtype=cast(Any, kind), experts=cast(Any, way), attention=attention) for way in ways]
+    return found
+
+
+def label(kernels: Kernels) -> str:
+    """A candidate's name in the record."""
+    return f"{kernels.dtype} {kernels.experts} {kernels.attention}"
+
+
+def choose_kernels(
+    config: Probed, tokens: int, seq_len: int, *, dtype: str | None = None, experts: str | None = None,
+    device: str = "cpu",
+) -> tuple[Kernels, dict[str, Any]]:  # fmt: skip
+    """The fastest candidate for a step over `tokens` tokens in sequences of `seq_len`, and what was measured.
+
+    `dtype` and `experts` fix that choice. The record: {"tokens", "seq_len", "repeats", "ms": {candidate: median},
+    "chosen"}. Uses a generator of its own: torch's global one is not touched.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    probe = config.probe(device=device, generator=generator)
+    T = max(1, min(seq_len, tokens, TOKENS))
+    shape = (max(1, min(tokens, TOKENS) // T), T)
+    tokens_BT = torch.randint(0, len(probe.embedding), shape, generator=generator, device=device)
+    choices = candidates(probe, dtype=dtype, experts=experts, device=device)
+    seconds: dict[Kernels, list[float]] = {kernels: [] for kernels in choices}
+    for kernels in choices:  # the first time compiles and allocates
+        _step(probe, kernels, tokens_BT)
+    end = time.perf_counter() + SECONDS
+    for repeat in itertools.count():
+        if repeat == REPEATS or (repeat and time.perf_counter() > end):
+            break
+        for kernels in choices:
+            seconds[kernels].append(_step(probe, kernels, tokens_BT))
+    middle = {kernels: statistics.median(times) for kernels, times in seconds.items()}
+    best = min(choices, key=lambda kernels: middle[kernels])
+    ms = {label(kernels): round(1e3 * time, 3) for kernels, time in middle.items()}
+    repeats = len(seconds[best])
+    return best, {"tokens": tokens_BT.numel(), "seq_len": T, "repeats": repeats, "ms": ms, "chosen": label(best)}
+
+
+@torch.enable_grad()
+def _step(probe: Decoder, kernels: Kernels, tokens_BT: Tensor) -> float:
+    """Seconds of one forward and backward, without the head (it is the same for all)."""
+    probe.kernels = kernels
+    probe.zero_grad(set_to_none=True)
+    _wait(tokens_BT)
+    start = time.perf_counter()
+    probe(tokens_BT, logits=False).hidden_BTD.float().square().mean().backward()
+    _wait(tokens_BT)
+    return time.perf_counter() - start
+
+
+def _wait(tokens_BT: Tensor) -> None:
+    if tokens_BT.is_cuda:
+        torch.cuda.synchronize(tokens_BT.device)

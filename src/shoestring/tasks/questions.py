@@ -21,7 +21,25 @@ from shoestring.core.nouns import Problem
 from shoestring.tasks._draw import Draft, Split, check_difficulty, draw, matches
 
 VERSION = "1.0"
-NAMES = ("Ann", "Bob", "Cid", "Dee", "Eve", "Fay", "Gus", "Hal", "Ivy", "Jon", "Kay", "Lea", "Max", "Ned", "Oli", "Pam", "Rex")
+NAMES = (
+    "Ann",
+    "Bob",
+    "Cid",
+    "Dee",
+    "Eve",
+    "Fay",
+    "Gus",
+    "Hal",
+    "Ivy",
+    "Jon",
+    "Kay",
+    "Lea",
+    "Max",
+    "Ned",
+    "Oli",
+    "Pam",
+    "Rex",
+)
 OPERANDS = (1, 2, 3, 4, 5)  # what is added or taken after the first digit: a table of fifty lines
 
 

@@ -183,9 +183,9 @@ def student(size: Size, seed: int, suffix: str = "") -> list[Stage]:
             name=distilled, inputs={"model": base, "traces": f"ask{suffix}"}, steps=size.distill_steps, row_tokens=224,
             examples_per_step=64, optim=DISTILL_OPTIM, **common,
         ),
-        PretrainStage(
+        SftStage(
             name=f"student-more-textbook{suffix}", inputs={"model": base, "budget": distilled}, match_flops=("budget",),
-            corpus_seed=seed + 2000, headline=False, optim=Optim(kind="muon", lr=3e-3), **reading,
+            textbook=book, problems=size.ask_problems, row_tokens=224, headline=False, optim=DISTILL_OPTIM, **common,
         ),
         RlStage(
             name=f"student-rl{suffix}", inputs={"model": base, "budget": distilled}, match_flops=("budget",),
@@ -257,24 +257,25 @@ def exam(model: str, size: Size) -> EvalStage:
 
 
 def report(
-    seeds: list[int], suffixes: list[str], examined: dict[str, tuple[str, str, bool]] | None = None
+    seeds: list[int], suffixes: list[str], arms: dict[str, tuple[str, str, bool]] | None = None
 ) -> dict[str, Any]:
-    """What the report shows; its schema is described in report/tables.py."""
+    """What the report shows; its schema is described in report/tables.py. `arms` are of the first seed only."""
     first = suffixes[0]
+
+    def row(stage: str, of: str, label: str, control: bool, seed: int, suffix: str) -> dict[str, Any]:
+        name = f"{stage}{suffix}"
+        return {"label": label, "of": of, "stage": f"eval-{name}", "model": name, "control": control, "seed": seed}
+
+    shown = [row(stage, *what, seed, suffix) for seed, suffix in zip(seeds, suffixes, strict=True)
+             for stage, what in EXAMINED.items()]  # fmt: skip
+    shown += [row(stage, *what, seeds[0], first) for stage, what in (arms or {}).items()]
     return {
         "title": "A reasoning model on a shoestring",
         "finding": "RL takes the teacher from {teacher/after SFT} to {teacher/after RL} of unseen problems, and a "
         "student with a quarter of its active parameters learns {student/distilled} from its answers.",
         "note": NOTE.format(share=LONG_SHARE),
         "claims": CLAIMS,
-        "evals": [
-            {
-                "label": label, "of": of, "stage": f"eval-{stage}{suffix}", "model": f"{stage}{suffix}",
-                "control": control, "seed": seed,
-            }
-            for seed, suffix in zip(seeds, suffixes, strict=True)
-            for stage, (of, label, control) in (examined or EXAMINED).items()
-        ],
+        "evals": shown,
         "samples": {
             "before": f"eval-teacher-sft{first}", "after": f"eval-teacher-rl{first}",
             "teacher": f"eval-teacher-rl{first}", "student": f"eval-student-distilled{first}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from shoestring.tasks.sandbox import Limits, Outcome, Program, Sandbox
 from shoestring.tasks.sandbox.layers import missing
 
-LIMITS = Limits(cpu_seconds=1, wall_seconds=0.5, memory=256 * 2**20, scratch=4 * 2**20)
+LIMITS = Limits(cpu_seconds=4, wall_seconds=15, memory=128 * 2**20, scratch=4 * 2**20)
+HASTY = replace(LIMITS, wall_seconds=0.4)  # for programs that would never end
 Attack = Callable[..., Outcome]
 
 
@@ -31,6 +33,14 @@ def isolated(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
 def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     """A sandbox of every layer."""
     yield from _open(request.param)
+
+
+def endless(sandbox: Sandbox, source: str) -> Outcome:
+    """Run `f()` that never ends on the same layer with little time; a sandbox with time goes on as it should."""
+    with Sandbox.open(sandbox.layer, workers=1, limits=HASTY) as hasty:
+        outcome = hasty.run([Program(source=source, entry="f", tests=(((), "never"),))])[0]
+    call(sandbox, "def f(): return 0")
+    return outcome
 
 
 def call(sandbox: Sandbox, source: str, *arguments: Any, expected: Any = "never") -> Outcome:

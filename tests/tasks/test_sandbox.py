@@ -17,7 +17,7 @@ from shoestring.core.errors import UserError
 from shoestring.tasks.sandbox import Limits, Program, Sandbox, SandboxError, layers, pool, worker
 from shoestring.tasks.sandbox.program import same, same_output
 
-from .conftest import LIMITS
+from .conftest import HASTY, LIMITS
 
 ADD = Program(source="def f(x): return x + 1", entry="f", tests=(((1,), 2),))
 WHERE = Program(source="import os\ndef f(): return os.getpid()", entry="f", tests=(((), 0),))
@@ -79,9 +79,11 @@ def test_a_worker_is_kept_and_recycled(sandbox: Sandbox) -> None:
 
 
 def test_a_worker_is_recycled_after_a_timeout(sandbox: Sandbox) -> None:
-    assert sandbox.run([ADD])[0].ok
-    assert sandbox.run([Program(source="while True: pass", entry="f", tests=(((), 1),))])[0].error == "timeout"
-    assert sandbox._workers[0]._process is None
+    with Sandbox.open(sandbox.layer, workers=1, limits=HASTY) as hasty:
+        loop = Program(source="while True: pass", entry="f", tests=(((), 1),))
+        assert hasty._workers[0]._process is not None
+        assert hasty.run([loop])[0].error == "timeout"
+        assert hasty._workers[0]._process is None
 
 
 def test_a_killed_worker_is_replaced(sandbox: Sandbox) -> None:

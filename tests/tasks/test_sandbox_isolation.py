@@ -10,7 +10,7 @@ import pytest
 
 from shoestring.tasks.sandbox import Sandbox
 
-from .conftest import call
+from .conftest import call, endless
 
 READ = """
 import os
@@ -174,7 +174,7 @@ def f():
 
 def test_holds_a_fork_bomb(isolated: Sandbox) -> None:
     bomb = "import os\ndef f():\n    while True:\n        try: os.fork()\n        except OSError: pass"
-    assert call(isolated, bomb).error == "timeout"
+    assert endless(isolated, bomb).error == "timeout"
 
 
 def test_limits_the_number_of_processes(isolated: Sandbox) -> None:

@@ -11,11 +11,9 @@ import pytest
 
 from shoestring.tasks.sandbox import Program, Sandbox
 
-from .conftest import call
+from .conftest import call, endless
 
 BODIES = {
-    "loop": ("while True: pass", {"timeout"}),
-    "sleep": ("import time; time.sleep(60)", {"timeout"}),
     "allocate at once": ("return bytearray(10**11)[0]", {"memory"}),
     "allocate bit by bit": ("kept = []\n    while True: kept.append(bytearray(2**20))", {"memory"}),
     "answer without end": ("return 'x' * 10**7", {"output"}),
@@ -90,29 +88,35 @@ def f():
 """
 
 
+@pytest.mark.parametrize("body", ["while True: pass", "import time; time.sleep(60)"])
+def test_what_never_ends_is_ended(sandbox: Sandbox, body: str) -> None:
+    outcome = endless(sandbox, f"def f():\n    {body}")
+    assert outcome.error == "timeout" and not outcome.ok
+
+
 @pytest.mark.parametrize("name", BODIES)
 def test_ends_and_is_named(sandbox: Sandbox, name: str) -> None:
     body, kinds = BODIES[name]
-    started = time.monotonic()
     outcome = call(sandbox, f"def f():\n    {body}")
     assert not outcome.ok
     assert outcome.error in kinds, outcome
-    assert time.monotonic() - started < sandbox.limits.wall_seconds + 5
 
 
 def test_processor_time_ends_before_the_clock(sandbox: Sandbox) -> None:
-    limits = replace(sandbox.limits, wall_seconds=30)
+    limits = replace(sandbox.limits, cpu_seconds=1, wall_seconds=60)
     with Sandbox.open(sandbox.layer, workers=1, limits=limits) as patient:
         outcome = call(patient, "def f():\n    while True: pass")
-    assert outcome.error == "timeout" and outcome.seconds < 20
+    assert outcome.error == "timeout" and outcome.seconds < 50
 
 
 @pytest.mark.slow
 def test_processor_time_ends_even_for_the_deaf(sandbox: Sandbox) -> None:
     source = "import signal\ndef f():\n    signal.signal(signal.SIGXCPU, signal.SIG_IGN)\n    while True: pass"
-    with Sandbox.open(sandbox.layer, workers=1, limits=replace(sandbox.limits, wall_seconds=30)) as patient:
+    with Sandbox.open(
+        sandbox.layer, workers=1, limits=replace(sandbox.limits, cpu_seconds=1, wall_seconds=60)
+    ) as patient:
         outcome = call(patient, source)
-    assert outcome.error == "timeout" and outcome.seconds < 25
+    assert outcome.error == "timeout" and outcome.seconds < 50
 
 
 def test_printing_without_end_as_a_script(sandbox: Sandbox) -> None:
@@ -124,7 +128,7 @@ def test_leaves_no_process(sandbox: Sandbox, tmp_path: Path) -> None:
     note = tmp_path / "pid" if sandbox.layer == "unsafe" else ""
     started = time.monotonic()
     assert call(sandbox, DAEMON, str(note), expected=1).ok
-    assert time.monotonic() - started < 1, "a process left behind holds nobody up"
+    assert time.monotonic() - started < 10, "a process left behind holds nobody up"
     if note:
         with pytest.raises(ProcessLookupError):
             os.kill(int(note.read_text()), 0)

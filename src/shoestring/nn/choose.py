@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor
 
+from shoestring.core.config import Config
 from shoestring.nn.decoder import Decoder
 from shoestring.nn.experts import Experts
 from shoestring.nn.kernels import Kernels
@@ -52,7 +53,7 @@ def label(kernels: Kernels) -> str:
 
 
 def choose_kernels(
-    config: Probed, tokens: int, seq_len: int, *, dtype: str | None = None, experts: str | None = None,
+    config: Config, tokens: int, seq_len: int, *, dtype: str | None = None, experts: str | None = None,
     device: str = "cpu",
 ) -> tuple[Kernels, dict[str, Any]]:  # fmt: skip
     """The fastest candidate for a step over `tokens` tokens in sequences of `seq_len`, and what was measured.
@@ -61,7 +62,7 @@ def choose_kernels(
     "chosen"}. Uses a generator of its own: torch's global one is not touched.
     """
     generator = torch.Generator(device).manual_seed(0)
-    probe = config.probe(device=device, generator=generator)
+    probe = cast(Probed, config).probe(device=device, generator=generator)
     T = max(1, min(seq_len, tokens, TOKENS))
     shape = (max(1, min(tokens, TOKENS) // T), T)
     tokens_BT = torch.randint(0, len(probe.embedding), shape, generator=generator, device=device)

@@ -21,8 +21,8 @@ def questions_story(prompt: str) -> tuple[str, str]:
 
 
 def logic_liars(prompt: str) -> tuple[str, str]:
-    claims = re.findall(r"([A-Z]) (honest|lies|agrees|vouches|denies|doubts)\b", prompt.split(" , ")[0])
-    lies = [sum(word in ("lies", "denies", "doubts") for _, word in claims[: i + 1]) for i in range(len(claims))]
+    claims = re.findall(r"([A-Z]) (honest|lies|agrees|denies)\b", prompt.split(" , ")[0])
+    lies = [sum(word in ("lies", "denies") for _, word in claims[: i + 1]) for i in range(len(claims))]
     said = ["no" if count % 2 else "yes" for count in lies]
     assert prompt.endswith(f", is {claims[-1][0]} honest ?")
     return " ".join(f"{who} {word} {yes}" for (who, word), yes in zip(claims, said, strict=True)), said[-1]

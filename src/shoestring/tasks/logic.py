@@ -4,8 +4,8 @@ liars   "A honest B agrees C denies , is C honest ?"   steps "A honest yes B agr
 parity  "true among p T q F r T , odd or even ?"       steps "p T odd q F odd r T even"
 order   "A B C a swap 1 2 b swap 2 3 , first ?"        steps "a swap 1 2 B A C b swap 2 3 B C A"
 
-In `liars` everyone after A speaks of the one before: who agrees or vouches says "that one is honest", who denies or
-doubts says "that one lies". The first two kinds are running parity and the third composes permutations: hard to answer at once for a small
+In `liars` everyone after A speaks of the one before: who agrees says "that one is honest", who denies says "that one
+lies". The first two kinds are running parity and the third composes permutations: hard to answer at once for a small
 network, easy as a chain of (label, operand, running state) steps. Difficulty is the number of statements,
 propositions after the first, or swaps. Left out: puzzles that need search.
 """
@@ -23,7 +23,6 @@ from shoestring.tasks._draw import Draft, Split, check_difficulty, draw, matches
 VERSION = "1.0"
 PLACES = ("first", "second", "third")
 SWAPS = ((1, 2), (2, 3), (1, 3))
-VERBS = (("agrees", True), ("vouches", True), ("denies", False), ("doubts", False))
 PROPOSITIONS = "pqrstuvwxyzmnklab"
 
 
@@ -43,9 +42,9 @@ def _liars(rng: random.Random, difficulty: int) -> Draft:
     asked = [f"A {'honest' if honest else 'lies'}"]
     steps = [f"{asked[0]} {_yes(honest)}"]
     for who in string.ascii_uppercase[1 : difficulty + 1]:
-        verb, agrees = rng.choice(VERBS)
+        agrees = rng.random() < 0.5
         honest = agrees == honest  # a true statement about the one before: honest; a false one: a liar
-        asked.append(f"{who} {verb}")
+        asked.append(f"{who} {'agrees' if agrees else 'denies'}")
         steps.append(f"{asked[-1]} {_yes(honest)}")
     return Draft(f"{' '.join(asked)} , is {who} honest ?", _yes(honest), " ".join(steps))
 

@@ -11,14 +11,15 @@ import hashlib
 import json
 import statistics
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shoestring.core.atomic import write_json
-from shoestring.core.config import Config
 from shoestring.core.host import processor
+from shoestring.nn.choose import choose_kernels
 from shoestring.nn.kernels import Kernels
 from shoestring.train.configs import Compute
 
@@ -65,20 +66,19 @@ class Machine:
             self._keep(name, found)
         return float(found)
 
-    def kernels(self, config: Config, compute: Compute, *, tokens: int, seq_len: int) -> Kernels:
+    def kernels(self, config: Any, compute: Compute, *, tokens: int, seq_len: int) -> Kernels:
         """The kernels for a model: what `compute` fixes, and measured choices where it says "auto"."""
-        if compute.dtype != "auto" and compute.experts != "auto":
-            return Kernels(dtype=compute.dtype, experts=compute.experts)
+        fixed = {"dtype": compute.dtype, "experts": compute.experts}
+        free = [name for name, value in fixed.items() if value == "auto"]
+        attention: Any = "blocks" if compute.device == "cpu" else "sdpa"
+        if not free:
+            return Kernels(**fixed, attention=attention)  # type: ignore[arg-type]
         asked = json.dumps([config.to_json(), compute.to_json(), tokens, seq_len], sort_keys=True)
         name = "kernels " + hashlib.sha256(asked.encode()).hexdigest()[:12]
         found = self._facts().get(self.key, {}).get(name)
         if found is None:
-            from shoestring.nn.choose import choose_kernels
-
-            best, record = choose_kernels(config, tokens, seq_len)
-            found = {"dtype": best.dtype, "experts": best.experts, "measured": record}
+            given = {key: None if value == "auto" else value for key, value in fixed.items()}
+            best, record = choose_kernels(config, tokens, seq_len, device=compute.device, **given)  # type: ignore[arg-type]
+            found = {**asdict(best), "measured": record}
             self._keep(name, found)
-        return Kernels(
-            dtype=found["dtype"] if compute.dtype == "auto" else compute.dtype,
-            experts=found["experts"] if compute.experts == "auto" else compute.experts,
-        )
+        return Kernels(dtype=found["dtype"], experts=found["experts"], attention=found["attention"])

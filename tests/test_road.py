@@ -1,0 +1,110 @@
+"""Roads: resolved with helpful sentences, run whole at smoke size, taken as they are the second time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from shoestring.core.errors import UserError
+from shoestring.core.run import runs_tree, totals
+from shoestring.road import plan_rows, resolve_recipe, run_recipe, stage_recipe
+from shoestring.train.configs import Optim, Recipe, SftStage, TaskMix, Textbook, TokenizerStage
+
+
+def test_sets_go_to_the_function_or_to_the_config() -> None:
+    recipe = resolve_recipe("quickstart", ["size=smoke", "seed=3", "stages.teacher-rl.steps=2", "usd_per_hour=1.5"])
+    stages = {stage.name: stage for stage in recipe.stages}
+    assert recipe.name == "quickstart-smoke" and recipe.usd_per_hour == 1.5
+    assert stages["teacher-rl"].steps == 2 and stages["teacher-pretrain"].seed == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "sets", "sentence"),
+    [
+        ("quikstart", [], 'Did you mean "quickstart"'),
+        ("quickstart", ["size=smok"], 'Did you mean "smoke"'),
+        ("quickstart", ["sise=smoke"], 'Did you mean "size"'),
+        ("quickstart", ["stages.teacher-rl.step=3"], 'Did you mean "steps"'),
+        ("quickstart", ["stages.teacher-r.steps=3"], 'Did you mean "teacher-rl"'),
+        ("quickstart", ["stages.teacher-rl.clip_low=-1"], "greater than 0"),
+        ("nowhere/recipe.py", [], "nowhere/recipe.py"),
+    ],
+)
+def test_mistakes_are_said_in_a_sentence(name: str, sets: list[str], sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        resolve_recipe(name, sets)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_budget_is_steps_or_flops_never_both() -> None:
+    book, optim = Textbook(mix=()), Optim(lr=1e-3)
+    with pytest.raises(UserError, match="either steps or match_flops"):
+        SftStage(name="x", textbook=book, optim=optim)
+    with pytest.raises(UserError, match='match_flops names "budget"'):
+        SftStage(name="x", textbook=book, optim=optim, match_flops=("budget",))
+
+
+def test_an_input_that_is_nowhere_is_said_before_any_work(tmp_path: Path) -> None:
+    recipe = resolve_recipe("quickstart", ["size=smoke", "stages.teacher-sft.inputs.model=teacher-pretrian"])
+    with pytest.raises(UserError, match='Did you mean "teacher-pretrain"'):
+        run_recipe(recipe, tmp_path / "runs", quiet=True)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unknown_task_family_and_reward_fail_in_a_sentence(tmp_path: Path) -> None:
+    mix = [{"task": "question"}]
+    stage = {"stage": "tokenizer", "name": "t", "corpus": {"mix": mix}}
+    recipe = Recipe.from_dict({"name": "bad", "stages": [stage]})
+    with pytest.raises(UserError, match='Did you mean "questions"'):
+        run_recipe(recipe, tmp_path, quiet=True)
+    assert [run.manifest["status"] for run in runs_tree(tmp_path)] == ["failed"]  # and it can be run again
+
+
+def test_stage_verbs_ask_for_what_they_need() -> None:
+    with pytest.raises(UserError, match="--from model=RUN"):
+        stage_recipe("rl", [], {})
+    with pytest.raises(UserError, match="--from traces=RUN"):
+        stage_recipe("distill", [], {"model": "x"})
+    made = stage_recipe("rl", ["steps=7"], {"model": "somewhere"})
+    assert made.stages[0].steps == 7  # type: ignore[union-attr]
+
+
+def test_a_dry_run_prices_every_stage_and_loads_nothing() -> None:
+    rows = plan_rows(resolve_recipe("quickstart", []))
+    assert [row["stage"] for row in rows][:3] == ["tokenizer", "teacher-pretrain", "teacher-sft"]
+    trained = [row for row in rows if row["kind"] not in ("tokenizer",)]
+    assert all(row["about_flops"] > 0 and row["about_usd"] > 0 for row in trained)
+    study = plan_rows(resolve_recipe("study-quickstart", []))
+    assert sum(row["about_seconds"] for row in study) < 60 * 60
+
+
+@pytest.mark.timeout(400)
+def test_the_whole_road_at_smoke_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = resolve_recipe("quickstart", ["size=smoke"])
+    result = run_recipe(recipe, tmp_path, quiet=True)
+    assert [row["stage"] for row in result.rows] == [stage.name for stage in recipe.stages]
+    made = {run.manifest["stage"]: run.manifest for run in runs_tree(tmp_path)}
+    for control, budget in (("teacher-more-sft", "teacher-rl"), ("student-more-textbook", "student-distilled")):
+        ratio = made[control]["cost"]["train_flops"] / made[budget]["cost"]["train_flops"]
+        assert 1.0 <= ratio < 1.5  # at least the budget, at most a step more
+    assert made["ask"]["facts"].keys() >= {"kernels"} and made["teacher-rl"]["facts"]["preflight"]["samples"] == 16
+    both = totals(tmp_path)
+    assert 0 < both["headline"]["flops"] < both["everything"]["flops"]
+    assert result.report_path is not None
+    page = result.report_path.read_text(encoding="utf-8")
+    assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "") and "teacher-rl" in page
+    json.dumps(result.to_json())
+    assert {row["label"] for row in result.tables["accuracy"]} >= {"after RL", "distilled"}
+    # the second time everything is taken as it is
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    again = run_recipe(recipe, tmp_path, quiet=True)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
+    assert [row["value"] for row in again.rows] == [row["value"] for row in result.rows]
+
+
+def test_a_tokenizer_stage_alone(tmp_path: Path) -> None:
+    stage = TokenizerStage(name="t", corpus=Textbook(mix=(TaskMix(task="questions"),)), documents=50)
+    result = run_recipe(Recipe(name="tiny", stages=(stage,)), tmp_path, quiet=True)
+    assert result.report_path is None and result.rows[0]["value"] > 1

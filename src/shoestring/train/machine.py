@@ -78,7 +78,7 @@ class Machine:
         found = self._facts().get(self.key, {}).get(name)
         if found is None:
             given = {key: None if value == "auto" else value for key, value in fixed.items()}
-            best, record = choose_kernels(config, tokens, seq_len, device=compute.device, **given)  # type: ignore[arg-type]
+            best, record = choose_kernels(config, tokens, seq_len, device=compute.device, **given)
             found = {**asdict(best), "measured": record}
             self._keep(name, found)
         return Kernels(dtype=found["dtype"], experts=found["experts"], attention=found["attention"])

@@ -63,6 +63,7 @@ def start_or_resume(ctx: Context, stage: TrainBase, fresh: Any) -> tuple[TrainSt
     """The state of the run's last checkpoint, or that of `fresh()` -> (model, tokenizer)."""
     latest = ctx.run.latest_checkpoint()
     if latest is None:
+        ctx.run.rewind_metrics(0)  # rows of an attempt that died before its first checkpoint
         model, tokenizer = fresh()
         return TrainState(model, _optimizers(model, stage)), tokenizer
     step, path = latest

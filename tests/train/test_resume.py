@@ -41,6 +41,7 @@ class Killed(BaseException):
     """Stands for the death of the process: nothing but BaseException handlers may see it."""
 
 
+@pytest.mark.timeout(400)
 def test_a_stage_that_dies_between_checkpoints_ends_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

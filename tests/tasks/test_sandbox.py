@@ -102,14 +102,17 @@ def test_nothing_outlives_close(sandbox: Sandbox) -> None:
     _assert_gone(process.pid)
 
 
-def test_workers_end_with_the_grader(sandbox: Sandbox) -> None:
+def test_workers_end_with_the_grader(sandbox: Sandbox, tmp_path: Path) -> None:
     code = (
         "import os, sys\nfrom shoestring.tasks.sandbox import Sandbox\n"
         f"box = Sandbox.open({sandbox.layer!r}, workers=1)\n"
         "print(box._workers[0]._process.pid, flush=True)\nos.kill(os.getpid(), 9)"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=_path(), capture_output=True, text=True, check=False)
+    env = {**_path(), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     _assert_gone(int(done.stdout))
+    if sandbox.layer != "unsafe":
+        assert not list(tmp_path.iterdir()), "no folder is left behind"
 
 
 def test_a_broken_sandbox_is_an_error_and_no_verdict(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:

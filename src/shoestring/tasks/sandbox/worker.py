@@ -62,8 +62,7 @@ class Worker:
         with contextlib.suppress(OSError):
             process.stdin.close()
         process.stdout.close()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove_folder()
         self._log.seek(0)
         with self._log:
             return " ".join(self._log.read(2000).decode(errors="replace").split())
@@ -81,9 +80,16 @@ class Worker:
         ending, status, recycle, seconds, length = HEAD.unpack(_read(fd, HEAD.size, deadline))
         reply = Reply(ending, status, seconds, _read(fd, length, deadline))
         self._jobs += 1
+        if self._jobs == 1 and self._layer == "namespaces":
+            self._remove_folder()  # the root moved away from it: gone now, it cannot outlive a killed grader
         if recycle or self._jobs >= self._limits.jobs_per_worker:
             self.close()
         return reply
+
+    def _remove_folder(self) -> None:
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _start(self) -> None:
         started = start(self._layer, self._limits)

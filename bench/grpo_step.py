@@ -1,8 +1,11 @@
 """One GRPO step: 32 prompts x 8 samples x 128 new tokens, ours against TRL's GRPOTrainer, same weights and reward.
 
-The model is the 12M-parameter V3 configuration of train_step.py; every completion runs to 128 tokens (no end token), no
-KL, one update a rollout. TRL is timed as its users run it on a CPU: SDPA, all threads, fp32 and bf16, one batch or
-micro-batches of 64 completions; all are tried first and the best goes on, in turn with ours.
+The model is the 12M-parameter V3 configuration of train_step.py. Both read the same prompt ids; every completion runs
+to 128 tokens (no end token), temperature 1 over the whole vocabulary, no KL, one update a rollout, on policy. Ours is
+what the stage does (train/rollouts.py, losses/policy.py, train/step.py). TRL is timed as its users run it on a CPU at
+its best: SDPA, no gradient checkpointing, fp32, bf16 weights or bf16 autocast, all 256 completions generated at once
+and trained in micro-batches of 64 or 16. All are tried first, the best goes on in turn with ours. Its phases are timed
+by wrapping `_generate_single_turn` and `_calculate_rewards`; the rest of its step is loss and update.
 
     python bench/grpo_step.py --peers all --repeats 3
     python bench/grpo_step.py --peers none --small
@@ -15,21 +18,26 @@ import statistics
 import sys
 import tempfile
 import time
-from itertools import pairwise
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from itertools import islice, pairwise, product
 from pathlib import Path
 from typing import Any
 
 import _bench
 from train_step import CONFIG, SMALL
 
-PEERS = [f"trl {dtype} {batch}" for dtype in ("fp32", "bf16") for batch in ("256", "64x4")]
+PEERS = [f"trl {dtype} {parts}" for dtype, parts in product(("fp32", "bf16", "autocast"), ("4x64", "16x16"))]
+PHASES = ("generate_s", "reward_s", "update_s")
+NO_STOP = (-1,)  # an id that is never sampled: completions end at their limit
 
 
-def share_of_digits(texts: list[str]) -> list[float]:
-    """The reward of both: cheap, and different from completion to completion."""
-    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in texts]
+def share_of_even(ids: Sequence[int]) -> float:
+    """The reward of both: cheap, and different from completion to completion whatever the model says."""
+    return sum(i % 2 == 0 for i in ids) / len(ids)
 
 
+# ---- the contestants, each in a process of its own
 def serve_ours(options: dict[str, Any]) -> None:
     channel = _bench.Channel()
     import functools
@@ -41,52 +49,57 @@ def serve_ours(options: dict[str, Any]) -> None:
     from shoestring.infer.engine import Engine
     from shoestring.losses import policy
     from shoestring.models import checkpoint
-    from shoestring.nn.kernels import Kernels
+    from shoestring.nn.choose import choose_kernels
     from shoestring.optim.make import optimizers
     from shoestring.recipes.quickstart import EXAM
     from shoestring.train.advantage import advantages
     from shoestring.train.configs import Optim, RlStage
-    from shoestring.train.rollouts import answer_groups, rollout_example
+    from shoestring.train.rollouts import answer_groups, prompt_ids, rollout_example
     from shoestring.train.step import TrainState, train_step
 
     torch.set_num_threads(options["threads"])
     model, tokenizer = checkpoint.load(options["folder"], dtype="float32")
-    dtype = "bfloat16" if options["dtype"] == "auto" else options["dtype"]
-    model.kernels = Kernels(dtype=dtype)
-    stage = RlStage(name="bench", steps=1, mix=EXAM, optim=Optim(lr=1e-5, warmup_steps=0), balance_alpha=0.0)
+    assert tokenizer is not None
+    asked = problems(options["prompts"])
+    length = max(len(prompt_ids(problem, tokenizer)) for problem in asked) + options["new"]
+    fixed = None if options["dtype"] == "auto" else options["dtype"]
+    model.kernels, record = choose_kernels(model.config, 8192, length, dtype=fixed)
+    optim = Optim(lr=1e-5, weight_decay=0.0, warmup_steps=0, schedule="constant")
+    stage = RlStage(name="bench", steps=1, mix=EXAM, optim=optim, balance_alpha=0.0, bias_gamma=0.0,
+                    row_tokens=-(-length // 8) * 8)  # fmt: skip
     state = TrainState(model, optimizers(model, "adamw", lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0))
-    engine, asked = Engine(model, tokenizer), _problems(options)
-    never = (model.config.vocab_size - 1,)  # an id no token of the tokenizer has
-    sampling = Sampling(n=options["group"], max_new_tokens=options["new"], stop_ids=never)
+    engine, objective = Engine(model, tokenizer), functools.partial(policy.loss, clip_high=0.2)
+    sampling = Sampling(n=options["group"], max_new_tokens=options["new"], stop_ids=NO_STOP)
 
     def step() -> dict[str, Any]:
         clock = [time.perf_counter()]
         groups = answer_groups(engine, tokenizer, asked, sampling)
         clock.append(time.perf_counter())
         for group in groups:
-            rewards = share_of_digits([r.completion.text for r in group])
+            rewards = [share_of_even(rollout.completion.token_ids) for rollout in group]
             for rollout, advantage in zip(group, advantages(rewards, "grpo"), strict=True):
                 rollout.advantage = advantage
-        examples = [rollout_example(r) for group in groups for r in group]
-        batches = packed_batches(examples, row_tokens=256, tokens_per_microbatch=8192, pad_id=tokenizer.pad)
         clock.append(time.perf_counter())
-        train_step(state, batches, functools.partial(policy.loss, clip_high=0.2), stage, progress=0.0)
+        rollouts = [rollout for group in groups for rollout in group]
+        batches = packed_batches(
+            [rollout_example(rollout) for rollout in rollouts], row_tokens=stage.row_tokens,
+            tokens_per_microbatch=stage.tokens_per_microbatch, pad_id=tokenizer.pad,
+        )  # fmt: skip
+        stats = train_step(state, batches, objective, stage, progress=0.0)
         engine.update_weights(model)
         clock.append(time.perf_counter())
-        parts = [b - a for a, b in pairwise(clock)]
-        new = sum(len(r.completion.token_ids) for group in groups for r in group)
-        return dict(zip(("generate_s", "reward_s", "update_s"), parts, strict=True)) | {"new_tokens": new}
+        seconds = zip(PHASES, (after - before for before, after in pairwise(clock)), strict=True)
+        return dict(seconds) | {
+            "new_tokens": sum(len(rollout.completion.token_ids) for rollout in rollouts),
+            "prompt_tokens": sum(len(rollout.prompt_ids) for rollout in rollouts),
+            "ratio_error": stats.metrics["ratio_error"],
+        }
 
-    channel.serve(step, kernels=str(model.kernels))
+    if options.get("profile"):
+        from train_step import profile
 
-
-def _problems(options: dict[str, Any]) -> list[Any]:
-    from itertools import islice
-
-    from shoestring.data.textbook import problems
-    from shoestring.recipes.quickstart import EXAM
-
-    return list(islice(problems(EXAM, 1), options["prompts"]))
+        profile(step)
+    channel.serve(step, kernels=record)
 
 
 def serve_trl(who: str, options: dict[str, Any]) -> None:
@@ -97,14 +110,12 @@ def serve_trl(who: str, options: dict[str, Any]) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(options["threads"])
-    _, dtype, batch = who.split()
-    rows, accumulate = (options["prompts"] * options["group"], 1) if batch == "256" else (
-        options["prompts"] * options["group"] // 4, 4)  # fmt: skip
+    _, dtype, parts = who.split()
+    completions, accumulated = options["prompts"] * options["group"], int(parts.split("x")[0])
     model = AutoModelForCausalLM.from_pretrained(
         options["folder"], dtype=torch.bfloat16 if dtype == "bf16" else torch.float32, attn_implementation="sdpa"
     )
-    tokenizer = AutoTokenizer.from_pretrained(options["folder"])
-    lengths: list[int] = []
+    seen: dict[str, float] = {}
 
     class OneStepEachTimeItIsAsked(TrainerCallback):  # type: ignore[misc]
         clock: Any = None
@@ -112,36 +123,63 @@ def serve_trl(who: str, options: dict[str, Any]) -> None:
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if channel.ask() is None:
                 sys.exit(0)
+            seen.clear()
             self.clock = _bench.Clock()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            channel.answer(*self.clock.read(), new_tokens=sum(lengths))
-            lengths.clear()
+            seconds, cpu_seconds = self.clock.read()
+            update = seconds - seen["generate_s"] - seen["reward_s"]
+            channel.answer(seconds, cpu_seconds, update_s=update, **seen)
+
+    def timed(phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            found = method(*args, **kwargs)
+            seen[phase] = seen.get(phase, 0.0) + time.perf_counter() - start
+            return found
+
+        return call
 
     def reward(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        lengths.extend(map(len, completion_ids))
-        return share_of_digits(completions)
+        seen["new_tokens"] = sum(map(len, completion_ids))
+        return [share_of_even(ids) for ids in completion_ids]
 
     config = GRPOConfig(
-        output_dir=options["folder"] + "/trl", use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False,
-        per_device_train_batch_size=rows, gradient_accumulation_steps=accumulate, num_generations=options["group"],
-        max_completion_length=options["new"], temperature=1.0, top_k=0, top_p=1.0, beta=0.0, learning_rate=1e-5,
-        lr_scheduler_type="constant", report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
-        max_steps=10_000, generation_kwargs={"min_new_tokens": options["new"]},
+        output_dir=options["folder"] + "/trl", use_cpu=True, bf16=dtype != "fp32", fp16=False,
+        gradient_checkpointing=False, per_device_train_batch_size=completions // accumulated,
+        gradient_accumulation_steps=accumulated, num_generations=options["group"], beta=0.0, temperature=1.0, top_k=0,
+        top_p=1.0, max_completion_length=options["new"], generation_kwargs={"min_new_tokens": options["new"]},
+        learning_rate=1e-5, adam_beta2=0.95, lr_scheduler_type="constant", report_to="none", save_strategy="no",
+        disable_tqdm=True, logging_steps=1, max_steps=10_000,
     )  # fmt: skip
     trainer = GRPOTrainer(
-        model=model, reward_funcs=reward, args=config, processing_class=tokenizer,
+        model=model, reward_funcs=reward, args=config,
+        processing_class=AutoTokenizer.from_pretrained(options["folder"]),
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in options["texts"]]),
         callbacks=[OneStepEachTimeItIsAsked()],
     )  # fmt: skip
-    channel.ready()
+    single_turn = timed("generate_s", trainer._generate_single_turn)
+
+    def generate(prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        seen["prompt_tokens"] = sum(map(len, prompt_ids))
+        return single_turn(prompt_ids, *args, **kwargs)
+
+    trainer._generate_single_turn = generate
+    trainer._calculate_rewards = timed("reward_s", trainer._calculate_rewards)
+    channel.ready(versions=_bench.versions("torch", "transformers", "trl", "accelerate"))
     trainer.train()
 
 
-def make(folder: Path, small: bool) -> None:
-    """A checkpoint with its tokenizer, both as ours saves them."""
-    from itertools import islice
+# ---- the benchmark
+def problems(count: int) -> list[Any]:
+    from shoestring.data.textbook import problems as stream
+    from shoestring.recipes.quickstart import EXAM
 
+    return list(islice(stream(EXAM, 1), count))
+
+
+def make(folder: Path, small: bool) -> Any:
+    """A checkpoint with its tokenizer, both as ours saves them. Returns the tokenizer."""
     import torch
 
     from shoestring.data.textbook import solved
@@ -154,10 +192,13 @@ def make(folder: Path, small: bool) -> None:
     tokenizer = Tokenizer.train(list(islice(texts, 500)), 400)
     config = DeepseekConfig.from_dict(CONFIG | (SMALL if small else {}))
     checkpoint.save(Deepseek(config, generator=torch.Generator().manual_seed(0)), tokenizer, folder)
+    return tokenizer
 
 
 def main() -> int:
-    options = _bench.parser(__doc__ or "", repeats=3).parse_args()
+    parser = _bench.parser(__doc__ or "", repeats=3)
+    parser.add_argument("--profile", action="store_true", help="print where our step spends its time, and stop")
+    options = parser.parse_args()
     if options.serve:
         serve_ours(options.options) if options.serve == "ours" else serve_trl(options.serve, options.options)
         return 0
@@ -165,38 +206,65 @@ def main() -> int:
     if options.small:
         sizes = {"prompts": 4, "group": 4, "new": 8}
     with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder), options.small)
-        asked = {"folder": folder, "threads": options.threads, "dtype": options.dtype, **sizes}
-        asked["texts"] = [problem.prompt for problem in _problems(asked)]
+        tokenizer = make(Path(folder), options.small)
+        from shoestring.train.rollouts import prompt_ids
 
-        def contestant(who: str, python: str) -> _bench.Contestant:
+        # TRL is given the rendered chat as text: its tokenizer is the same, and turns it into the same ids.
+        texts = [tokenizer.decode(prompt_ids(problem, tokenizer)) for problem in problems(sizes["prompts"])]
+        asked = {"folder": folder, "threads": options.threads, "dtype": options.dtype, "texts": texts, **sizes}
+        if options.profile:
+            serve_ours(asked | {"profile": True})
+            return 0
+
+        def contestant(who: str, python: str = sys.executable) -> _bench.Contestant:
             return _bench.Contestant(who, script, who, asked, options.threads, python)
 
         peers = [contestant(who, options.peer_python) for who in _bench.wanted(options.peers, PEERS)]
         ran, reasons = _bench.scout(peers, warm_up=0, repeats=1)
         best = [contestant(peer.name, options.peer_python) for peer in ran[:1]]
-        with _bench.opened([contestant("ours", sys.executable), *best]) as everyone:
+        with _bench.opened([contestant("ours"), *best]) as everyone:
             _bench.interleave(everyone, warm_up=min(1, options.warm_up), repeats=options.repeats)
-    return report(everyone, ran, reasons, options)
-
-
-def report(everyone: list[Any], scouted: list[Any], reasons: dict[str, str], options: Any) -> int:
-    ours = everyone[0]
-    lines = [
-        [c.name, _bench.spread(c.kept()), _bench.spread(c.kept("cpu_seconds")), f"{c.peak_mb:.0f}",
-         str(c.steps[-1]["new_tokens"])]
-        for c in [*everyone, *(s for s in scouted if s.name not in {e.name for e in everyone})]
-    ]  # fmt: skip
-    lines += [[name, reason, "-", "-", "-"] for name, reason in reasons.items()]
-    print(_bench.table(["who", "s a step", "CPU s", "peak MB", "new tokens"], lines))
-    parts = {p: statistics.median(ours.kept(p)) for p in ("generate_s", "reward_s", "update_s")}
-    print(f"\nours: {ours.facts['kernels']}; " + ", ".join(f"{name} {value:.2f}" for name, value in parts.items()))
-    seconds = {c.name: statistics.median(c.kept()) for c in everyone[1:]}
-    print(json.dumps([
-        _bench.result("grpo_step", "time", "s", statistics.median(ours.kept()), seconds, small=options.small,
-                      versions=_bench.versions("torch", "transformers", "shoestring"), **parts),
-    ]))  # fmt: skip
+    report(everyone, ran, reasons, options)
     return 0
+
+
+def report(
+    timed: list[_bench.Contestant], scouted: list[_bench.Contestant], reasons: dict[str, str], options: Namespace
+) -> None:
+    """The table, and the JSON line. A mode that was only tried counts with what the trial gave."""
+    ours = timed[0]
+    finalists = {c.name for c in timed}
+    shown = [*timed, *(c for c in scouted if c.name not in finalists)]
+    lines = [
+        [
+            c.name, str(len(c.kept())), _bench.spread(c.kept(), 2),
+            *(f"{statistics.median(c.kept(phase)):.2f}" for phase in PHASES), _bench.spread(c.kept("cpu_seconds"), 2),
+            f"{c.peak_mb:.0f} ({c.facts['start_mb']:.0f})",
+            f"{c.steps[-1]['prompt_tokens']}, {c.steps[-1]['new_tokens']}",
+        ]
+        for c in shown
+    ]  # fmt: skip
+    lines += [[name, "0", reason, *["-"] * 6] for name, reason in reasons.items()]
+    head = ["who", "steps", "s a step", "generate", "reward", "loss + update", "CPU s", "peak MB (at start)",
+            "prompt, new tokens"]  # fmt: skip
+    print(_bench.table(head, lines))
+    error = statistics.median(ours.kept("ratio_error"))
+    print(f"\nours: {ours.facts['kernels']['chosen']}; mean |sampler - trainer logprob| {error:.1e}")
+    versions = _bench.versions("torch", "shoestring") | {
+        f"peer {name}": number for c in scouted[:1] for name, number in c.facts["versions"].items()
+    }
+    common: dict[str, Any] = {"versions": versions, "small": options.small, "failed": reasons}
+
+    def entry(metric: str, unit: str, value: Callable[[_bench.Contestant], float], **more: Any) -> dict[str, Any]:
+        theirs = {c.name: value(c) for c in shown[1:]}
+        return _bench.result("grpo_step", metric, unit, value(ours), theirs, **common, **more)
+
+    phases = {c.name: {phase: statistics.median(c.kept(phase)) for phase in PHASES} for c in shown}
+    print(json.dumps([
+        entry("time", "s", lambda c: statistics.median(c.kept()), phases=phases, kernels=ours.facts["kernels"]),
+        entry("processor time", "s", lambda c: statistics.median(c.kept("cpu_seconds"))),
+        entry("peak memory", "MB", lambda c: c.peak_mb),
+    ]))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -29,6 +29,12 @@ def test_sets_go_to_the_function_or_to_the_config() -> None:
         ("quickstart", ["stages.teacher-rl.step=3"], 'Did you mean "steps"'),
         ("quickstart", ["stages.teacher-r.steps=3"], 'Did you mean "teacher-rl"'),
         ("quickstart", ["stages.teacher-rl.clip_low=-1"], "greater than 0"),
+        ("quickstart", ["stages.teacher-rl.decoding.top_p=0.9"], "RL samples everything"),
+        ("quickstart", ["stages.teacher-rl.mix.0.difficulty=[6, 5]"], "in order"),
+        ("quickstart", ["seed=--1"], "whole number"),
+        ("quickstart", ["size=3"], 'no size "3"'),
+        ("study-quickstart", ["seeds=0"], "at least one"),
+        ("stage", [], "verb of its own"),
         ("nowhere/recipe.py", [], "nowhere/recipe.py"),
     ],
 )
@@ -39,7 +45,7 @@ def test_mistakes_are_said_in_a_sentence(name: str, sets: list[str], sentence: s
 
 
 def test_a_budget_is_steps_or_flops_never_both() -> None:
-    book, optim = Textbook(mix=()), Optim(lr=1e-3)
+    book, optim = Textbook(mix=(TaskMix(task="questions"),)), Optim(lr=1e-3)
     with pytest.raises(UserError, match="either steps or match_flops"):
         SftStage(name="x", textbook=book, optim=optim)
     with pytest.raises(UserError, match='match_flops names "budget"'):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from shoestring.core import ledger
 from shoestring.core.again import since, through
 from shoestring.core.config import read_mapping
 from shoestring.core.errors import UserError, did_you_mean
-from shoestring.core.registry import load_part
+from shoestring.core.registry import load_part, part_hash
 from shoestring.core.run import Run
 from shoestring.report import tables
 from shoestring.report.page import write_report
@@ -63,6 +64,8 @@ def resolve_recipe(name_or_path: str, sets: Sequence[str]) -> Recipe:
     if name_or_path.endswith((".json", ".yaml", ".yml")):
         return Recipe.from_dict(read_mapping(name_or_path), where=name_or_path).with_sets(sets)
     module = load_part("recipes", name_or_path)
+    if name_or_path == "stage":
+        raise UserError("a single stage has a verb of its own: shoestring pretrain, sft, rl, ... --help.")
     if not hasattr(module, "recipe"):
         raise UserError(f"{name_or_path} defines no recipe() function that returns a Recipe.")
     known = inspect.signature(module.recipe).parameters
@@ -70,7 +73,7 @@ def resolve_recipe(name_or_path: str, sets: Sequence[str]) -> Recipe:
     for text in sets:
         key, given, value = text.partition("=")
         if given and key in known:
-            arguments[key] = int(value) if value.lstrip("-").isdigit() else value
+            arguments[key] = _argument(text, value, known[key])
         elif given and "." not in key and key not in Recipe.model_fields:
             raise UserError(f'--set {text}: "{key}" is no argument of recipe {name_or_path}.'
                             f"{did_you_mean(key, [*known, *Recipe.model_fields])}")  # fmt: skip
@@ -78,6 +81,15 @@ def resolve_recipe(name_or_path: str, sets: Sequence[str]) -> Recipe:
             changes.append(text)
     made: Recipe = module.recipe(**arguments)
     return made.with_sets(changes)
+
+
+def _argument(text: str, value: str, parameter: inspect.Parameter) -> str | int:
+    """The value of a recipe's argument, of the type its default has."""
+    if not isinstance(parameter.default, int):
+        return value
+    if not re.fullmatch(r"-?\d+", value):
+        raise UserError(f"--set {text}: {parameter.name} must be a whole number.")
+    return int(value)
 
 
 def stage_recipe(kind: str, sets: Sequence[str], inputs: Mapping[str, str]) -> Recipe:
@@ -137,8 +149,9 @@ def _run_stage(stage: Stage, ctx: Any) -> None:
     """One attempt at one stage, its cost counted over all attempts."""
     module = importlib.import_module(f"shoestring.train.{STAGES[stage.stage]}")
     run, started = ctx.run, time.perf_counter()
-    earlier = sum(entry.seconds for entry in ledger.read(run.path.parent) if entry.run == run.name)
     with run.attempt(usd_per_hour=ctx.usd_per_hour):
+        # read inside: a killed attempt gets its line when the next one begins
+        earlier = sum(entry.seconds for entry in ledger.read(run.path.parent) if entry.run == run.name)
         peak = ctx.machine.peak_flops(stage.compute.device)
         run.note(chip=ctx.machine.key)
         outcome = module.run(stage, ctx)
@@ -196,15 +209,22 @@ def _digest(found: Run | Path) -> str:
 
 
 def _data(stage: Stage) -> dict[str, str]:
+    found = _own_parts(stage)
     corpus = getattr(stage, "corpus", None)
     if not isinstance(corpus, TextFiles):
-        return {}
-    found = {}
+        return found
     for name in corpus.files:
         if not Path(name).is_file():
             raise UserError(f'stage "{stage.name}": corpus file {name} does not exist.')
         found[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()[:12]
     return found
+
+
+def _own_parts(stage: Stage) -> dict[str, str]:
+    """The hashes of parts that are named by path: a user's file is data, and a changed one makes a new run."""
+    named = {"tasks": [entry.task for entry in getattr(stage, "mix", ())], "rewards": getattr(stage, "rewards", ()),
+             "curate": getattr(stage, "curate", ())}  # fmt: skip
+    return {name: part_hash(kind, name) for kind, names in named.items() for name in names if name.endswith(".py")}
 
 
 # ---- what came of it ----------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ carry no segments (V3 section 4.1 packs without a cross-sample mask).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,12 @@ class Batch:
     advantage_BT: Tensor | None = None
     old_BT: Tensor | None = None
     ref_BT: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        there: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in there.items()}
+        return Batch(**moved)
 
     @property
     def tokens(self) -> int:

@@ -96,5 +96,7 @@ def _order(total: int, seed: int, epoch: int) -> np.ndarray:
 def documents_of(stream: np.ndarray, end_id: int) -> np.ndarray:
     """(start, stop) of every whole document of the stream, [documents, 2]; each stops after its <|end|>."""
     stops = np.flatnonzero(np.asarray(stream) == end_id) + 1
+    if not len(stops):
+        raise UserError(f"no document of the corpus ends within its {len(stream)} tokens; raise corpus_tokens.")
     starts = np.concatenate([[0], stops[:-1]])
     return np.stack([starts, stops], axis=1)

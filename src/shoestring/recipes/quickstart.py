@@ -5,7 +5,7 @@ model think longer and be right more often, and a student learns more from the t
 own. Three families of problems whose answer cannot be said at once by a model of this size but can be worked out in
 steps; the textbook tells most solutions without the steps.
 
-    shoestring run quickstart                     # about 12 minutes on two cores
+    shoestring run quickstart                     # about 11 minutes on two cores
     shoestring run quickstart --set size=smoke    # the same road in under two minutes, no claims
 """
 
@@ -36,8 +36,8 @@ from shoestring.train.configs import (
 NOTE = (
     "The textbook is a construction: it tells {share:.0%} of its solutions step by step and the rest as a bare answer, "
     "and its problems are chosen so that the bare answer is out of reach for models of this size. RL therefore has a "
-    "rare skill to amplify; nothing here says how often that is so elsewhere. The control of equal training FLOPs gets "
-    "the same mixture."
+    "rare skill to amplify; nothing here says how often that is so elsewhere. RL and distillation practise at the "
+    "exam's difficulty, their controls read the textbook's mixture."
 )
 
 

@@ -5,13 +5,14 @@ rejection sampling (SFT on the teacher's own verified answers) and SFT on gold s
 SFT on gold solutions for the student (upper bounds), and RL with its rewards shuffled (is it the rewards?).
 Seed 0 shares its runs with `shoestring run quickstart`.
 
-    shoestring run study-quickstart               # about 45 minutes on two cores, less with the quickstart done
+    shoestring run study-quickstart               # about 35 minutes on two cores, less with the quickstart done
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from shoestring.core.errors import UserError
 from shoestring.recipes import quickstart
 from shoestring.train.configs import Optim, Recipe, RejectStage, RlStage, SftStage, Stage, Textbook
 
@@ -25,6 +26,8 @@ ARMS = {
 
 def recipe(size: str = "full", seeds: int = 3) -> Recipe:
     """The study at a size ("full" or "smoke") over `seeds` seeds."""
+    if seeds < 1:
+        raise UserError(f"seeds is {seeds}; a study needs at least one.")
     one = quickstart.recipe(size)  # says in a sentence when the size is unknown
     budgets = quickstart.SIZES[size]
     stages: list[Stage] = [quickstart.tokenizer()]

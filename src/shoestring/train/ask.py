@@ -23,6 +23,7 @@ def run(stage: AskStage, ctx: Context) -> Outcome:
     teacher = EngineTeacher(
         Engine(model, tokenizer), tokenizer, name=source.name, licence=stage.licence, usd_per_hour=ctx.usd_per_hour
     )
+    ctx.run.note(tokenizer=tokenizer.digest())
     store, counts = ask_all(stage, ctx, teacher, curation(stage.curate))
     tokens = counts["tokens"] + counts["prompt_tokens"]
     flops = forward_flops(model, tokens, tokens / max(1, counts["answers"]))

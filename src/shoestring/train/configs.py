@@ -23,14 +23,21 @@ class TaskMix(Config):
     task: str
     kinds: tuple[str, ...] = ()
     difficulty: tuple[int, int] = (4, 4)
-    weight: float = 1.0
+    weight: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TaskMix:
+        low, high = self.difficulty
+        if not 1 <= low <= high:
+            raise UserError(f"difficulty of {self.task} is {self.difficulty}; give two numbers from 1 up, in order.")
+        return self
 
 
 class Textbook(Config):
     """Worked solutions written by the tasks themselves. `long_share` of them think step by step, the rest
     answer at once; the rarity of the long voice is a construction, stated wherever results are shown."""
 
-    mix: tuple[TaskMix, ...]
+    mix: tuple[TaskMix, ...] = Field(min_length=1)
     long_share: float = Field(0.2, ge=0.0, le=1.0)
 
 
@@ -171,7 +178,7 @@ class RlStage(TrainBase):
     """GRPO with rule-based rewards. problems_per_step x group_size completions make one step."""
 
     stage: Literal["rl"] = "rl"
-    mix: tuple[TaskMix, ...]
+    mix: tuple[TaskMix, ...] = Field(min_length=1)
     rewards: dict[str, float] = {"correct": 1.0}
     problems_per_step: int = Field(32, ge=1)
     group_size: int = Field(8, ge=2)
@@ -187,6 +194,13 @@ class RlStage(TrainBase):
     preflight_problems: int = Field(64, ge=0)  # 0: no check that RL can help
     preflight_samples: int = Field(16, ge=2)
     minimum_mixed: float = Field(0.05, ge=0, le=1)  # stop when fewer groups than this carry signal
+    @model_validator(mode="after")
+    def _whole_distribution(self) -> RlStage:
+        d = self.decoding
+        if d.temperature <= 0 or d.top_k or d.top_p < 1:
+            raise UserError(f'stage "{self.name}": RL samples everything: temperature > 0, top_k=0, top_p=1.')
+        return self
+
     shuffle_rewards: bool = False  # the control: rewards dealt out at random over the step's rollouts
 
 
@@ -194,7 +208,7 @@ class RejectStage(StageBase):
     """Rejection sampling: the model (input "model") answers, what is verified is kept as traces."""
 
     stage: Literal["reject"] = "reject"
-    mix: tuple[TaskMix, ...]
+    mix: tuple[TaskMix, ...] = Field(min_length=1)
     problems: int = Field(1000, ge=1)
     samples: int = Field(4, ge=1)
     keep_per_problem: int = Field(1, ge=1)
@@ -206,7 +220,7 @@ class AskStage(StageBase):
     """Ask a teacher new problems (input "teacher") and keep the answers that curation lets through."""
 
     stage: Literal["ask"] = "ask"
-    mix: tuple[TaskMix, ...]
+    mix: tuple[TaskMix, ...] = Field(min_length=1)
     problems: int = Field(1000, ge=1)
     samples: int = Field(1, ge=1)
     decoding: Decoding = Decoding()
@@ -220,7 +234,7 @@ class EvalStage(StageBase):
 
     stage: Literal["eval"] = "eval"
     headline: bool = False
-    mix: tuple[TaskMix, ...]
+    mix: tuple[TaskMix, ...] = Field(min_length=1)
     problems: int = Field(300, ge=2)  # for each entry of the mix
     samples: int = Field(4, ge=1)
     decoding: Decoding = Decoding()

@@ -6,13 +6,11 @@ the manifest. Left out here: logits, on-policy (their losses take the place of `
 
 from __future__ import annotations
 
-from shoestring.core.errors import UserError
 from shoestring.data.batch import packed_batches
-from shoestring.data.traces import TraceStore
 from shoestring.losses import next_token
 from shoestring.train.configs import DistillStage
 from shoestring.train.context import Context, Outcome, derived_seed
-from shoestring.train.examples import examples_of_step, trace_example
+from shoestring.train.examples import examples_of_step, trace_examples
 from shoestring.train.loop import Budget, finish_training, record
 from shoestring.train.state import load_model, save_training, start_or_resume, use_kernels
 from shoestring.train.step import train_step
@@ -22,11 +20,8 @@ def run(stage: DistillStage, ctx: Context) -> Outcome:
     """Train the student to the budget, a checkpoint every `checkpoint_every` steps."""
     state, tokenizer = start_or_resume(ctx, stage, lambda: load_model(ctx, "model"))
     use_kernels(state.model, ctx, stage.compute, tokens=stage.tokens_per_microbatch, seq_len=stage.row_tokens)
-    traces = TraceStore(ctx.input_run("traces").path / "traces.jsonl").read()
-    if not traces:
-        raise UserError(f"{ctx.run.name}: the teacher's traces are empty; ask more, or check why nothing was verified.")
+    traces, examples = trace_examples(ctx, tokenizer)
     ctx.run.note(teachers=sorted({t.teacher for t in traces}), licences=sorted({t.licence for t in traces}))
-    examples = [trace_example(trace, tokenizer) for trace in traces]
     budget = Budget.of(stage, ctx)
     order_seed = derived_seed(stage.seed, 2)
     with ctx.progress(budget.total, unit=budget.unit) as bar:

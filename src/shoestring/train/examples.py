@@ -10,11 +10,14 @@ from itertools import islice
 
 import numpy as np
 
+from shoestring.core.errors import UserError
 from shoestring.core.nouns import Message, Trace
 from shoestring.data.batch import Example
 from shoestring.data.textbook import MixEntry, conversation, solved
+from shoestring.data.traces import TraceStore
 from shoestring.text.chat import render
 from shoestring.text.tokenizer import Tokenizer
+from shoestring.train.context import Context
 
 
 def chat_example(messages: Sequence[Message], tokenizer: Tokenizer) -> Example:
@@ -33,9 +36,12 @@ def textbook_examples(
     ]
 
 
-def trace_example(trace: Trace, tokenizer: Tokenizer) -> Example:
-    """A teacher's kept answer. Exact token ids are used when the trace carries them; a cut answer teaches no end."""
-    if trace.prompt_ids is not None and trace.token_ids is not None:
+def trace_example(trace: Trace, tokenizer: Tokenizer, *, exact: bool) -> Example:
+    """A teacher's kept answer; one that was cut off teaches no end.
+
+    exact: the teacher's tokenizer is this one, so the ids it sampled are taken as they are; else its text is rendered.
+    """
+    if exact and trace.prompt_ids is not None and trace.token_ids is not None:
         ids = [*trace.prompt_ids, *trace.token_ids]
         return Example(ids, [0.0] * len(trace.prompt_ids) + [1.0] * len(trace.token_ids))
     question = [Message(m["role"], m["content"]) for m in trace.messages]
@@ -43,6 +49,16 @@ def trace_example(trace: Trace, tokenizer: Tokenizer) -> Example:
     if trace.finish_reason == "length":
         return Example(example.ids, [*example.weight[:-1], 0.0])
     return example
+
+
+def trace_examples(ctx: Context, tokenizer: Tokenizer) -> tuple[list[Trace], list[Example]]:
+    """The traces of input "traces" and their examples. Raises UserError when nothing was kept."""
+    run = ctx.input_run("traces")
+    traces = TraceStore(run.path / "traces.jsonl").read()
+    if not traces:
+        raise UserError(f"{ctx.run.name}: {run.name} kept no traces; ask more, or see why nothing was verified.")
+    exact = run.manifest["facts"].get("tokenizer") == tokenizer.digest()
+    return traces, [trace_example(trace, tokenizer, exact=exact) for trace in traces]
 
 
 def examples_of_step(count: int, step: int, per_step: int, seed: int) -> list[int]:

@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Literal
 
+from shoestring.core.errors import UserError
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import TrainBase
 from shoestring.train.context import Context, Outcome
@@ -24,7 +25,10 @@ class Budget:
     def of(cls, stage: TrainBase, ctx: Context) -> Budget:
         if stage.steps is not None:
             return cls(stage.steps, "steps")
-        return cls(ctx.budget_flops(stage.match_flops), "FLOPs")
+        total = ctx.budget_flops(stage.match_flops)
+        if total <= 0:
+            raise UserError(f"{ctx.run.name}: the inputs named by match_flops trained nothing, so there is no budget.")
+        return cls(total, "FLOPs")
 
     def done(self, state: TrainState) -> float:
         return state.step if self.unit == "steps" else state.flops

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from shoestring.core.registry import part_hash
 from shoestring.data.batch import Batch, Example, packed_batches, stream_batch
 from shoestring.data.corpus import documents_of, file_documents, make_stream, rows, textbook_ids
 from shoestring.losses import next_token
@@ -79,8 +80,10 @@ def corpus_stream(stage: PretrainStage, ctx: Context, tokenizer: Tokenizer) -> n
     corpus = stage.corpus
     key: dict[str, object] = {
         "corpus": corpus.to_json(), "seed": stage.corpus_seed, "tokenizer": tokenizer.digest(),
+        "data": ctx.run.manifest["data"],
     }  # fmt: skip
     if isinstance(corpus, Textbook):
+        key["tasks"] = {entry.task: part_hash("tasks", entry.task) for entry in corpus.mix}
         documents = textbook_ids(corpus.mix, corpus.long_share, stage.corpus_seed, tokenizer)
     else:
         end = tokenizer.end

@@ -35,6 +35,7 @@ def run(stage: RejectStage, ctx: Context) -> Outcome:
                 kept.append(trace)
         return kept
 
+    ctx.run.note(tokenizer=tokenizer.digest())
     store, counts = ask_all(stage, ctx, teacher, keep)
     tokens = counts["tokens"] + counts["prompt_tokens"]
     flops = forward_flops(model, tokens, tokens / max(1, counts["answers"]))

@@ -35,6 +35,8 @@ def run(stage: RlStage, ctx: Context) -> Outcome:
     """Train to the budget, a checkpoint every `checkpoint_every` steps. Samples of first and last steps are kept."""
     state, tokenizer = start_or_resume(ctx, stage, lambda: load_model(ctx, "model"))
     use_kernels(state.model, ctx, stage.compute, tokens=stage.tokens_per_microbatch, seq_len=stage.row_tokens)
+    if state.reference is not None:
+        state.reference.kernels = state.model.kernels  # as in the run that was not interrupted
     engine = Engine(state.model, tokenizer)
     budget = Budget.of(stage, ctx)
     with Grader() as grade, ctx.progress(budget.total, unit=budget.unit) as bar:
@@ -74,7 +76,7 @@ def _update(
         temperature=stage.decoding.temperature,
     )  # fmt: skip
     order = torch.randperm(len(examples), generator=step_generator(stage.seed, 6, state.step)).tolist()
-    step, share = state.step, -(-len(examples) // stage.minibatches)
+    step, share, on_policy = state.step, -(-len(examples) // stage.minibatches), 0.0
     for start in range(0, len(examples), share):
         chosen = [examples[i] for i in sorted(order[start : start + share])]
         batches: list[Batch] = packed_batches(chosen, row_tokens=stage.row_tokens,
@@ -82,6 +84,9 @@ def _update(
                                               pad_id=tokenizer.pad)  # fmt: skip
         state.step = step
         stats = train_step(state, batches, objective, stage, progress=spent)
+        # only the first update is on-policy: its ratio error is the difference between sampler and trainer
+        on_policy = stats.metrics["ratio_error"] if start == 0 else on_policy
+    stats.metrics["ratio_error"] = on_policy
     return stats
 
 

@@ -6,14 +6,12 @@ an input of traces (rejection sampling). Left out: several turns, tools.
 
 from __future__ import annotations
 
-from shoestring.core.errors import UserError
 from shoestring.data.batch import Example, packed_batches
-from shoestring.data.traces import TraceStore
 from shoestring.losses import next_token
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import SftStage
 from shoestring.train.context import Context, Outcome, derived_seed
-from shoestring.train.examples import examples_of_step, textbook_examples, trace_example
+from shoestring.train.examples import examples_of_step, textbook_examples, trace_examples
 from shoestring.train.loop import Budget, finish_training, record
 from shoestring.train.state import load_model, save_training, start_or_resume, use_kernels
 from shoestring.train.step import train_step
@@ -44,7 +42,4 @@ def _examples(stage: SftStage, ctx: Context, tokenizer: Tokenizer) -> list[Examp
     if stage.textbook is not None:
         seed = derived_seed(stage.seed, 3)
         return textbook_examples(stage.textbook.mix, stage.textbook.long_share, seed, stage.problems, tokenizer)
-    traces = TraceStore(ctx.input_run("traces").path / "traces.jsonl").read()
-    if not traces:
-        raise UserError(f"{ctx.run.name}: {ctx.input_run('traces').name} kept no traces; there is nothing to learn.")
-    return [trace_example(trace, tokenizer) for trace in traces]
+    return trace_examples(ctx, tokenizer)[1]

@@ -38,11 +38,22 @@ def make_model(spec: ModelSpec, *, vocab_size: int, seed: int) -> Decoder:
     return model
 
 
+def checked_device(name: str) -> torch.device:
+    """The device of this name. Raises UserError when this machine has none."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f'compute.device is "{name}", which is not usable here ({reason}); use "cpu".') from None
+    return device
+
+
 def use_kernels(model: Any, ctx: Context, compute: Compute, *, tokens: int, seq_len: int) -> None:
     """Set how the model computes and record the choice in the manifest."""
     if compute.threads:
         torch.set_num_threads(compute.threads)
-    model.to(compute.device)
+    model.to(checked_device(compute.device))
     model.kernels = ctx.machine.kernels(model.config, compute, tokens=tokens, seq_len=seq_len)
     ctx.run.note(kernels=str(model.kernels), processor=ctx.machine.key)
 
@@ -61,13 +72,15 @@ def _load(path: Path) -> tuple[Any, Tokenizer]:
 
 def start_or_resume(ctx: Context, stage: TrainBase, fresh: Any) -> tuple[TrainState, Tokenizer]:
     """The state of the run's last checkpoint, or that of `fresh()` -> (model, tokenizer)."""
-    latest = ctx.run.latest_checkpoint()
+    latest, device = ctx.run.latest_checkpoint(), checked_device(stage.compute.device)
     if latest is None:
         ctx.run.rewind_metrics(0)  # rows of an attempt that died before its first checkpoint
         model, tokenizer = fresh()
+        model.to(device)
         return TrainState(model, _optimizers(model, stage)), tokenizer
     step, path = latest
     model, tokenizer = _load(path)
+    model.to(device)
     state = TrainState(model, _optimizers(model, stage))
     _load_training(state, path)
     if state.step != step:
@@ -102,7 +115,7 @@ def _load_training(state: TrainState, path: Path) -> None:
     counters = json.loads((path / "training.json").read_text())
     if counters.get("schema") != TRAINING_SCHEMA:
         raise UserError(f"{path}/training.json: schema {counters.get('schema')}; this version reads {TRAINING_SCHEMA}.")
-    moments = load_file(path / "optimizer.safetensors")
+    moments = load_file(path / "optimizer.safetensors", device=str(state.model.head_weight.device))
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, value in moments.items():
         name, _, moment = key.partition("|")
@@ -115,4 +128,4 @@ def _load_training(state: TrainState, path: Path) -> None:
     state.flops = counters["flops"]
     if (path / REFERENCE).exists():
         reference, _ = checkpoint.load(path / REFERENCE, dtype="float32")
-        state.reference = reference.requires_grad_(False)
+        state.reference = reference.to(state.model.head_weight.device).requires_grad_(False)

@@ -86,7 +86,9 @@ def accumulate(
     with_mtp = mtp_lambda > 0 and getattr(model.config, "num_nextn_predict_layers", 0) > 0
     loss_sum, load_LE = 0.0, None
     sums: dict[str, float] = {}
+    device = model.head_weight.device
     for batch in batches:
+        batch = batch if device.type == "cpu" else batch.to(device)
         out = model(
             batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT,
             logits=False, mtp=with_mtp, balance=balance_alpha > 0,

@@ -94,7 +94,8 @@ def profile(step: Any) -> None:
     totals = sorted(found.key_averages(), key=lambda e: -e.self_cpu_time_total)
     whole = sum(e.self_cpu_time_total for e in totals)
     for e in totals[:15]:
-        print(f"{e.self_cpu_time_total / whole:6.1%} {e.self_cpu_time_total / 3e3:8.1f} ms a step {e.count // 3:5d} x {e.key}")
+        milliseconds = e.self_cpu_time_total / 3e3
+        print(f"{e.self_cpu_time_total / whole:6.1%} {milliseconds:8.1f} ms a step {e.count // 3:5d} x {e.key}")
 
 
 def serve_gemm(options: dict[str, Any]) -> None:

@@ -50,7 +50,9 @@ def road(monkeypatch):
 
     def run_recipe(recipe, runs_dir, *, again, quiet):
         fake.asked.append(("run", recipe.name, str(runs_dir), again, quiet))
-        return SimpleNamespace(rows=fake.rows, report_path="runs/report.html", to_json=lambda: {"rows": fake.rows})
+        return SimpleNamespace(
+            rows=fake.rows, tables={}, report_path="runs/report.html", to_json=lambda: {"rows": fake.rows}
+        )
 
     fake.resolve_recipe, fake.stage_recipe, fake.run_recipe = resolve_recipe, stage_recipe, run_recipe
     fake.plan_rows = lambda recipe: fake.rows
@@ -131,6 +133,17 @@ def test_mistakes_are_one_sentence_and_exit_2(call, road, words, sentence, tmp_p
     assert sentence in err
     assert err.count("\n") == 1
     assert "Traceback" not in err
+
+
+def test_a_recipes_own_tables_take_the_place_of_the_stages(call, road):
+    row = {"label": "after RL", "pass@1": 0.795, "pass@1 stderr": 0.009, "mean_tokens": 30.0, "mean_tokens stderr": 0.4}
+    ran = road.run_recipe("quickstart", "runs")
+    ran.tables = {"accuracy": [row]}
+    road.run_recipe = lambda *_, **__: ran
+    code, out, _ = call("run", "quickstart")
+    assert code == 0
+    assert "accuracy" in out and "79.5 ± 0.9 %" in out and "30.0 ± 0.4" in out and "grpo" not in out
+    assert out.splitlines()[-1] == "report: runs/report.html"
 
 
 def test_a_failed_stage_exits_1_and_says_where_it_is(call, road):

@@ -146,10 +146,12 @@ class Contestant:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            self._process.wait()
+            code = self._process.wait()
             self._listener.join(timeout=5)
+            if code < 0:  # out of memory, for one: its last words say nothing about that
+                raise Failed(f"{self.name} stopped: killed by signal {-code}")
             spoken = [word.strip() for word in self._words if word.strip()]
-            raise Failed(f"{self.name} stopped: {spoken[-1] if spoken else f'exit code {self._process.returncode}'}")
+            raise Failed(f"{self.name} stopped: {spoken[-1] if spoken else f'exit code {code}'}")
         found: dict[str, Any] = json.loads(line)
         return found
 

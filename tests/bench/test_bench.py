@@ -20,7 +20,7 @@ KEYS = {"name", "metric", "unit", "ours", "peers", "best_peer", "ratio", "limit"
 
 # A contestant that needs no torch: it prints where the protocol is spoken, and takes a known time.
 FAKE = """
-import sys, time
+import os, signal, sys, time
 sys.path.insert(0, {bench!r})
 import _bench
 who = sys.argv[sys.argv.index("--serve") + 1]
@@ -33,6 +33,8 @@ block = bytearray(200_000_000) if who == "large" else None
 def step():
     if who == "mortal":
         sys.exit("out of luck")
+    if who == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.05 if who == "slow" else 0.0)
     return {{"loss": 1.5}}
 
@@ -108,11 +110,13 @@ def test_contestants_take_turns_and_are_timed_in_their_own_process(fake):
 
 
 def test_the_fastest_first_and_failures_with_their_words(fake):
-    ran, reasons = _bench.scout([fake("slow"), fake("broken"), fake("quick"), fake("mortal")], warm_up=0, repeats=2)
+    candidates = [fake(who) for who in ("slow", "broken", "quick", "mortal", "killed")]
+    ran, reasons = _bench.scout(candidates, warm_up=0, repeats=2)
     assert [c.name for c in ran] == ["quick", "slow"]
     assert reasons == {
         "broken": "broken stopped: RuntimeError: no such kernel",
         "mortal": "mortal stopped: out of luck",
+        "killed": "killed stopped: killed by signal 9",
     }
 
 

@@ -137,7 +137,7 @@ def test_mistakes_are_one_sentence_and_exit_2(call, road, words, sentence, tmp_p
 
 def test_a_recipes_own_tables_take_the_place_of_the_stages(call, road):
     row = {"label": "after RL", "pass@1": 0.795, "pass@1 stderr": 0.009, "mean_tokens": 30.0, "mean_tokens stderr": 0.4}
-    ran = road.run_recipe("quickstart", "runs", again=False, quiet=True)
+    ran = road.run_recipe(SimpleNamespace(name="quickstart"), "runs", again=False, quiet=True)
     ran.tables = {"accuracy": [row]}
     road.run_recipe = lambda *_, **__: ran
     code, out, _ = call("run", "quickstart")

@@ -42,11 +42,36 @@ TRACE = Trace(
         {"top_p": 1.5},
         {"top_k": -1},
         {"max_new_tokens": 0},
+        {"min_p": 1.5},
+        {"presence_penalty": float("nan")},
+        {"frequency_penalty": float("inf")},
+        {"repetition_penalty": 0.0},
+        {"min_new_tokens": -1},
+        {"top_logprobs": -1},
+        {"prompt_logprobs": -1},
+        {"thinking_budget": -1},
+        {"logit_bias": {3: float("inf")}},
+        {"stop": "text"},
+        {"stop": ("a", "")},
     ],
 )
 def test_sampling_refuses_what_cannot_be_sampled(wrong):
     with pytest.raises(UserError, match=rf"sampling\.{next(iter(wrong))}"):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens 9 is more than max_new_tokens 8"),
+        ({"json_schema": "{}", "regex": "a"}, "json_schema and regex exclude each other"),
+        ({"regex": "a", "ignore_eos": True}, "ignore_eos excludes"),
+        ({"regex": "a", "min_new_tokens": 2}, "min_new_tokens excludes"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Sampling(**options)
 
 
 def test_a_trace_survives_a_round_trip():

@@ -39,7 +39,8 @@ def test_frequencies_are_the_probabilities(options: dict[str, float]) -> None:
     chosen = plain_kept(logits_V / sampling.temperature, sampling.top_k, sampling.top_p)
     expected_V[chosen] = torch.softmax(logits_V[chosen] / sampling.temperature, dim=-1)
     n = 40_000
-    token_N, logprob_N = sample(logits_V.expand(n, -1), uniforms(n), sampling)
+    drawn = sample(logits_V.expand(n, -1), uniforms(n), [sampling] * n)
+    token_N, logprob_N = drawn.token_R, drawn.logprob_R
     observed_V = token_N.bincount(minlength=6) / n
     assert (observed_V - expected_V).abs().max() < 5 * 0.5 / n**0.5  # five standard errors
     assert torch.allclose(logprob_N, expected_V.log()[token_N], atol=1e-6)
@@ -49,7 +50,7 @@ def test_frequencies_are_the_probabilities(options: dict[str, float]) -> None:
 @settings(max_examples=60, deadline=None)
 def test_the_kept_set_is_that_of_the_plain_twin(seed: int, vocab: int, top_k: int, top_p: float) -> None:
     logits_RV = 2 * torch.randn(3, vocab, generator=torch.Generator().manual_seed(seed))
-    p_RS, ids_RS = kept(logits_RV, top_k, top_p)
+    p_RS, ids_RS = kept(logits_RV.softmax(-1), [Sampling(top_k=top_k, top_p=top_p)] * 3)
     assert torch.allclose(p_RS.sum(-1), torch.ones(3))
     for row in range(3):
         ours = set(ids_RS[row][p_RS[row] > 0].tolist())
@@ -59,28 +60,29 @@ def test_the_kept_set_is_that_of_the_plain_twin(seed: int, vocab: int, top_k: in
 
 
 def test_top_p_widens_until_it_holds_enough() -> None:
-    p_RS, _ = kept(torch.zeros(2, 5000), 0, 0.9)
+    p_RS, _ = kept(torch.full((2, 5000), 1 / 5000), [Sampling(top_p=0.9)] * 2)
     assert int((p_RS[0] > 0).sum()) in (4500, 4501)  # fp32 sums of 1/5000
 
 
 def test_an_impossible_token_is_never_drawn() -> None:
     logits_RV = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(4, -1)
     edges_R = torch.tensor([0.0, 0.5, 0.5 - 1e-12, 1 - 2**-53], dtype=torch.float64)
-    token_R, logprob_R = sample(logits_RV, edges_R, Sampling())
-    assert token_R.tolist() == [1, 3, 1, 3]
-    assert torch.allclose(logprob_R, torch.tensor(0.5).log())
+    drawn = sample(logits_RV, edges_R, [Sampling()] * 4)
+    assert drawn.token_R.tolist() == [1, 3, 1, 3]
+    assert torch.allclose(drawn.logprob_R, torch.tensor(0.5).log())
 
 
 def test_greedy() -> None:
     logits_RV = torch.tensor([[0.0, 3.0, 1.0], [2.0, 1.0, 0.0]])
-    token_R, logprob_R = sample(logits_RV, uniforms(2), Sampling(temperature=0.0))
+    drawn = sample(logits_RV, uniforms(2), [Sampling(temperature=0.0)] * 2)
+    token_R, logprob_R = drawn.token_R, drawn.logprob_R
     assert token_R.tolist() == [1, 0]
     assert torch.allclose(logprob_R, logits_RV.log_softmax(-1).gather(1, token_R[:, None]).squeeze(1))
 
 
 def test_a_low_temperature_is_nearly_greedy() -> None:
-    token_R, _ = sample(torch.tensor([[0.0, 1.0]]).expand(100, -1), uniforms(100), Sampling(temperature=0.01))
-    assert token_R.tolist() == [1] * 100
+    drawn = sample(torch.tensor([[0.0, 1.0]]).expand(100, -1), uniforms(100), [Sampling(temperature=0.01)] * 100)
+    assert drawn.token_R.tolist() == [1] * 100
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.5}, {"temperature": 0.5}])
@@ -89,4 +91,4 @@ def test_nan_and_infinite_logits_are_refused(options: dict[str, float], bad: flo
     logits_RV = torch.zeros(3, 5)
     logits_RV[1, 2] = bad
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
-        sample(logits_RV, uniforms(3), Sampling(**options))  # type: ignore[arg-type]
+        sample(logits_RV, uniforms(3), [Sampling(**options)] * 3)  # type: ignore[arg-type]

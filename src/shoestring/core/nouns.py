@@ -1,4 +1,4 @@
-"""The nouns every package shares: Problem, Message, Completion, Rollout, Sampling, Trace.
+"""The nouns every package shares: Problem, Message, Sampling, Completion, Event, Rollout, Trace.
 
 Slotted dataclasses without tensors (core loads no torch): token ids are lists of int, logprobs lists of
 float. A Completion carries the ids and the sampler's logprobs of exactly what was sampled; nothing
@@ -7,13 +7,14 @@ downstream decodes and encodes it again (DESIGN rule 3).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from shoestring.core.errors import UserError
 
 Role = Literal["system", "user", "assistant"]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
 TRACE_SCHEMA = 1
 
 
@@ -57,7 +58,10 @@ class Message:
 class Sampling:
     """How to sample. `temperature` 0 is greedy. `seed` makes the draw repeatable; None draws a fresh one.
 
-    Logprobs are those of the distribution the token was drawn from (after temperature, top-k and top-p).
+    Logprobs are those of the distribution the token was drawn from: after bias, penalties, grammar, temperature,
+    top-k, top-p and min-p, in this order (greedy: at temperature 1). A token that was forced has logprob 0.
+    `stop` strings and the stop token are not part of the text; their tokens are part of `token_ids`.
+    Raises UserError for values out of range and for options that contradict each other.
     """
 
     n: int = 1
@@ -65,26 +69,68 @@ class Sampling:
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     max_new_tokens: int = 128
-    stop_ids: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()  # none: the tokenizer's end token
     seed: int | None = None
     routed_experts: bool = False  # record the experts each token was routed to
+    min_p: float = 0.0  # drop tokens less likely than this share of the likeliest
+    presence_penalty: float = 0.0  # subtracted from the logit of every token sampled before
+    frequency_penalty: float = 0.0  # the same, times how often
+    repetition_penalty: float = 1.0  # divides positive logits of prompt and sampled tokens, multiplies negative ones
+    min_new_tokens: int = 0  # no stop before
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False  # the tokenizer's end token does not stop
+    logit_bias: dict[int, float] | None = None  # added to the logits by token id; -inf bans
+    top_logprobs: int = 0  # per token, the best so many of its distribution
+    prompt_logprobs: int | None = None  # per prompt token, its own logprob and so many best ones
+    thinking_budget: int | None = None  # tokens inside <think> before </think> is forced
+    json_schema: str | dict[str, Any] | None = None  # what follows the thinking is JSON of this schema
+    regex: str | None = None  # what follows the thinking matches this
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise UserError(f"sampling.n is {self.n}; it must be at least 1.")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise UserError(f"sampling.temperature is {self.temperature}; it must be 0 (greedy) or a positive number.")
-        if not 0.0 < self.top_p <= 1.0:
-            raise UserError(f"sampling.top_p is {self.top_p}; it must be in (0, 1].")
-        if self.top_k < 0 or self.max_new_tokens < 1:
-            raise UserError("sampling.top_k must be 0 (off) or positive, and sampling.max_new_tokens at least 1.")
+        for wrong, sentence in self._complaints():
+            if wrong:
+                raise UserError(f"sampling.{sentence}")
+
+    def _complaints(self) -> Iterator[tuple[bool, str]]:
+        """(does it apply, the sentence): ranges first, then contradictions. Written so that NaN is out of range."""
+        inf = float("inf")
+        yield self.n < 1, f"n is {self.n}; it must be at least 1."
+        in_range = 0.0 <= self.temperature < inf
+        yield not in_range, f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number."
+        yield not 0.0 < self.top_p <= 1.0, f"top_p is {self.top_p}; it must be in (0, 1]."
+        yield not 0.0 <= self.min_p <= 1.0, f"min_p is {self.min_p}; it must be in [0, 1]."
+        yield self.top_k < 0, f"top_k is {self.top_k}; it must be 0 (off) or positive."
+        yield self.max_new_tokens < 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1."
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            yield not -inf < value < inf, f"{name} is {value}; it must be a finite number."
+        repetition = self.repetition_penalty
+        yield not 0.0 < repetition < inf, f"repetition_penalty is {repetition}; it must be positive (1 is off)."
+        for name in ("min_new_tokens", "top_logprobs", "prompt_logprobs", "thinking_budget"):
+            value = getattr(self, name)
+            yield value is not None and value < 0, f"{name} is {value}; it must not be negative."
+        for token, bias in (self.logit_bias or {}).items():
+            yield not -inf <= bias < inf, f"logit_bias[{token}] is {bias}; it must be a number (-inf bans the token)."
+        yield isinstance(self.stop, str), "stop is one string; write a tuple of strings, (text,)."
+        yield "" in self.stop, "stop holds an empty string, which would stop at once; remove it."
+        shorter = self.min_new_tokens > self.max_new_tokens
+        yield shorter, f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}."
+        grammar = self.json_schema is not None or self.regex is not None
+        yield self.json_schema is not None and self.regex is not None, "json_schema and regex exclude each other."
+        yield grammar and self.ignore_eos, "ignore_eos excludes json_schema and regex, which end by the end token."
+        yield grammar and self.min_new_tokens > 0, "min_new_tokens excludes json_schema and regex, which say the end."
+
+
+TokenLogprobs = list[tuple[int, float]]  # token id and logprob, best first
 
 
 @dataclass(slots=True)
 class Completion:
     """What was sampled after a prompt: `token_ids` and `logprobs` have the same length, the stop id included.
 
-    `text` is the decoded ids without the stop token. `routed_experts[t][layer]` lists the experts chosen.
+    `text` is the decoded ids without the stop token, cut before a stop string. `routed_experts[t][layer]` lists the
+    experts chosen. `prompt_logprobs`: None for the first token, then the token's own pair followed by the best ones.
+    `cached_tokens` of the prompt were not computed again.
     """
 
     text: str
@@ -92,6 +138,28 @@ class Completion:
     logprobs: list[float]
     finish_reason: FinishReason
     routed_experts: list[list[list[int]]] | None = None
+    top_logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Event:
+    """What one step of the engine added to one sample of a request. The texts of all events are the completion's text.
+
+    `text` is what may be shown now: characters that are still incomplete, and what could become a stop string, wait.
+    The last event of a sample has `finish_reason` and the whole `completion`.
+    """
+
+    request_id: str
+    sample: int  # < sampling.n
+    token_ids: list[int]
+    text: str
+    logprobs: list[float]
+    top_logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    completion: Completion | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(slots=True)

@@ -74,7 +74,8 @@ def decode(
     for step in range(T):
         if step % DRAWS == 0:  # for every row of the wave, so that a row's draws do not depend on who has finished
             u_RU = torch.rand(R, min(DRAWS, T - step), generator=generator, dtype=torch.float64).to(device)
-        token_R, logprob_R = sample(logits_RV, u_RU[rows_R, step % DRAWS], sampling)
+        drawn = sample(logits_RV, u_RU[rows_R, step % DRAWS], [sampling] * len(rows_R))
+        token_R, logprob_R = drawn.token_R, drawn.logprob_R
         tokens_RT[rows_R, step], logprobs_RT[rows_R, step] = token_R, logprob_R
         ended_R = torch.isin(token_R, stop_S) & live_R
         if bool(ended_R.any()):

@@ -8,14 +8,22 @@ continuous batching, prefix reuse across calls, speculation, quantised caches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from shoestring.core.errors import UserError
-from shoestring.core.nouns import Completion, Sampling
+from shoestring.core.nouns import Completion, Event, Sampling
+from shoestring.infer.adjust import adjust
+from shoestring.infer.check import check_ids, check_sampling
 from shoestring.infer.decode import Decoded, decode, pad
+from shoestring.infer.detokenise import StopStrings, TextStream
+from shoestring.infer.sampler import sample
+from shoestring.infer.sequence import Request, Sequence, uniform
 from shoestring.nn.head import token_logprobs
 
 if TYPE_CHECKING:
@@ -40,7 +48,84 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.max_batch_tokens = max_batch_tokens
+        self._waiting: list[Request] = []
+        self._running: list[Sequence] = []
+        self._events: list[Event] = []
+        self._names = itertools.count()
 
+    # ---- one request at a time
+    def add(self, prompt_ids: Seq[int], sampling: Sampling, *, request_id: str | None = None, salt: str = "") -> str:
+        """Queue a request; its events come from `step`. Returns its id (made up when not given).
+
+        `salt`: prompts share cached prefixes only with requests of the same salt. Raises UserError for what can never
+        be answered: an empty or over-long prompt, ids outside the vocabulary, options the model cannot follow, an id
+        that is in use.
+        """
+        name = f"request-{next(self._names)}" if request_id is None else request_id
+        if any(request.id == name for request in self._requests()):
+            raise UserError(f'request id "{name}" is in use; give each request its own.')
+        check_ids(self.model.config, prompt_ids, "the prompt", sampling.max_new_tokens)
+        check_sampling(
+            sampling, self.model.config, has_tokenizer=self.tokenizer is not None, routes=self.model.n_experts > 0
+        )
+        stop_ids = frozenset(self._stop_ids(sampling))
+        request = Request(name, list(prompt_ids), sampling, stop_ids, salt)
+        request.samples = [self._sequence(request, sample) for sample in range(sampling.n)]
+        self._waiting.append(request)
+        return name
+
+    def cancel(self, request_id: str) -> None:
+        """End every sample of a request; the next `step` returns their last events. Unknown or finished: nothing."""
+        for request in self._requests():
+            if request.id == request_id:
+                self._events += [s.cancel() for s in request.samples if s.finish_reason is None]
+                self._waiting = [r for r in self._waiting if r is not request]
+                self._running = [s for s in self._running if s.request is not request]
+                return
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Schedule, run, sample once; one event for each sample that went on. [] when there is nothing to do."""
+        events, self._events = self._events, []
+        self._running += [sample for request in self._waiting for sample in request.samples]
+        self._waiting = []
+        for sequence in self._running:
+            logits_1V = adjust(self._logits(sequence), [sequence])
+            u = uniform(sequence.key, sequence.produced)
+            drawn = sample(logits_1V, torch.tensor([u], dtype=torch.float64, device=self.device), [sequence.sampling])
+            events.append(sequence.append(int(drawn.token_R), float(drawn.logprob_R), drawn.top.get(0)))
+        self._running = [sequence for sequence in self._running if sequence.finish_reason is None]
+        return events
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do."""
+        return bool(self._waiting or self._running or self._events)
+
+    def stats(self) -> dict[str, float]:
+        """What is going on: running and waiting sequences."""
+        return {"running": len(self._running), "waiting": sum(len(r.samples) for r in self._waiting)}
+
+    def _requests(self) -> list[Request]:
+        return [*self._waiting, *{id(s.request): s.request for s in self._running}.values()]
+
+    def _sequence(self, request: Request, sample: int) -> Sequence:
+        sequence = Sequence(request, sample)
+        if self.tokenizer is not None:
+            sequence.stream = TextStream(self.tokenizer)
+            sequence.stops = StopStrings(request.sampling.stop) if request.sampling.stop else None
+        return sequence
+
+    def _logits(self, sequence: Sequence) -> torch.Tensor:
+        """fp32 [1, V] after the sequence's last token; what was not read before is read now."""
+        if sequence.state is None:
+            sequence.state = self.model.new_cache(1, len(sequence.ids) + sequence.sampling.max_new_tokens)
+        fresh = torch.tensor([sequence.ids[sequence.state.used :]], device=self.device)
+        output = self.model(fresh, cache=sequence.state, logits=False)
+        logits: torch.Tensor = self.model.unembed(output.hidden_BTD[:, -1])
+        return logits
+
+    # ---- many at once
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
@@ -52,7 +137,7 @@ class Engine:
         self.model = model
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+    def generate(self, prompts: Seq[Seq[int]], sampling: Sampling | Seq[Sampling]) -> list[list[Completion]]:
         """`sampling.n` completions for each prompt, in order; logprobs are fp32 at the sampling temperature.
 
         A completion ends at a stop id (`sampling.stop_ids`, or the tokenizer's end token when none are given), which
@@ -60,7 +145,15 @@ class Engine:
         the completion without its last token. Raises UserError for an empty prompt, ids outside the vocabulary, or
         prompt + new tokens beyond the model's positions, and FloatingPointError for NaN logits.
         """
+        if not isinstance(sampling, Sampling):
+            return self._one_by_one(prompts, sampling)
         self._check(prompts, "prompt", sampling.max_new_tokens)
+        check_sampling(
+            sampling, self.model.config, has_tokenizer=self.tokenizer is not None, routes=self.model.n_experts > 0
+        )
+        old = ("n", "temperature", "top_k", "top_p", "max_new_tokens", "stop_ids", "seed", "routed_experts", "min_p")
+        if replace(Sampling(), **{name: getattr(sampling, name) for name in old}) != sampling:
+            return self._one_by_one(prompts, [sampling] * len(prompts))
         stop_ids = self._stop_ids(sampling)
         generator = torch.Generator()
         if sampling.seed is None:
@@ -74,12 +167,27 @@ class Engine:
             prompt_of_row = [number[tuple(prompts[index])] for index, _ in wave]
             decoded = decode(self.model, distinct, prompt_of_row, sampling, stop_ids, generator, self.device)
             lengths = [len(prompts[index]) for index, _ in wave]
-            for (index, sample), completion in zip(wave, self._completions(decoded, lengths), strict=True):
-                done[index][sample] = completion
+            for (index, number_of), completion in zip(wave, self._completions(decoded, lengths), strict=True):
+                done[index][number_of] = completion
         return [[completion for completion in group if completion is not None] for group in done]
 
+    def _one_by_one(self, prompts: Seq[Seq[int]], samplings: Seq[Sampling]) -> list[list[Completion]]:
+        if len(samplings) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts but {len(samplings)} samplings; give one for all, or one each.")
+        names = [self.add(prompt, each) for prompt, each in zip(prompts, samplings, strict=True)]
+        done: dict[str, dict[int, Completion]] = {name: {} for name in names}
+        others: list[Event] = []
+        while any(len(done[name]) < each.n for name, each in zip(names, samplings, strict=True)):
+            for event in self.step():
+                if event.request_id not in done:
+                    others.append(event)
+                elif event.completion is not None:
+                    done[event.request_id][event.sample] = event.completion
+        self._events += others
+        return [[done[name][sample] for sample in range(each.n)] for name, each in zip(names, samplings, strict=True)]
+
     @torch.inference_mode()
-    def score(self, token_ids: Sequence[Sequence[int]], *, temperature: float = 1.0) -> list[list[float]]:
+    def score(self, token_ids: Seq[Seq[int]], *, temperature: float = 1.0) -> list[list[float]]:
         """For each sequence of T ids its T-1 logprobs, at `temperature`. Logits exist only a chunk of rows at a time.
 
         Raises UserError as `generate` does, and for a temperature that is not positive.
@@ -102,7 +210,7 @@ class Engine:
                 logprobs[index] = row.tolist()
         return logprobs
 
-    def _waves(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[tuple[int, int]]]:
+    def _waves(self, prompts: Seq[Seq[int]], sampling: Sampling) -> Iterator[list[tuple[int, int]]]:
         """(prompt, sample) pairs by descending prompt length, cut where the cache would grow too large."""
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         rows = [(index, sample) for index in order for sample in range(sampling.n)]
@@ -134,25 +242,15 @@ class Engine:
         ]
 
     def _stop_ids(self, sampling: Sampling) -> tuple[int, ...]:
-        if sampling.stop_ids or self.tokenizer is None or self.tokenizer.end_id is None:
+        nothing = self.tokenizer is None or self.tokenizer.end_id is None or sampling.ignore_eos
+        if sampling.stop_ids or nothing:
             return sampling.stop_ids
+        assert self.tokenizer is not None and self.tokenizer.end_id is not None
         return (self.tokenizer.end_id,)
 
-    def _check(self, sequences: Sequence[Sequence[int]], what: str, new_tokens: int) -> None:
-        vocab, positions = self.model.config.vocab_size, self.model.config.max_position_embeddings
+    def _check(self, sequences: Seq[Seq[int]], what: str, new_tokens: int) -> None:
         for index, ids in enumerate(sequences):
-            if len(ids) == 0:
-                raise UserError(f"{what} {index} is empty; it needs at least one token.")
-            if min(ids) < 0 or max(ids) >= vocab:
-                raise UserError(
-                    f"{what} {index} holds a token id outside the model's vocabulary (0 to {vocab - 1}); "
-                    "encode it with the model's own tokenizer."
-                )
-            if len(ids) + new_tokens > positions:
-                more = f" and asks for {new_tokens} new ones" if new_tokens else ""
-                raise UserError(
-                    f"{what} {index} has {len(ids)} tokens{more}, but the model has {positions} positions; shorten it."
-                )
+            check_ids(self.model.config, ids, f"{what} {index}", new_tokens)
 
 
 def _batches(order: list[int], lengths: list[int]) -> Iterator[list[int]]:

@@ -6,72 +6,160 @@ On a CPU core, 256 rows x 320 tokens take 0.25 ms; softmax + torch.multinomial t
 of who else is in the batch. The cumulative sum is fp64: a token of probability 0 has an empty interval, and u < 1
 keeps u · total < total, so it is never drawn.
 
-Order of the restrictions, as everywhere: temperature, top-k, then top-p on what is left; the token that crosses
-`top_p` is kept. Left out: min-p, penalties, biases.
+Order of the restrictions, as everywhere: temperature, top-k, then top-p on what is left, then min-p; the token that
+crosses `top_p` is kept. Each keeps the likeliest tokens and drops a tail, so what is left is always a prefix of the
+sorted distribution. Rows may differ in all of this: what a row gets does not depend on the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from shoestring.core.nouns import Sampling
+from shoestring.core.nouns import Sampling, TokenLogprobs
+
+FIRST_WIDTH = 256  # likeliest tokens looked at before more are
 
 
-def sample(logits_RV: Tensor, u_R: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """(token ids [R], fp32 logprobs [R]). `u_R` is uniform on [0, 1) in fp64.
+@dataclass(slots=True)
+class Drawn:
+    """Token ids [R] and fp32 logprobs [R]; for rows with `top_logprobs`, the best of their distribution."""
 
-    temperature 0 takes the largest logit; its logprob is the one at temperature 1, since that of a certain draw
-    would always be 0. Raises FloatingPointError when a row has no finite distribution.
+    token_R: Tensor
+    logprob_R: Tensor
+    top: dict[int, TokenLogprobs]
+
+
+def sample(logits_RV: Tensor, u_R: Tensor, samplings: Sequence[Sampling]) -> Drawn:
+    """Draw for each row as its Sampling says; biases, penalties and masks are in the logits already.
+
+    `u_R` is uniform on [0, 1) in fp64. Temperature 0 takes the largest logit; its logprob is the one at temperature
+    1, since that of a certain draw would always be 0. Raises FloatingPointError when a row has no finite distribution.
     """
-    logits_RV = logits_RV.float()
-    if sampling.temperature == 0.0:
-        p_RV = torch.softmax(logits_RV, dim=-1)
+    p_RV = torch.softmax(_at_temperature(logits_RV.float(), samplings), dim=-1)
+    greedy = [row for row, s in enumerate(samplings) if s.temperature == 0.0]
+    cut = [row for row, s in enumerate(samplings) if s.temperature > 0.0 and restricts(s)]
+    if len(greedy) == len(samplings):
         best_R = p_RV.max(dim=-1)
-        _check_finite(best_R.values)
-        return best_R.indices, best_R.values.log()
-    if sampling.temperature != 1.0:
-        logits_RV = logits_RV / sampling.temperature
-    if sampling.top_k or sampling.top_p < 1.0:
-        p_RS, ids_RS = kept(logits_RV, sampling.top_k, sampling.top_p)
-        index_R, logp_R = _draw(p_RS, u_R)
-        return ids_RS.gather(1, index_R[:, None]).squeeze(1), logp_R
-    return _draw(torch.softmax(logits_RV, dim=-1), u_R)
-
-
-def kept(logits_RV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Probabilities [R, S], renormalised over what top-k and top-p keep (0 elsewhere), and their token ids [R, S]."""
-    V = logits_RV.shape[-1]
-    if top_k:
-        best = logits_RV.topk(min(top_k, V), dim=-1)
-        p_RS = torch.softmax(best.values, dim=-1)
-        if top_p == 1.0:
-            return p_RS, best.indices
-        cumulative_RS = p_RS.cumsum(-1)
+        drawn = Drawn(best_R.indices, best_R.values, {})
+    elif not greedy and not cut:
+        drawn = Drawn(*_draw(p_RV, u_R), {})
     else:
-        # Sorting a whole vocabulary costs far more than finding its best few: widen only while they weigh too little.
-        p_RV = torch.softmax(logits_RV, dim=-1)
-        width = min(256, V)
-        while True:
-            best = p_RV.topk(width, dim=-1)
-            p_RS, cumulative_RS = best.values, best.values.cumsum(-1)
-            if width == V or not bool((cumulative_RS[:, -1] < top_p).any()):
-                break
-            width = min(width * 8, V)
-    p_RS = p_RS.masked_fill(cumulative_RS - p_RS >= top_p, 0.0)
-    return p_RS / p_RS.sum(-1, keepdim=True), best.indices
+        drawn = _draw_mixed(p_RV, u_R, samplings, greedy, cut)
+    _check_finite(drawn.logprob_R)
+    drawn.logprob_R = drawn.logprob_R.log()
+    wanted = [row for row, s in enumerate(samplings) if s.top_logprobs]
+    if wanted:
+        drawn.top = _top(p_RV, samplings, wanted)
+    return drawn
+
+
+def restricts(sampling: Sampling) -> bool:
+    """Whether a tail of the distribution is dropped."""
+    return bool(sampling.top_k) or sampling.top_p < 1.0 or sampling.min_p > 0.0
+
+
+def _at_temperature(logits_RV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    temperatures = [s.temperature or 1.0 for s in samplings]
+    if all(t == 1.0 for t in temperatures):
+        return logits_RV
+    return logits_RV / torch.tensor(temperatures, device=logits_RV.device)[:, None]
+
+
+def _draw_mixed(p_RV: Tensor, u_R: Tensor, samplings: Sequence[Sampling], greedy: list[int], cut: list[int]) -> Drawn:
+    token_R, mass_R = torch.empty_like(u_R, dtype=torch.int64), torch.empty_like(p_RV[:, 0])
+    if greedy:
+        best_r = p_RV[greedy].max(dim=-1)
+        token_R[greedy], mass_R[greedy] = best_r.indices, best_r.values
+    if cut:
+        p_rS, ids_rS = kept(p_RV[cut], [samplings[row] for row in cut])
+        index_r, mass_R[cut] = _draw(p_rS, u_R[cut])
+        token_R[cut] = ids_rS.gather(1, index_r[:, None]).squeeze(1)
+    taken = {*greedy, *cut}
+    if free := [row for row in range(len(samplings)) if row not in taken]:
+        token_R[free], mass_R[free] = _draw(p_RV[free], u_R[free])
+    return Drawn(token_R, mass_R, {})
+
+
+def kept(p_RV: Tensor, samplings: Sequence[Sampling]) -> tuple[Tensor, Tensor]:
+    """Probabilities [R, S], renormalised over what the restrictions keep (0 elsewhere), and their token ids [R, S].
+
+    The total is read off a running sum in order of rank, so that it does not depend on the width S, which is chosen
+    by the widest row: sorting a whole vocabulary costs far more than finding its best few.
+    """
+    V, device = p_RV.shape[-1], p_RV.device
+    k_R1 = torch.tensor([min(s.top_k, V) or V for s in samplings], device=device)[:, None]
+    top_p_R1 = torch.tensor([s.top_p for s in samplings], dtype=torch.float64, device=device)[:, None]
+    min_p_R1 = torch.tensor([s.min_p for s in samplings], device=device)[:, None]
+    width = min(max(FIRST_WIDTH, *(s.top_k for s in samplings)), V)
+    while True:
+        p_RS, ids_RS = ranked(p_RV, width)
+        rank_S = torch.arange(width, device=device)
+        inside_RS = rank_S < k_R1
+        cumulative_RS = (p_RS * inside_RS).cumsum(-1, dtype=torch.float64)
+        # top-p counts within what top-k left; without top-k that is everything, seen or not
+        total_R1 = torch.where(k_R1 < V, cumulative_RS[:, -1:], p_RV.sum(-1, keepdim=True, dtype=torch.float64))
+        before_RS = cumulative_RS - p_RS
+        inside_RS &= (before_RS < top_p_R1 * total_R1) & (p_RS >= min_p_R1 * p_RS[:, :1])
+        if width == V or not bool(inside_RS[:, -1].any()):
+            break
+        width = min(width * 8, V)
+    p_RS = p_RS * inside_RS
+    mass_R1 = p_RS.cumsum(-1, dtype=torch.float64)[:, -1:]
+    return (p_RS / mass_R1).float(), ids_RS
+
+
+def ranked(p_RV: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` likeliest tokens of each row, best first; among equals the smaller id first, whatever the width."""
+    if width == p_RV.shape[-1]:
+        best = p_RV.sort(dim=-1, descending=True, stable=True)
+        return best.values, best.indices
+    top = p_RV.topk(width + 1, dim=-1)
+    ids_RS = top.indices[:, :width].sort(dim=-1).values  # by id first, so that the stable sort below breaks ties
+    p_RS = p_RV.gather(1, ids_RS)
+    order_RS = p_RS.sort(dim=-1, descending=True, stable=True)
+    tied = top.values[:, width - 1] == top.values[:, width]
+    if bool((tied & (top.values[:, width] > 0)).any()):  # equals on both sides of the cut: which ones is arbitrary
+        best = p_RV.sort(dim=-1, descending=True, stable=True)
+        return best.values[:, :width], best.indices[:, :width]
+    return order_RS.values, ids_RS.gather(1, order_RS.indices)
 
 
 def _draw(p_RS: Tensor, u_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Index and probability of the draw."""
     cumulative_RS = p_RS.cumsum(-1, dtype=torch.float64)
-    total_R1 = cumulative_RS[:, -1:]
-    _check_finite(total_R1)
-    index_R1 = torch.searchsorted(cumulative_RS, u_R[:, None] * total_R1, right=True)
-    return index_R1.squeeze(1), p_RS.gather(1, index_R1).log().squeeze(1)
+    index_R1 = torch.searchsorted(cumulative_RS, u_R[:, None] * cumulative_RS[:, -1:], right=True)
+    index_R1 = index_R1.clamp_(max=p_RS.shape[-1] - 1)  # only NaN rows get there, and they are refused
+    return index_R1.squeeze(1), p_RS.gather(1, index_R1).squeeze(1)
+
+
+def _top(p_RV: Tensor, samplings: Sequence[Sampling], wanted: list[int]) -> dict[int, TokenLogprobs]:
+    """The best tokens of each row's own distribution, what the restrictions dropped left out."""
+    found: dict[int, TokenLogprobs] = {}
+    plain = [row for row in wanted if not (restricts(samplings[row]) and samplings[row].temperature)]
+    if plain:
+        count = min(max(samplings[row].top_logprobs for row in plain), p_RV.shape[-1])
+        _fill(found, plain, samplings, *ranked(p_RV[plain], count))
+    if cut := [row for row in wanted if row not in set(plain)]:
+        _fill(found, cut, samplings, *kept(p_RV[cut], [samplings[row] for row in cut]))
+    return found
+
+
+def _fill(
+    found: dict[int, TokenLogprobs], rows: list[int], samplings: Sequence[Sampling], p_rS: Tensor, ids_rS: Tensor
+) -> None:
+    logps, ids = p_rS.log().tolist(), ids_rS.tolist()
+    for row, row_logps, row_ids in zip(rows, logps, ids, strict=True):
+        pairs = zip(row_ids, row_logps, strict=True)
+        best = [(token, logp) for token, logp in pairs if logp > float("-inf")]
+        found[row] = best[: samplings[row].top_logprobs]
 
 
 def _check_finite(mass: Tensor) -> None:
-    """One test a step: NaN or infinite logits make every sum of their row NaN."""
+    """One test a step: NaN or infinite logits make every probability of their row NaN."""
     if bool(mass.isnan().any()):
         raise FloatingPointError(
             "the model produced NaN or infinite logits; check its weights and, in bf16, its scale."

@@ -76,7 +76,7 @@ class EngineTeacher:
         cost_usd: float,
     ) -> Trace:  # fmt: skip
         messages = [as_row(message) for message in question.messages]
-        decoding = asdict(sampling) | {"stop_ids": list(sampling.stop_ids)}
+        decoding = asdict(sampling) | {"stop_ids": list(sampling.stop_ids), "stop": list(sampling.stop)}
         thinking, answer = split_thinking(completion.text) if self._thinking else (None, completion.text.strip())
         return Trace(
             id=trace_id(self.name, messages, decoding, sample),

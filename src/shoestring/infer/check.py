@@ -1,0 +1,40 @@
+"""What a request must be before it is queued: one sentence for each mistake, before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from shoestring.core.errors import UserError
+from shoestring.core.nouns import Sampling
+
+
+def check_ids(config: Any, ids: Sequence[int], what: str, new_tokens: int) -> None:
+    """Raise UserError for no ids, ids outside the vocabulary, or more positions than the model has."""
+    vocab, positions = config.vocab_size, config.max_position_embeddings
+    if len(ids) == 0:
+        raise UserError(f"{what} is empty; it needs at least one token.")
+    if min(ids) < 0 or max(ids) >= vocab:
+        raise UserError(
+            f"{what} holds a token id outside the model's vocabulary (0 to {vocab - 1}); "
+            "encode it with the model's own tokenizer."
+        )
+    if len(ids) + new_tokens > positions:
+        more = f" and asks for {new_tokens} new ones" if new_tokens else ""
+        raise UserError(f"{what} has {len(ids)} tokens{more}, but the model has {positions} positions; shorten it.")
+
+
+def check_sampling(sampling: Sampling, config: Any, *, has_tokenizer: bool, routes: bool) -> None:
+    """Raise UserError for options that this model, or an engine without a tokenizer, cannot follow."""
+    vocab = config.vocab_size
+    if outside := [t for t in (*sampling.stop_ids, *(sampling.logit_bias or {})) if not 0 <= t < vocab]:
+        raise UserError(f"sampling: token id {outside[0]} is outside the model's vocabulary (0 to {vocab - 1}).")
+    banned = sum(bias == float("-inf") for bias in (sampling.logit_bias or {}).values())
+    if banned == vocab:
+        raise UserError("sampling.logit_bias bans every token; leave at least one.")
+    if sampling.routed_experts and not routes:
+        raise UserError("sampling.routed_experts is on, but the model has no routed experts; turn it off.")
+    if not has_tokenizer:
+        for name in ("stop", "thinking_budget", "json_schema", "regex"):
+            if getattr(sampling, name) not in (None, ()):
+                raise UserError(f"sampling.{name} needs a tokenizer; give the engine one.")

@@ -1,0 +1,186 @@
+"""What the engine knows about a request and about each of its samples.
+
+A sample's random numbers are a function of (request seed, stream, sample, position): whoever else is in the batch,
+however often it is preempted, the draw at a position stays the same. `stream` tells apart the prompts of one
+`generate` call that share a seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoestring.core.nouns import Completion, Event, FinishReason, Sampling, TokenLogprobs
+from shoestring.infer.detokenise import StopStrings, TextStream
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A prompt and how to continue it; `sampling.n` sequences come of it."""
+
+    id: str
+    prompt_ids: list[int]
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    salt: str = ""
+    stream: int = 0
+    wants_text: bool = True  # release text with every event, not only at the end
+    seed: int = 0  # the sampling's, or a fresh one
+    samples: list[Sequence] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+    def __post_init__(self) -> None:
+        self.seed = secrets.randbits(63) if self.sampling.seed is None else self.sampling.seed
+
+
+def draw_key(seed: int, stream: int, sample: int) -> int:
+    """64 bits that name a sample's stream of random numbers."""
+    digest = hashlib.blake2b(f"{seed}/{stream}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def uniform(key: int, position: int) -> float:
+    """The number in [0, 1) of a position: splitmix64 of a counter (Steele et al. 2014), 53 bits."""
+    z = (key + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return ((z ^ (z >> 31)) >> 11) * 2.0**-53
+
+
+@dataclass(slots=True)
+class Thinking:
+    """Whether the thinking tags stand open, and for how many tokens."""
+
+    open_id: int
+    close_id: int
+    is_open: bool = False
+    tokens: int = 0
+
+    def see(self, token: int) -> None:
+        if token == self.open_id:
+            self.is_open, self.tokens = True, 0
+        elif token == self.close_id:
+            self.is_open = False
+        elif self.is_open:
+            self.tokens += 1
+
+    def concerns(self, token: int) -> bool:
+        """Whether a token about to be seen belongs to the thinking, its tags included."""
+        return self.is_open or token == self.open_id
+
+    def forced(self, budget: int | None) -> int | None:
+        return self.close_id if budget is not None and self.is_open and self.tokens >= budget else None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sample of a request: its ids so far, and everything that must survive a preemption."""
+
+    request: Request
+    sample: int
+    ids: list[int] = field(default_factory=list)  # prompt, then what was sampled
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    key: int = 0
+    text: str = ""
+    stream: TextStream | None = None
+    stops: StopStrings | None = None
+    cached_tokens: int = 0
+    thinking: Thinking | None = None
+    grammar: Any = None  # infer/grammar.py, when the sampling asks for one
+    state: Any = None  # the runner's
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.ids = list(request.prompt_ids)
+        self.key = draw_key(request.seed, request.stream, self.sample)
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.request.sampling
+
+    @property
+    def new_ids(self) -> list[int]:
+        return self.ids[len(self.request.prompt_ids) :]
+
+    @property
+    def produced(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.logprobs)
+
+    def forced_token(self) -> int | None:
+        """The token that must come next, because the thinking budget is spent."""
+        return None if self.thinking is None else self.thinking.forced(self.sampling.thinking_budget)
+
+    def append(self, token: int, logprob: float, top: TokenLogprobs | None) -> Event:
+        """Take a sampled token in; the event says what is new. Sets `finish_reason` when it was the last."""
+        sampling = self.sampling
+        if self.grammar is not None and (self.thinking is None or not self.thinking.concerns(token)):
+            self.grammar.accept(token)
+        if self.thinking is not None:
+            self.thinking.see(token)
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        if sampling.top_logprobs:
+            self.top_logprobs.append(top or [])
+        if token in self.request.stop_ids and self.produced >= sampling.min_new_tokens:
+            self.finish_reason = "stop"
+            text = self._release([])
+        else:
+            text = self._release([token])
+            if self.finish_reason is None and self.produced >= sampling.max_new_tokens:
+                self.finish_reason = "length"
+        if self.finish_reason is not None:
+            text += self._rest()
+        return self._event([token], text, [logprob], [top or []] if sampling.top_logprobs else None)
+
+    def cancel(self) -> Event:
+        """End here; the completion holds what there is."""
+        self.finish_reason = "cancelled"
+        return self._event([], self._rest(), [], None)
+
+    def _event(self, token_ids: list[int], text: str, logprobs: list[float], top: list[TokenLogprobs] | None) -> Event:
+        self.text += text
+        done = self.finish_reason is not None
+        return Event(
+            self.request.id, self.sample, token_ids, text, logprobs, top, self.finish_reason,
+            self.completion() if done else None, self.cached_tokens,
+        )  # fmt: skip
+
+    def _release(self, ids: list[int]) -> str:
+        """Text that may be shown after these ids; a stop string in it ends the sequence."""
+        if self.stream is None or not ids:
+            return ""
+        text = self.stream.push(ids)
+        if self.stops is not None:
+            text, found = self.stops.push(text, stopping=self.produced >= self.sampling.min_new_tokens)
+            if found:
+                self.finish_reason = "stop"
+                self.stream = None  # nothing after a stop string is text
+        return text
+
+    def _rest(self) -> str:
+        """What was held back and turned out to be ordinary text."""
+        if self.stream is None:
+            return ""
+        text, self.stream = self.stream.flush(), None
+        if self.stops is None:
+            return text
+        text, found = self.stops.push(text, stopping=self.finish_reason != "cancelled")
+        if found:
+            self.finish_reason = "stop"
+            return text
+        return text + self.stops.flush()
+
+    def completion(self) -> Completion:
+        assert self.finish_reason is not None
+        return Completion(
+            text=self.text, token_ids=self.new_ids, logprobs=self.logprobs, finish_reason=self.finish_reason,
+            top_logprobs=self.top_logprobs if self.sampling.top_logprobs else None,
+            prompt_logprobs=self.request.prompt_logprobs, cached_tokens=self.cached_tokens,
+        )  # fmt: skip

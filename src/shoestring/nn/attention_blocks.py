@@ -1,13 +1,13 @@
 """Exact attention in blocks of query rows, forward and backward, out of batched products and fused softmax rows.
 
 Why not torch's fused kernel: on a CPU its backward is the largest cost of a training step (LOG.md). Here a block of
-rows meets only the keys it may see, scores exist for one block at a time and are computed again in the backward, so
-memory is O(block · T), and each step is one call that runs at the machine's matrix speed:
+rows meets only the keys it may see, and each step is one call that runs near the machine's matrix speed:
 
     S = Q_i Kᵀ · scale + mask;  P = softmax(S);  O_i = P V
     dP = dO_i Vᵀ;  dS = P ∘ (dP - rowsum(dP ∘ P));  dQ_i = dS K · scale;  dK += dSᵀ Q_i · scale;  dV += Pᵀ dO_i
 
-In bf16 the scores are rounded to bf16 before the softmax; sums over blocks are kept in fp32.
+P is kept for the backward while sequences are short, and computed again when they are long: memory is O(T) a token
+up to `KEEP` and O(1) beyond. In bf16 the scores are rounded before the softmax; sums over blocks are kept in fp32.
 """
 
 from __future__ import annotations
@@ -19,65 +19,82 @@ import torch
 from torch import Tensor
 
 ROWS = 128  # query rows in a block: keys a block meets in vain are ROWS/2 of T/2 on average
-SCORES = 1 << 19  # scores alive at a time: 1 MB in bf16, about a core's second-level cache
+SCORES = 1 << 21  # scores in a block: 4 MB in bf16; smaller blocks pay more for calls than they save in cache (LOG.md)
+KEEP = 512  # the longest sequence whose probabilities are kept
 
 
 class _Blocks:
-    """The blocks of X = B·H heads over T rows: a range of heads, a range of rows, and the mask between."""
+    """The blocks of X = B·H heads over T rows: a range of heads, a range of rows, and room for their probabilities."""
 
-    def __init__(self, X: int, H: int, T: int, bias_B1TT: Tensor | None, like: Tensor):
-        self.X, self.H, self.T, self.bias = X, H, T, bias_B1TT
-        self.rows = T if T <= 3 * ROWS // 2 else ROWS
-        heads = max(1, SCORES // (self.rows * T))
-        self.heads = heads if bias_B1TT is None else max(H, heads // H * H)  # a mask belongs to whole sequences
+    def __init__(self, like: Tensor, H: int, bias_B1TT: Tensor | None, *, keep: bool):
+        self.X, self.T = like.shape[:2]
+        self.H, self.bias, self.keep = H, bias_B1TT, keep
+        self.rows = self.T if self.T <= 3 * ROWS // 2 else ROWS
+        heads = max(1, SCORES // (self.rows * self.T))
+        heads = heads if bias_B1TT is None else max(H, heads // H * H)  # a mask belongs to whole sequences
+        self.heads = min(heads, self.X)
         self.above = torch.full((self.rows, self.rows), float("-inf"), dtype=like.dtype, device=like.device).triu_(1)
+        self.largest = self.heads * self.rows * self.T
+        sizes = [(t.stop - t.start) * s.stop for t, s in self._row_blocks()]
+        self.memory = like.new_empty(self.X * sum(sizes) if keep else self.largest)
 
-    def __iter__(self) -> Iterator[tuple[slice, slice, slice]]:
-        """Heads, rows and the keys those rows may see."""
-        for x in range(0, self.X, self.heads):
-            for t in range(0, self.T, self.rows):
-                end = min(t + self.rows, self.T)
-                yield slice(x, min(x + self.heads, self.X)), slice(t, end), slice(0, end)
+    def _row_blocks(self) -> list[tuple[slice, slice]]:
+        """Rows, and the keys they may see."""
+        starts = range(0, self.T, self.rows)
+        return [(slice(t, min(t + self.rows, self.T)), slice(0, min(t + self.rows, self.T))) for t in starts]
 
-    def probabilities(self, q: Tensor, k: Tensor, scale: float, x: slice, t: slice, s: slice) -> Tensor:
-        """P of one block."""
-        score = torch.baddbmm(q.new_empty(1, 1, 1), q[x, t], k[x, s].transpose(1, 2), beta=0, alpha=scale)
+    def __iter__(self) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+        """Heads, rows, keys, and the place of P [heads, rows, keys]: its own if kept, else the same one each time."""
+        row_blocks, used = self._row_blocks(), 0
+        for start in range(0, self.X, self.heads):
+            x = slice(start, min(start + self.heads, self.X))
+            for t, s in row_blocks:
+                shape = (x.stop - x.start, t.stop - t.start, s.stop)
+                size = shape[0] * shape[1] * shape[2]
+                yield x, t, s, self.memory[used : used + size].view(shape)
+                used += size if self.keep else 0
+
+    def fill(self, p: Tensor, q: Tensor, k: Tensor, scale: float, x: slice, t: slice, s: slice) -> None:
+        """The probabilities of one block, written to p."""
+        torch.baddbmm(q.new_empty(1, 1, 1), q[x, t], k[x, s].transpose(1, 2), beta=0, alpha=scale, out=p)
         if self.bias is not None:
             b = slice(x.start // self.H, x.stop // self.H)
-            score.unflatten(0, (-1, self.H)).add_(self.bias[b, :, t, s])
+            p.unflatten(0, (-1, self.H)).add_(self.bias[b, :, t, s])
         else:
             n = t.stop - t.start
-            score[:, :, t].add_(self.above[:n, :n])
-        return torch.softmax(score, dim=-1)
+            p[:, :, t].add_(self.above[:n, :n])
+        torch.softmax(p, dim=-1, out=p)
 
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, H: int, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(q, k, v, bias)
-        ctx.scale, ctx.H = scale, H
+        blocks = _Blocks(q, H, bias, keep=q.shape[1] <= KEEP and any(ctx.needs_input_grad))
         out = v.new_empty(*q.shape[:2], v.shape[-1])
-        blocks = _Blocks(len(q), H, q.shape[1], bias, q)
-        for x, t, s in blocks:
-            torch.bmm(blocks.probabilities(q, k, scale, x, t, s), v[x, s], out=out[x, t])
+        for x, t, s, p in blocks:
+            blocks.fill(p, q, k, scale, x, t, s)
+            torch.bmm(p, v[x, s], out=out[x, t])
+        ctx.save_for_backward(q, k, v)
+        ctx.blocks, ctx.scale = blocks, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias = ctx.saved_tensors
-        scale, accurate = ctx.scale, torch.promote_types(q.dtype, torch.float32)
-        dout = dout.contiguous()
-        dq = torch.empty_like(q)
-        blocks = _Blocks(len(q), ctx.H, q.shape[1], bias, q)
+        (q, k, v), blocks, scale = ctx.saved_tensors, ctx.blocks, ctx.scale
+        accurate = torch.promote_types(q.dtype, torch.float32)
+        dout, dq = dout.contiguous(), torch.empty_like(q)
         dk, dv = (torch.zeros_like(y, dtype=accurate) for y in (k, v))
-        nothing = q.new_empty(1, 1, 1)
-        for x, t, s in blocks:
-            p = blocks.probabilities(q, k, scale, x, t, s)
-            dv[x, s] += torch.bmm(p.transpose(1, 2), dout[x, t])
-            dp = torch.bmm(dout[x, t], v[x, s].transpose(1, 2))
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[x, t] = torch.baddbmm(nothing, ds, k[x, s], beta=0, alpha=scale)
-            dk[x, s] += torch.baddbmm(nothing, ds.transpose(1, 2), q[x, t], beta=0, alpha=scale)
+        nothing, scratch = q.new_empty(1, 1, 1), q.new_empty(blocks.largest)
+        for x, t, s, p in blocks:
+            if not blocks.keep:
+                blocks.fill(p, q, k, scale, x, t, s)
+            dp = scratch[: p.numel()].view(p.shape)
+            dv[x, s].add_(torch.bmm(p.transpose(1, 2), dout[x, t]))
+            torch.bmm(dout[x, t], v[x, s].transpose(1, 2), out=dp)
+            ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+            torch.baddbmm(nothing, ds, k[x, s], beta=0, alpha=scale, out=dq[x, t])
+            dk[x, s].add_(torch.baddbmm(nothing, ds.transpose(1, 2), q[x, t], beta=0, alpha=scale))
+        ctx.blocks = None  # a second backward would need its memory; none is supported
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 

@@ -29,34 +29,68 @@ def _accurate(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+class _Rows:
+    """Chunks of rows against the table [V, D], in memory that every chunk uses again."""
+
+    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int):
+        self.hidden_ND, self.ids_N1, self.temperature = hidden_ND, ids_N[:, None], temperature
+        self.table_VD = weight_VD.to(hidden_ND.dtype)
+        chunk = min(chunk, len(hidden_ND))
+        self.wide_nV = hidden_ND.new_empty(chunk, len(weight_VD), dtype=_accurate(hidden_ND.dtype))
+        same = self.wide_nV.dtype == hidden_ND.dtype
+        self.narrow_nV = self.wide_nV if same else hidden_ND.new_empty(chunk, len(weight_VD))
+        self.slices = [slice(start, start + chunk) for start in range(0, len(hidden_ND), chunk)] if chunk else []
+
+    def logits(self, rows: slice) -> Tensor:
+        """The chunk's logits at the temperature, in the accurate dtype."""
+        hidden_nD = self.hidden_ND[rows]
+        narrow_nV, wide_nV = self.narrow_nV[: len(hidden_nD)], self.wide_nV[: len(hidden_nD)]
+        torch.mm(hidden_nD, self.table_VD.t(), out=narrow_nV)
+        if self.narrow_nV is not self.wide_nV:
+            wide_nV.copy_(narrow_nV)
+        return wide_nV if self.temperature == 1.0 else wide_nV.div_(self.temperature)
+
+    def softmax(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """(probabilities, logprobs of the ids). Every pass over the vocabulary but one reads only: from the largest
+        logit x and its probability p, log Σ exp = x - log p, exactly enough because p >= 1/V."""
+        wide_nV = self.logits(rows)
+        target_n, top_n = wide_nV.gather(1, self.ids_N1[rows]).squeeze(1), wide_nV.amax(-1)
+        torch.softmax(wide_nV, dim=-1, out=wide_nV)
+        return wide_nV, target_n - (top_n - wide_nV.amax(-1).log_())
+
+    def slope(self, p_nV: Tensor, logp_n: Tensor, rows: slice) -> Tensor:
+        """softmax - onehot, over p, in the dtype of products; p - 1 of a likely target keeps its digits."""
+        p_nV.scatter_(1, self.ids_N1[rows], logp_n.expm1()[:, None])
+        return p_nV if self.narrow_nV is self.wide_nV else self.narrow_nV[: len(p_nV)].copy_(p_nV)
+
+    def add_gradients(
+        self, slope_nV: Tensor, factor_n: Tensor, rows: slice, grad_ND: Tensor | None, grad_VD: Tensor | None
+    ) -> None:
+        """Gradients of Σ factor · logit where dlogit = slope. The factor goes onto the D side, the narrow one."""
+        factor_n1 = factor_n[:, None]
+        if grad_ND is not None:
+            torch.mm(slope_nV, self.table_VD, out=grad_ND[rows]).mul_(factor_n1)
+        if grad_VD is not None:
+            hidden_nD = (self.hidden_ND[rows] * factor_n1).to(slope_nV.dtype)
+            grad_VD += slope_nV.t() @ hidden_nD
+
+
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, weight_N: Tensor, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        accurate = _accurate(hidden_ND.dtype)
-        table_VD = weight_VD.to(hidden_ND.dtype)
-        weight_N = weight_N.to(accurate)
-        logp_N = torch.empty(hidden_ND.shape[0], dtype=accurate, device=hidden_ND.device)
+        chunks = _Rows(hidden_ND, weight_VD, ids_N, 1.0, chunk)
+        weight_N = weight_N.to(chunks.wide_nV.dtype)
+        logp_N = torch.empty_like(weight_N)
         want_hidden, want_table = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_ND = torch.empty_like(hidden_ND) if want_hidden else None
         grad_VD = torch.zeros_like(weight_VD) if want_table else None
-        for start in range(0, hidden_ND.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            logits_nV = F.linear(hidden_ND[rows], table_VD).to(accurate)
-            lse_n = torch.logsumexp(logits_nV, dim=-1)
-            ids_n1 = ids_N[rows, None]
-            logp_N[rows] = logits_nV.gather(1, ids_n1).squeeze(1) - lse_n
-            if not (want_hidden or want_table):
-                continue
-            # d(-w·logp)/dlogits = w·(softmax - onehot), written over the logits
-            grad_nV = logits_nV.sub_(lse_n[:, None]).exp_()
-            grad_nV.scatter_add_(1, ids_n1, torch.full_like(ids_n1, -1, dtype=accurate))
-            grad_nV = grad_nV.mul_(weight_N[rows, None]).to(hidden_ND.dtype)
-            if grad_ND is not None:
-                torch.mm(grad_nV, table_VD, out=grad_ND[rows])
-            if grad_VD is not None:
-                grad_VD += grad_nV.t() @ hidden_ND[rows]
+        for rows in chunks.slices:
+            p_nV, logp_N[rows] = chunks.softmax(rows)
+            if want_hidden or want_table:  # d(-w·logp)/dlogits = w·(softmax - onehot)
+                slope_nV = chunks.slope(p_nV, logp_N[rows], rows)
+                chunks.add_gradients(slope_nV, weight_N[rows], rows, grad_ND, grad_VD)
         ctx.save_for_backward(grad_ND, grad_VD)
         ctx.mark_non_differentiable(logp_N)
         return -(logp_N * weight_N).sum(), logp_N
@@ -87,15 +121,14 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        accurate = _accurate(hidden_ND.dtype)
-        table_VD = weight_VD.to(hidden_ND.dtype)
-        logp_N = torch.empty(hidden_ND.shape[0], dtype=accurate, device=hidden_ND.device)
+        chunks = _Rows(hidden_ND, weight_VD, ids_N, temperature, chunk)
+        logp_N = hidden_ND.new_empty(len(hidden_ND), dtype=chunks.wide_nV.dtype)
         entropy_N = torch.empty_like(logp_N)
-        for start in range(0, hidden_ND.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            logp_nV = torch.log_softmax(F.linear(hidden_ND[rows], table_VD).to(accurate) / temperature, dim=-1)
+        for rows in chunks.slices:
+            logp_nV = torch.log_softmax(chunks.logits(rows), dim=-1)
             logp_N[rows] = logp_nV.gather(1, ids_N[rows, None]).squeeze(1)
-            entropy_N[rows] = -(logp_nV.exp() * logp_nV).sum(-1)
+            p_nV = torch.exp(logp_nV, out=chunks.wide_nV[: len(logp_nV)])
+            entropy_N[rows] = -p_nV.mul_(logp_nV).sum(-1)
         ctx.save_for_backward(hidden_ND, weight_VD, ids_N)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.mark_non_differentiable(entropy_N)
@@ -104,16 +137,13 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, ids_N = ctx.saved_tensors
-        table_VD = weight_VD.to(hidden_ND.dtype)
-        grad_ND, grad_VD = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD)
-        for start in range(0, hidden_ND.shape[0], ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            logits_nV = F.linear(hidden_ND[rows], table_VD).to(grad_N.dtype) / ctx.temperature
-            grad_nV = torch.softmax(logits_nV, dim=-1).neg_()  # dlogp/dlogits = (onehot - softmax) / temperature
-            grad_nV.scatter_add_(1, ids_N[rows, None], torch.ones_like(ids_N[rows, None], dtype=grad_nV.dtype))
-            grad_nV = grad_nV.mul_((grad_N[rows] / ctx.temperature)[:, None]).to(hidden_ND.dtype)
-            torch.mm(grad_nV, table_VD, out=grad_ND[rows])
-            grad_VD += grad_nV.t() @ hidden_ND[rows]
+        chunks = _Rows(hidden_ND, weight_VD, ids_N, ctx.temperature, ctx.chunk)
+        grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        grad_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        factor_N = grad_N / -ctx.temperature  # dlogp/dlogits = (onehot - softmax) / temperature
+        for rows in chunks.slices:
+            p_nV, logp_n = chunks.softmax(rows)
+            chunks.add_gradients(chunks.slope(p_nV, logp_n, rows), factor_N[rows], rows, grad_ND, grad_VD)
         return grad_ND, grad_VD, None, None, None
 
 

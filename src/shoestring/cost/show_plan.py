@@ -16,6 +16,8 @@ from shoestring.cost.plan import Plan, check_rule, plan
 from shoestring.cost.residual import Interval
 from shoestring.cost.units import parse_count, parse_hours, parse_usd, show, usd
 
+SAVE_SECONDS = 60.0  # to write a checkpoint: a guess
+
 
 def make(
     model: str, tokens: str, on: str, *, precision: str | None, layout: str, by: str, budget: str | None,
@@ -128,7 +130,7 @@ def bill_text(answer: Plan) -> str:
     out.append(f"      {'everything':<32}{span(total(lines), money=True)}")
     three = views(answer.gpu_hours, answer.cluster.chip, answer.usd_per_hour.mid, answer.cluster.n)
     out += ["", "three views of it:", *(f"      {name:<32}{span(value, money=True)}" for name, value in three.items())]
-    every, lost = checkpoint_every(60.0, answer.cluster.n)
+    every, lost = checkpoint_every(SAVE_SECONDS, answer.cluster.n)
     energy = answer.gpu_hours.mid * kilowatts(answer.cluster.chip) / 1000
     out += ["", f"energy {show(energy)} MWh; checkpoint every {every / 60:.0f} min, {lost:.1%} of time lost to it"]
     return "\n".join(out)

@@ -7,7 +7,7 @@ ranks in a node moves at g times one port's rate. Nothing here is fitted to a tr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
@@ -34,6 +34,7 @@ class StepTime:
     micro_batches: int
     hardware_ratio: float  # hardware FLOPs over model FLOPs: about 4/3 with full recomputation
     tokens: float
+    chunk: dict[str, float] = field(default_factory=dict)  # one micro-batch on a stage: F, B, W, and FB together
 
     def tokens_per_chip(self, chips: int) -> float:
         return self.tokens / self.seconds / chips
@@ -140,7 +141,12 @@ def step_time(
     phases["optimizer"] = OPTIMIZER_BYTES * (experts + other) / share / (chip.memory_bw * ELEMENTWISE)
     tokens = micro * layout.micro_batch * layout.dp * seq_len
     ratio = _hardware_ratio(shape, seq_len, layout, flash)
-    return StepTime(sum(phases.values()), phases, stage.kinds, micro, ratio, tokens)
+    return StepTime(sum(phases.values()), phases, stage.kinds, micro, ratio, tokens, _chunk_seconds(stage))
+
+
+def _chunk_seconds(stage: Stage) -> dict[str, float]:
+    F, B = stage.forward + stage.message_forward, stage.backward + stage.message_backward
+    return {"F": F, "B": B, "W": stage.weight, "FB": pair_seconds(stage)}
 
 
 def _hardware_ratio(shape: ModelShape, seq_len: int, layout: Layout, flash: bool) -> float:

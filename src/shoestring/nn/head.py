@@ -59,7 +59,7 @@ class _Rows:
         return wide_nV, target_n - (top_n - wide_nV.amax(-1).log_())
 
     def slope(self, p_nV: Tensor, logp_n: Tensor, rows: slice) -> Tensor:
-        """softmax - onehot, over p, in the dtype of products; p - 1 of a likely target keeps its digits."""
+        """(softmax - onehot), over p, in the dtype of products; p - 1 of a likely target keeps its digits."""
         p_nV.scatter_(1, self.ids_N1[rows], logp_n.expm1()[:, None])
         return p_nV if self.narrow_nV is self.wide_nV else self.narrow_nV[: len(p_nV)].copy_(p_nV)
 

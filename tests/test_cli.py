@@ -55,7 +55,7 @@ def road(monkeypatch):
         )
 
     fake.resolve_recipe, fake.stage_recipe, fake.run_recipe = resolve_recipe, stage_recipe, run_recipe
-    fake.plan_rows = lambda recipe: fake.rows
+    fake.plan_rows = lambda recipe, runs: fake.rows
     monkeypatch.setitem(sys.modules, "shoestring.road", fake)
     return fake
 
@@ -161,7 +161,7 @@ def test_a_failed_stage_exits_1_and_says_where_it_is(call, road):
 
 
 def test_a_fault_of_the_program_shows_its_traceback(call, road):
-    road.plan_rows = lambda recipe: 1 / 0
+    road.plan_rows = lambda recipe, runs: 1 / 0
     code, _, err = call("run", "quickstart", "--dry-run")
     assert code == 1
     assert "ZeroDivisionError" in err

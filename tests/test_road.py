@@ -59,13 +59,23 @@ def test_an_input_that_is_nowhere_is_said_before_any_work(tmp_path: Path) -> Non
     assert not (tmp_path / "runs").exists()
 
 
-def test_unknown_task_family_and_reward_fail_in_a_sentence(tmp_path: Path) -> None:
-    mix = [{"task": "question"}]
-    stage = {"stage": "tokenizer", "name": "t", "corpus": {"mix": mix}}
-    recipe = Recipe.from_dict({"name": "bad", "stages": [stage]})
-    with pytest.raises(UserError, match='Did you mean "questions"'):
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("teacher-rl.mix.0.task=question", 'Did you mean "questions"'),
+        ('teacher-rl.rewards={"corect": 1.0}', 'Did you mean "correct"'),
+        ('ask.curate=["dedupe"]', 'Did you mean "dedup"'),
+        ("teacher-pretrain.model.family=deepseak", 'Did you mean "deepseek"'),
+        ("tokenizer.corpus.mix.0.task=absent.py", "There is no file absent.py"),
+    ],
+)
+def test_unknown_parts_are_said_before_any_work(tmp_path: Path, change: str, sentence: str) -> None:
+    """Wherever on the road they stand: not when their stage is reached."""
+    recipe = resolve_recipe("quickstart", ["size=smoke", f"stages.{change}"])
+    with pytest.raises(UserError) as error:
         run_recipe(recipe, tmp_path, quiet=True)
-    assert [run.manifest["status"] for run in runs_tree(tmp_path)] == ["failed"]  # and it can be run again
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert not runs_tree(tmp_path)
 
 
 def test_stage_verbs_ask_for_what_they_need() -> None:
@@ -77,12 +87,12 @@ def test_stage_verbs_ask_for_what_they_need() -> None:
     assert made.stages[0].steps == 7  # type: ignore[union-attr]
 
 
-def test_a_dry_run_prices_every_stage_and_loads_nothing() -> None:
-    rows = plan_rows(resolve_recipe("quickstart", []))
+def test_a_dry_run_prices_every_stage_and_loads_nothing(tmp_path: Path) -> None:
+    rows = plan_rows(resolve_recipe("quickstart", []), tmp_path)
     assert [row["stage"] for row in rows][:3] == ["tokenizer", "teacher-pretrain", "teacher-sft"]
     trained = [row for row in rows if row["kind"] not in ("tokenizer",)]
     assert all(row["about_flops"] > 0 and row["about_usd"] > 0 for row in trained)
-    study = plan_rows(resolve_recipe("study-quickstart", []))
+    study = plan_rows(resolve_recipe("study-quickstart", []), tmp_path)
     assert sum(row["about_seconds"] for row in study) < 60 * 60
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 STAGES = {
     "pretrain": (
         "Train a model from nothing on text: next-token prediction.",
-        "shoestring pretrain --set steps=500 --dry-run",
+        "shoestring pretrain --from tokenizer=runs/tokenizer-mine-0123 --set steps=500 --dry-run",
         "shoestring pretrain --from tokenizer=runs/tokenizer-mine-0123 --set optim.lr=1e-3",
     ),
     "sft": (
@@ -135,7 +135,7 @@ def _go(recipe: Recipe, runs: Path, dry_run: bool, again: bool, json: bool, quie
     from shoestring.road import plan_rows, run_recipe
 
     if dry_run:
-        rows = plan_rows(recipe)
+        rows = plan_rows(recipe, runs)
         _report({"schema": 1, "recipe": recipe.name, "plan": rows}, rows, json)
         return
     result = run_recipe(recipe, runs, again=again, quiet=quiet)

@@ -6,9 +6,9 @@ changed one is made beside it. Everything a stage spent goes into its cost and t
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
+import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,16 @@ from shoestring.core import ledger
 from shoestring.core.again import since, through
 from shoestring.core.config import read_mapping
 from shoestring.core.errors import UserError, did_you_mean
-from shoestring.core.registry import load_part, part_hash
-from shoestring.core.run import Run
+from shoestring.core.manifest import run_digest
+from shoestring.core.registry import load_part
+from shoestring.core.run import Run, newest_run
+from shoestring.cost.hf import shape_from_hf
+from shoestring.cost.shape import ModelShape
 from shoestring.report import tables
 from shoestring.report.page import write_report
 from shoestring.report.spec import read_spec
-from shoestring.train.configs import Recipe, Stage, TextFiles
+from shoestring.road_inputs import MODELS, Found, check_road, checkpoint_of, data_of, find_input, parents_of
+from shoestring.train.configs import Recipe, Stage
 from shoestring.train.estimate import estimate
 
 STAGES = {
@@ -102,9 +106,29 @@ def stage_recipe(kind: str, sets: Sequence[str], inputs: Mapping[str, str]) -> R
 # ---- what it would cost -------------------------------------------------------------------------------------------
 
 
-def plan_rows(recipe: Recipe) -> list[dict[str, Any]]:
-    """A row a stage: what would run, and its tokens, FLOPs, seconds and dollars, estimated without running anything."""
-    return estimate(recipe)
+def plan_rows(recipe: Recipe, runs_dir: Path) -> list[dict[str, Any]]:
+    """A row a stage: what would run, and its tokens, FLOPs, seconds and dollars, estimated without running anything.
+
+    Models that are there are priced by their config.json. Raises UserError as `run_recipe` does before its work.
+    """
+    read_spec(recipe)
+    inputs = check_road(recipe, Path(runs_dir), download=False)
+    bills = {name: run.manifest["cost"] for name, run in inputs.items() if isinstance(run, Run)}
+    spent = {name: float(bill.get("train_flops", 0.0)) for name, bill in bills.items()}
+    named = {value for stage in recipe.stages for role, value in stage.inputs.items() if role in MODELS}
+    shapes = {name: _shape(inputs[name], name) for name in named & inputs.keys()}
+    return estimate(recipe, shapes, spent)
+
+
+def _shape(found: Found, name: str) -> ModelShape:
+    folder = checkpoint_of(found)
+    assert folder is not None  # check_road saw it
+    try:
+        return shape_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")), name)
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no config.json: it is no checkpoint in Hugging Face layout.") from None
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'} is not valid JSON ({error}).") from None
 
 
 # ---- running it ---------------------------------------------------------------------------------------------------
@@ -120,16 +144,15 @@ def run_recipe(recipe: Recipe, runs_dir: Path, *, again: bool = False, quiet: bo
 
     runs_dir = Path(runs_dir)
     read_spec(recipe)  # a misspelt stage in what is to be reported is said now, not at the end
-    _check_inputs(recipe, runs_dir)
+    outside = check_road(recipe, runs_dir)
     runs_dir.mkdir(parents=True, exist_ok=True)
     moment = since(runs_dir, recipe.digest()) if again else False
     machine, done = Machine(runs_dir), dict[str, Run]()
     for stage in recipe.stages:
-        inputs = {role: _input(value, done, runs_dir) for role, value in stage.inputs.items()}
+        inputs = {role: done[value] if value in done else outside[value] for role, value in stage.inputs.items()}
         run = Run.open(
             runs_dir, stage=stage.name, recipe=recipe.runs_as or recipe.name, config=stage, seed=stage.seed,
-            headline=stage.headline,
-            parents={role: _digest(found) for role, found in inputs.items()}, data=_data(stage), again=moment,
+            headline=stage.headline, parents=parents_of(inputs), data=data_of(stage), again=moment,
         )  # fmt: skip
         if not run.finished:
             _run_stage(stage, Context(run, inputs, machine, recipe.usd_per_hour, quiet))
@@ -147,9 +170,11 @@ def run_recipe(recipe: Recipe, runs_dir: Path, *, again: bool = False, quiet: bo
 
 def _run_stage(stage: Stage, ctx: Any) -> None:
     """One attempt at one stage, its cost counted over all attempts."""
+    from shoestring.train.machine import threads
+
     module = importlib.import_module(f"shoestring.train.{STAGES[stage.stage]}")
     run, started = ctx.run, time.perf_counter()
-    with run.attempt(usd_per_hour=ctx.usd_per_hour):
+    with run.attempt(usd_per_hour=ctx.usd_per_hour), threads(stage.compute.threads):
         # read inside: a killed attempt gets its line when the next one begins
         earlier = sum(entry.seconds for entry in ledger.read(run.path.parent) if entry.run == run.name)
         peak = ctx.machine.peak_flops(stage.compute.device)
@@ -159,72 +184,12 @@ def _run_stage(stage: Stage, ctx: Any) -> None:
         run.finish(
             outputs=outcome.outputs, headline_metric=outcome.headline_metric,
             cost={
-                "seconds": seconds, "tokens": outcome.tokens, "flops": outcome.flops,
+                "seconds": seconds, "tokens": outcome.tokens, "sampled_tokens": outcome.sampled_tokens,
+                "flops": outcome.flops,
                 "train_flops": outcome.train_flops, "usd": seconds / 3600 * ctx.usd_per_hour,
                 "usd_per_hour": ctx.usd_per_hour, "peak_flops": peak, "peak_share": outcome.flops / seconds / peak,
             },
         )  # fmt: skip
-
-
-def _check_inputs(recipe: Recipe, runs_dir: Path) -> None:
-    """Every input must be an earlier stage, a finished run or a folder; else one sentence, before any work."""
-    earlier: list[str] = []
-    for stage in recipe.stages:
-        for role, value in stage.inputs.items():
-            if value not in earlier and not _folder(value, runs_dir):
-                raise UserError(
-                    f'stage "{stage.name}": input "{role}" is "{value}", which is neither an earlier stage, a run nor '
-                    f"a model folder.{did_you_mean(value, earlier)}"
-                )
-        earlier.append(stage.name)
-
-
-def _folder(value: str, runs_dir: Path) -> Path | None:
-    return next((path for path in (Path(value), runs_dir / value) if path.is_dir()), None)
-
-
-def _input(value: str, done: Mapping[str, Run], runs_dir: Path) -> Run | Path:
-    if value in done:
-        return done[value]
-    folder = _folder(value, runs_dir)
-    assert folder is not None  # _check_inputs saw it
-    if not (folder / "manifest.json").exists():
-        return folder
-    run = Run.load(folder)
-    if not run.finished:
-        raise UserError(f"input run {run.name} is not finished; run its command again first.")
-    return run
-
-
-def _digest(found: Run | Path) -> str:
-    if isinstance(found, Run):
-        return found.digest
-    hashed = hashlib.sha256()
-    for path in sorted(found.glob("*.json")) + sorted(found.glob("*.safetensors")):
-        hashed.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                hashed.update(block)
-    return hashed.hexdigest()[:12]
-
-
-def _data(stage: Stage) -> dict[str, str]:
-    found = _own_parts(stage)
-    corpus = getattr(stage, "corpus", None)
-    if not isinstance(corpus, TextFiles):
-        return found
-    for name in corpus.files:
-        if not Path(name).is_file():
-            raise UserError(f'stage "{stage.name}": corpus file {name} does not exist.')
-        found[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()[:12]
-    return found
-
-
-def _own_parts(stage: Stage) -> dict[str, str]:
-    """The hashes of parts that are named by path: a user's file is data, and a changed one makes a new run."""
-    named = {"tasks": [entry.task for entry in getattr(stage, "mix", ())], "rewards": getattr(stage, "rewards", ()),
-             "curate": getattr(stage, "curate", ())}  # fmt: skip
-    return {name: part_hash(kind, name) for kind, names in named.items() for name in names if name.endswith(".py")}
 
 
 # ---- what came of it ----------------------------------------------------------------------------------------------
@@ -254,17 +219,17 @@ def report_recipe(recipe: Recipe, runs_dir: Path, runs: Mapping[str, Run] | None
 
 def find_runs(recipe: Recipe, runs_dir: Path) -> dict[str, Run]:
     """The runs of a recipe's stages that are there, finished or not, without making any."""
-    from shoestring.core.manifest import run_digest
-
     found: dict[str, Run] = {}
     for stage in recipe.stages:
-        inputs = {role: found[v] if v in found else _folder(v, runs_dir) for role, v in stage.inputs.items()}
-        if any(value is None for value in inputs.values()):
+        inputs = {
+            role: found[value] if value in found else find_input(value, runs_dir, download=False)
+            for role, value in stage.inputs.items()
+        }
+        there = {role: value for role, value in inputs.items() if value is not None}
+        if len(there) < len(inputs):
             continue
-        parents = {role: _digest(value) for role, value in inputs.items() if value is not None}
-        digest = run_digest(stage.to_dict(), parents, _data(stage), stage.seed)
-        name = f"{stage.name}-{recipe.runs_as or recipe.name}-{digest}"
-        folders = sorted(runs_dir.glob(f"{name}*"), key=lambda path: len(path.name))
-        if folders:
-            found[stage.name] = Run.load(folders[-1])
+        digest = run_digest(stage.to_dict(), parents_of(there), data_of(stage), stage.seed)
+        run, _ = newest_run(runs_dir, f"{stage.name}-{recipe.runs_as or recipe.name}-{digest}")
+        if run is not None:
+            found[stage.name] = run
     return found

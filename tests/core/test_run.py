@@ -86,7 +86,8 @@ def test_an_attempt_that_fails_is_kept_and_gone_on_with(opened, tmp_path):
     assert (failed.status, failed.tokens, failed.flops, failed.attempt) == ("failed", 20, 200.0, 1)
     assert failed.usd == pytest.approx(failed.seconds)
     assert (finished.status, finished.tokens, finished.flops, finished.attempt) == ("finished", 10, 100.0, 2)
-    assert totals(tmp_path)["headline"] == {"runs": 1, "seconds": 1.0, "tokens": 20, "flops": 200.0, "usd": 0.25}
+    expected = {"runs": 1, "seconds": 1.0, "tokens": 20, "sampled_tokens": 0, "flops": 200.0, "usd": 0.25}
+    assert totals(tmp_path)["headline"] == expected
     assert totals(tmp_path)["everything"]["tokens"] == 30
 
 

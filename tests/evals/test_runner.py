@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Completion, Problem, Sampling
-from shoestring.evals.runner import evaluate
+from shoestring.evals.runner import evaluate, tokens_of
 from shoestring.tasks import questions
 from shoestring.tasks.grading import Grader
 from shoestring.text.tokenizer import Tokenizer
@@ -90,15 +91,41 @@ def test_what_is_written_is_json_and_says_how_it_was_made(tokenizer: Tokenizer, 
 
 
 def test_batches(tokenizer: Tokenizer, problems: list[Problem]) -> None:
-    seen: list[tuple[int, int]] = []
-    result, oracle = run(tokenizer, problems, [4, 0, 3, 2], batch=3, on_batch=lambda *done: seen.append(done))
+    seen: list[list[dict[str, Any]]] = []
+    result, oracle = run(tokenizer, problems, [4, 0, 3, 2], batch=3, on_batch=seen.append)
     assert [count for count, _ in oracle.calls] == [3, 1]
     assert oracle.calls[0][1] != oracle.calls[1][1]  # batches do not share their random numbers
-    assert [done for done, _ in seen] == [3, 4]
-    assert seen[-1][1] == result.tokens
+    assert [len(made) for made in seen] == [3, 1]
+    assert seen[0] + seen[1] == result.rows
+    assert result.tokens == sum(tokens_of(made) for made in seen)
     again, repeated = run(tokenizer, problems, [4, 0, 3, 2], batch=3)
     assert repeated.calls == oracle.calls
     assert again.overall == result.overall
+
+
+def test_goes_on_where_it_was_cut_short(tokenizer: Tokenizer, problems: list[Problem]) -> None:
+    """What is done is not asked again, and what follows draws as it would have."""
+    whole, oracle = run(tokenizer, problems, [4, 0, 3, 2], batch=3)
+    result, asked = run(tokenizer, problems, [4, 0, 3, 2], batch=3, done=whole.rows[:3])
+    assert asked.calls == oracle.calls[1:]
+    assert result.to_dict() == whole.to_dict()
+    with pytest.raises(ValueError, match="not those of the first problems"):
+        run(tokenizer, problems, [4, 0, 3, 2], batch=3, done=whole.rows[1:])
+
+
+def test_a_right_answer_that_was_cut_off_is_not_right(tokenizer: Tokenizer, problems: list[Problem]) -> None:
+    """The same text counts when the model ended it itself, and neither passes nor votes when the limit did."""
+
+    class Cut(Oracle):
+        def _group(self, prompt: list[int], n: int) -> list[Completion]:
+            made = super()._group(prompt, n)
+            return [replace(c, finish_reason="length" if i % 2 else "stop") for i, c in enumerate(made)]
+
+    with Grader() as grade:
+        result = evaluate(Cut(tokenizer, problems, [0, 4, 4, 0]), tokenizer, problems, Sampling(n=4, seed=5), grade)
+    assert [row["right"] for row in result.rows[1:3]] == [[True, False, True, False]] * 2
+    assert [row["cons"] for row in result.rows] == [0, 1, 1, 0]
+    assert result.overall["truncated"] == 0.5
 
 
 def test_one_sample_has_no_pass_at_k(tokenizer: Tokenizer, problems: list[Problem]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 
 from shoestring.data.textbook import solved
+from shoestring.models import checkpoint
 from shoestring.models.deepseek import Deepseek, DeepseekConfig
 from shoestring.recipes import quickstart
 from shoestring.text.tokenizer import Tokenizer
@@ -29,3 +31,15 @@ def model(tokenizer: Tokenizer) -> Deepseek:
         "num_hidden_layers": 2, "vocab_size": tokenizer.vocab_size,
     })  # fmt: skip
     return Deepseek(config, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model: Deepseek, tokenizer: Tokenizer) -> Path:
+    """The tiny model on disk, as anyone's checkpoint."""
+    return checkpoint.save(model, tokenizer, tmp_path / "some" / "model")
+
+
+@pytest.fixture(autouse=True)
+def known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's GEMM rate without measuring it, which takes a second in every new folder of runs."""
+    monkeypatch.setattr("shoestring.train.machine.gemm_rate", lambda *_, **__: 1e11)

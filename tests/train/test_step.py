@@ -24,8 +24,12 @@ from shoestring.train.rollouts import answer_groups, rollout_example
 from shoestring.train.step import TrainState, accumulate, train_step
 
 STAGE = SftStage(
-    name="x", steps=1, textbook=Textbook(mix=quickstart.LEARN), optim=Optim(lr=1e-2, warmup_steps=0),
-    mtp_lambda=0.3, balance_alpha=0.0,
+    name="x",
+    steps=1,
+    textbook=Textbook(mix=quickstart.LEARN),
+    optim=Optim(lr=1e-2, warmup_steps=0),
+    mtp_lambda=0.3,
+    balance_alpha=0.0,
 )
 
 

@@ -18,7 +18,7 @@ from shoestring.core.atomic import write_json
 from shoestring.core.contracts import LedgerEntry
 from shoestring.core.manifest import now
 
-SPENT = ("tokens", "flops")
+SPENT = ("tokens", "sampled_tokens", "flops")
 
 
 def spent_so_far(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -35,7 +35,7 @@ class Attempt:
     number: int
     started: str
     usd_per_hour: float
-    base: dict[str, float]  # tokens and FLOPs that earlier attempts left in the checkpoint this one goes on from
+    base: dict[str, float]  # what (`SPENT`) earlier attempts left in the checkpoint this one goes on from
 
     @classmethod
     def begin(cls, folder: Path, manifest: Mapping[str, Any], usd_per_hour: float, base: dict[str, float]) -> Attempt:
@@ -58,6 +58,7 @@ class Attempt:
         """The ledger line of an attempt that ended now (or at `ended`) with `spent` totals of the run."""
         ended = ended or now()
         seconds = max((datetime.fromisoformat(ended) - datetime.fromisoformat(self.started)).total_seconds(), 0.0)
+        since = {key: max(spent.get(key, 0.0) - self.base.get(key, 0.0), 0.0) for key in SPENT}
         return LedgerEntry(
             run=self.run["name"],
             stage=self.run["stage"],
@@ -67,8 +68,9 @@ class Attempt:
             started=self.started,
             ended=ended,
             seconds=seconds,
-            tokens=max(int(spent["tokens"] - self.base["tokens"]), 0),
-            flops=max(spent["flops"] - self.base["flops"], 0.0),
+            tokens=int(since["tokens"]),
+            sampled_tokens=int(since["sampled_tokens"]),
+            flops=since["flops"],
             usd=seconds / 3600 * self.usd_per_hour,
             headline=self.run["headline"],
             detail={key: value for key, value in detail.items() if value is not None},
@@ -76,7 +78,7 @@ class Attempt:
 
     def finished_entry(self, cost: Mapping[str, Any], headline_metric: Mapping[str, Any] | None) -> LedgerEntry:
         """The line of a finished attempt: the run's cost less what it began with; dollars as the cost counts them."""
-        spent = {key: float(cost.get(key) or self.base[key]) for key in SPENT}
+        spent = {key: float(cost.get(key) or self.base.get(key, 0.0)) for key in SPENT}
         entry = asdict(self.entry("finished", spent, headline_metric=headline_metric))
         if cost.get("usd"):
             share = entry["seconds"] / cost["seconds"] if cost.get("seconds") and self.number > 1 else 1.0

@@ -66,4 +66,5 @@ class LedgerEntry:
     usd: float
     headline: bool  # part of the final run, as against an ablation, a control or an evaluation
     detail: dict[str, Any] = field(default_factory=dict)
+    sampled_tokens: int = 0  # of `tokens`, those that sampling read and wrote
     schema: int = 1

@@ -18,7 +18,7 @@ from shoestring.core.errors import UserError
 
 SCHEMA = 1
 FILE = "ledger.jsonl"
-COSTS = ("seconds", "tokens", "flops", "usd")
+COSTS = ("seconds", "tokens", "sampled_tokens", "flops", "usd")
 
 
 def append(root: Path, entry: LedgerEntry) -> None:

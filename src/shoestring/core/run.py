@@ -82,7 +82,7 @@ class Run:
         values = config.to_dict()
         digest = manifest.run_digest(values, parents, data, seed)
         base = f"{stage}-{recipe}-{digest}"
-        newest, number = _newest(root, base)
+        newest, number = newest_run(root, base)
         if newest is not None:
             redo = again is True or (isinstance(again, str) and newest.manifest["started"] < again)
             if not newest.finished or not redo:
@@ -317,8 +317,8 @@ def totals(root: str | Path) -> dict[str, dict[str, float]]:
     }
 
 
-def _newest(root: Path, base: str) -> tuple[Run | None, int]:
-    """The run of this name made last (base, base-2, base-3, ...) and its number."""
+def newest_run(root: Path, base: str) -> tuple[Run | None, int]:
+    """The run of this name made last (base, base-2, base-3, ...) and its number; (None, 0) when there is none."""
     number, newest = 0, None
     for path in root.glob(f"{base}*/{manifest.FILE}"):
         suffix = path.parent.name.removeprefix(base)

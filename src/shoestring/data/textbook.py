@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Literal, Protocol
 
+from shoestring.core.errors import UserError
 from shoestring.core.nouns import Message, Problem
 from shoestring.core.registry import load_part
 
@@ -44,9 +46,29 @@ def problems(mix: Sequence[MixEntry], seed: int, *, start: int = 0, split: Split
         index += 1
 
 
-def solved(
-    mix: Sequence[MixEntry], seed: int, long_share: float, *, start: int = 0
-) -> Iterator[tuple[Problem, str]]:
+def distinct_problems(
+    mix: Sequence[MixEntry], seed: int, count: int, *, split: Split = "train", tries: int = 50
+) -> list[Problem]:
+    """The first `count` problems of the stream that no earlier one repeats, neither in id nor in words.
+
+    Raises UserError when `tries` draws a problem do not find as many.
+    """
+    found: dict[str, Problem] = {}
+    said: set[str] = set()
+    for problem in islice(problems(mix, seed, split=split), tries * count):
+        if problem.id not in found and problem.prompt not in said:
+            found[problem.id] = problem
+            said.add(problem.prompt)
+            if len(found) == count:
+                return list(found.values())
+    told = ", ".join(f"{e.task} {'/'.join(e.kinds)} at difficulty {e.difficulty}".replace("  ", " ") for e in mix)
+    raise UserError(
+        f"{told} has only about {len(found)} different {split} problems, not {count}; ask for fewer or raise the "
+        "difficulty."
+    )
+
+
+def solved(mix: Sequence[MixEntry], seed: int, long_share: float, *, start: int = 0) -> Iterator[tuple[Problem, str]]:
     """Training problems with the voice each is told in: "long" with probability `long_share`, else "short"."""
     voices = random.Random(f"{seed}/voice")
     for _ in range(start):

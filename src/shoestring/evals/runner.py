@@ -16,6 +16,7 @@ from shoestring.core.contracts import Generator
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Completion, Message, Problem, Sampling
 from shoestring.evals.passk import cons_at_k, mean_and_stderr, pass_at_k
+from shoestring.tasks.grading import gradable
 from shoestring.text.chat import render, split_thinking
 from shoestring.text.tokenizer import Tokenizer
 
@@ -54,11 +55,14 @@ def evaluate(
     *,
     system: str | None = None,
     batch: int = 64,
-    on_batch: Callable[[int, int], None] | None = None,
+    done: Sequence[dict[str, Any]] = (),
+    on_batch: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> EvalResult:
-    """`sampling.n` answers to each problem, `batch` problems at a time; what follows the thinking is graded.
+    """`sampling.n` answers to each problem, `batch` problems at a time; what follows the thinking is graded, and an
+    answer that was cut off is not right (`tasks.grading.gradable`).
 
-    `on_batch(problems done, tokens so far)` reports progress. Raises UserError for no or repeated problems.
+    `on_batch` is given each batch's rows when they are there; `done`, rows of the first batches from an earlier call
+    that was cut short, are taken as they are. Raises UserError for no or repeated problems.
     """
     if not problems:
         raise UserError("no problems to evaluate on.")
@@ -66,25 +70,33 @@ def evaluate(
         raise UserError("a problem appears twice in the evaluation; its samples would count double.")
     prompts = [_prompt(problem, system, tokenizer) for problem in problems]
     seeds = random.Random(sampling.seed) if sampling.seed is not None else None
-    rows: list[dict[str, Any]] = []
-    tokens = 0
+    rows = list(done)
+    if [row["problem_id"] for row in rows] != [problem.id for problem in problems[: len(rows)]]:
+        raise ValueError("the rows that are done are not those of the first problems")
     for start in range(0, len(problems), batch):
         part = slice(start, start + batch)
         seed = seeds.randrange(1 << 62) if seeds else None
+        if start < len(done):
+            continue
         groups = engine.generate(prompts[part], replace(sampling, seed=seed))
-        rows += _grade(problems[part], groups, grade)
-        tokens += sum(map(len, prompts[part])) + sum(len(c.token_ids) for group in groups for c in group)
+        made = _grade(problems[part], prompts[part], groups, grade)
+        rows += made
         if on_batch is not None:
-            on_batch(len(rows), tokens)
+            on_batch(made)
     return EvalResult(
         rows=rows,
         overall=summarise(rows),
         by_task=_by(rows, lambda row: row["task"]),
         by_kind=_by(rows, lambda row: f"{row['task']}/{row['kind']}"),
-        tokens=tokens,
+        tokens=tokens_of(rows),
         sampling=asdict(sampling) | {"stop_ids": list(sampling.stop_ids)},
         prompts_digest=hashlib.sha256(repr(prompts).encode()).hexdigest()[:12],
     )
+
+
+def tokens_of(rows: Iterable[dict[str, Any]]) -> int:
+    """Tokens read and written for these rows; a prompt is read once for all its samples."""
+    return sum(row["prompt_tokens"] + sum(row["tokens"]) for row in rows)
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> Summary:
@@ -114,12 +126,14 @@ def _prompt(problem: Problem, system: str | None, tokenizer: Tokenizer) -> list[
     return render([*before, Message("user", problem.prompt)], tokenizer, generation_prompt=True).ids
 
 
-def _grade(problems: Sequence[Problem], groups: Sequence[list[Completion]], grade: Grade) -> list[dict[str, Any]]:
+def _grade(
+    problems: Sequence[Problem], prompts: Sequence[list[int]], groups: Sequence[list[Completion]], grade: Grade
+) -> list[dict[str, Any]]:
     """A row per problem."""
-    answers = [[split_thinking(completion.text)[1] for completion in group] for group in groups]
+    answers = [[gradable(split_thinking(c.text)[1], c.finish_reason) for c in group] for group in groups]
     verdicts = iter(grade([(p, answer) for p, given in zip(problems, answers, strict=True) for answer in given]))
     rows = []
-    for problem, group, given in zip(problems, groups, answers, strict=True):
+    for problem, prompt, group, given in zip(problems, prompts, groups, answers, strict=True):
         right = [next(verdicts) for _ in given]
         rows.append(
             {
@@ -133,6 +147,7 @@ def _grade(problems: Sequence[Problem], groups: Sequence[list[Completion]], grad
                 "correct": sum(right),
                 "right": right,
                 "cons": cons_at_k(given, right),
+                "prompt_tokens": len(prompt),
                 "tokens": [len(completion.token_ids) for completion in group],
                 "truncated": sum(completion.finish_reason == "length" for completion in group),
                 "texts": [completion.text for completion in group],

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shoestring.core.atomic import write_json
 from shoestring.core.errors import UserError, did_you_mean
+from shoestring.core.hub import checkpoint_folder
 from shoestring.core.registry import list_parts, load_part
 from shoestring.models.checkpoint_files import Files, open_safetensors, read_json, write_shards, write_tensors
 from shoestring.models.checkpoint_names import disk_tensors, has_mtp, is_needless, mtp_copies
@@ -39,7 +40,7 @@ def load(
     `dtype` is what the weights are kept in; "auto" is what config.json says. `kernels` defaults to products in that
     dtype. Raises UserError for whatever is missing, extra, misshapen, NaN or cut short.
     """
-    folder = _folder(path_or_id)
+    folder = checkpoint_folder(path_or_id)
     raw = read_json(folder / "config.json")
     files = Files(folder)
     stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
@@ -172,19 +173,3 @@ def _compare(wanted: Iterable[str], found: Iterable[str], where: Path) -> None:
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"{where} {what} {', '.join(names[:3])}{more}; weights and config do not belong together.")
-
-
-def _folder(path_or_id: str | Path) -> Path:
-    path, name = Path(path_or_id), str(path_or_id)
-    if path.is_dir():
-        return path
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{name} is not the folder of a checkpoint, nor a model id like owner/name.")
-    try:
-        from huggingface_hub import snapshot_download  # an extra; and slow to import
-    except ImportError:
-        raise UserError(f"{name} is no folder here; to download it, pip install 'shoestring[hf]'.") from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except Exception as error:
-        raise UserError(f"{name} is no folder here, and downloading it failed: {type(error).__name__}.") from error

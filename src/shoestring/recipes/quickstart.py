@@ -61,7 +61,7 @@ class Size:
     curate: tuple[str, ...] = ("correct", "dedup")
     rewards: tuple[str, ...] = ("correct", "format")
     minimum_mixed: float = 0.05
-    checkpoint_every: int = 100
+    checkpoint_every: int = 20  # the shortest stage has 60 steps
 
 
 SIZES = {

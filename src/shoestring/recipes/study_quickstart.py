@@ -1,7 +1,8 @@
 """The quickstart over three seeds, with the arms that say what the gain is made of: error bars, claims, upper bounds.
 
 Beside the quickstart's own controls, each at the training FLOPs of the stage it stands against:
-rejection sampling (SFT on the teacher's own verified answers) and SFT on gold step-by-step solutions for the teacher,
+rejection sampling (SFT on the teacher's own verified answers, the sampling of them counted in the budget) and SFT on
+gold step-by-step solutions for the teacher,
 SFT on gold solutions for the student (upper bounds), and RL with its rewards shuffled (is it the rewards?).
 Seed 0 shares its runs with `shoestring run quickstart`.
 
@@ -55,11 +56,13 @@ def arms(size: quickstart.Size, seed: int, suffix: str) -> list[Stage]:
     return [
         RejectStage(
             name=f"teacher-reject{suffix}", inputs={"model": sft}, mix=quickstart.EXAM, problems=size.ask_problems,
-            samples=4, decoding=quickstart.DECODING, seed=seed, compute=quickstart.COMPUTE, headline=False,
+            samples=4, curate=size.curate, decoding=quickstart.DECODING, seed=seed, compute=quickstart.COMPUTE,
+            headline=False,
         ),
         SftStage(
             name=f"teacher-reject-sft{suffix}", match_flops=("budget",), row_tokens=224, optim=Optim(lr=1e-3),
-            inputs={"model": sft, "traces": f"teacher-reject{suffix}", "budget": rl}, mtp_lambda=0.1, **common,
+            inputs={"model": sft, "traces": f"teacher-reject{suffix}", "budget": rl}, spent_flops=("traces",),
+            mtp_lambda=0.1, **common,
         ),
         SftStage(
             name=f"teacher-gold-sft{suffix}", inputs={"model": sft, "budget": rl}, match_flops=("budget",),

@@ -148,12 +148,12 @@ def _bill(stages: Sequence[Row], totals: Sequence[Row], roles: Mapping[str, Role
     for title, headline in (("In the headline", True), ("Beside it: controls and evaluation", False)):
         mine = [_bill_row(r, longest, roles[r["stage"]].css) for r in stages if r["headline"] is headline]
         if mine:
-            bodies.append(f'<tbody><tr><th scope="rowgroup" colspan="7">{title}</th></tr>{"".join(mine)}</tbody>')
+            bodies.append(f'<tbody><tr><th scope="rowgroup" colspan="8">{title}</th></tr>{"".join(mine)}</tbody>')
     foot = "".join(_bill_row(row, None, "total") for row in totals)
     return (
         '<div class="scroll"><table class="bill"><thead><tr><th scope="col">Stage</th><th scope="col"></th>'
-        '<th scope="col">Time</th><th scope="col">Tokens</th><th scope="col">Compute</th>'
-        '<th scope="col">Share of peak</th><th scope="col">Cost</th></tr></thead>'
+        '<th scope="col">Time</th><th scope="col">Tokens</th><th scope="col">of them sampled</th>'
+        '<th scope="col">Compute</th><th scope="col">Share of peak</th><th scope="col">Cost</th></tr></thead>'
         f"{''.join(bodies)}<tfoot>{foot}</tfoot></table></div>"
     )
 
@@ -167,6 +167,7 @@ def _bill_row(row: Row, longest: float | None, css: str) -> str:
     name = row["stage"] if longest is not None else f"Total, {row['stage']}"
     return (
         f'<tr class="{css}"><th scope="row">{words.text(name)}{state}</th><td class="times">{picture}</td>'
-        f"<td>{words.seconds(row['seconds'])}</td><td>{words.count(row['tokens'])}</td><td>{words.flops(row['flops'])}</td>"
-        f"<td>{share}</td><td>{words.usd(row['usd'])}</td></tr>"
+        f"<td>{words.seconds(row['seconds'])}</td><td>{words.count(row['tokens'])}</td>"
+        f"<td>{words.count(row['sampled_tokens'] or None)}</td><td>{words.flops(row['flops'])}</td><td>{share}</td>"
+        f"<td>{words.usd(row['usd'])}</td></tr>"
     )

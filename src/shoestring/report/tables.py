@@ -89,7 +89,8 @@ def _missing(row: Row, runs: Mapping[str, Run]) -> str | None:
 
 
 def bill_table(recipe: Recipe, runs: Mapping[str, Run], root: Path) -> list[dict[str, Any]]:
-    """A row a stage, then the totals (`kind` "total"): seconds, tokens, flops, peak_share, usd, headline, status.
+    """A row a stage, then the totals (`kind` "total"): seconds, tokens (all that were trained on, read and written),
+    sampled_tokens (those of them that sampling read and wrote), flops, peak_share, usd, headline, status.
 
     headline: the finished headline stages. everything: every attempt at these stages, failed ones too, controls and
     evaluations. A third total, of all that was ever tried under `root`, where that is more.
@@ -100,7 +101,7 @@ def bill_table(recipe: Recipe, runs: Mapping[str, Run], root: Path) -> list[dict
         cost = (run.manifest["cost"] if run else None) or {}
         lines.append(
             {"kind": stage.stage, "stage": stage.name, "status": "not begun" if run is None else run.manifest["status"]}
-            | {key: cost.get(key) for key in ("seconds", "tokens", "flops", "peak_share", "usd")}
+            | {key: cost.get(key) for key in ("seconds", "tokens", "sampled_tokens", "flops", "peak_share", "usd")}
             | {"headline": stage.headline}
         )
     final = [line for line in lines if line["headline"] and line["status"] == "finished"]
@@ -122,7 +123,8 @@ def _peak(run: Run) -> float:
 def _total(name: str, spent: Mapping[str, float], peak: float) -> dict[str, Any]:
     share = spent["flops"] / spent["seconds"] / peak if peak and spent["seconds"] else None
     return {
-        "kind": "total", "stage": name, "status": "", **{k: spent[k] for k in ("seconds", "tokens", "flops")},
+        "kind": "total", "stage": name, "status": "",
+        **{key: spent[key] for key in ("seconds", "tokens", "sampled_tokens", "flops")},
         "peak_share": share, "usd": spent["usd"], "headline": name == "headline",
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from shoestring.core.nouns import Problem, Rollout
+from shoestring.tasks.grading import gradable
 from shoestring.text.chat import split_thinking
 
 RANGE = (0.0, 1.0)
@@ -27,6 +28,4 @@ def reward(rollouts: Sequence[Rollout], *, grade: Grade) -> list[float]:
 
 def _answer(rollout: Rollout) -> str:
     text = rollout.completion.text
-    if rollout.completion.finish_reason != "stop" or not isinstance(text, str):
-        return ""
-    return split_thinking(text)[1]
+    return gradable(split_thinking(text)[1], rollout.completion.finish_reason) if isinstance(text, str) else ""

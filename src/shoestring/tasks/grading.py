@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Literal
 
@@ -11,6 +12,20 @@ from shoestring.core.nouns import Problem
 from shoestring.core.registry import load_part
 from shoestring.tasks.sandbox import Limits, Sandbox
 from shoestring.tasks.sandbox.layers import Layer
+
+
+def gradable(answer: str, finish_reason: str) -> str:
+    """What of an answer may be judged: all of it when the model ended it itself, nothing of one that was cut off.
+
+    The one rule for rewards, evaluation and kept answers alike: a truncated answer is not right, even where what there
+    is of it happens to be; what would have followed is unknown.
+    """
+    return answer if finish_reason == "stop" else ""
+
+
+def own_tasks(names: Iterable[str]) -> dict[str, str]:
+    """Problem.task -> file, for tasks that are named by the path of a file: what `Grader(tasks=...)` takes."""
+    return {Path(name).stem: name for name in names if name.endswith(".py")}
 
 
 class Grader:

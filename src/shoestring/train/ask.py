@@ -6,26 +6,24 @@ what they cost. Source: R1 (arXiv 2501.12948) section 2.4.
 
 from __future__ import annotations
 
+from functools import partial
+
 from shoestring.infer.engine import Engine
 from shoestring.teachers.engine import EngineTeacher
 from shoestring.train.answering import ask_all, curation
 from shoestring.train.configs import AskStage
 from shoestring.train.context import Context, Outcome
 from shoestring.train.state import load_model, use_kernels
-from shoestring.train.step import forward_flops
+from shoestring.train.step import sampling_flops
 
 
 def run(stage: AskStage, ctx: Context) -> Outcome:
     """Ask, verify, curate; traces.jsonl is the output."""
     model, tokenizer = load_model(ctx, "teacher")
     use_kernels(model, ctx, stage.compute, tokens=stage.problems_per_batch * 64, seq_len=64)
-    source = ctx.inputs["teacher"]
     teacher = EngineTeacher(
-        Engine(model, tokenizer), tokenizer, name=source.name, licence=stage.licence, usd_per_hour=ctx.usd_per_hour
-    )
+        Engine(model, tokenizer), tokenizer, name=ctx.inputs["teacher"].name, licence=stage.licence,
+        usd_per_hour=ctx.usd_per_hour,
+    )  # fmt: skip
     ctx.run.note(tokenizer=tokenizer.digest())
-    store, counts = ask_all(stage, ctx, teacher, curation(stage.curate))
-    tokens = counts["tokens"] + counts["prompt_tokens"]
-    flops = forward_flops(model, tokens, tokens / max(1, counts["answers"]))
-    metric = {"name": "kept share of answers", "value": counts["kept"] / max(1, counts["answers"]), "stderr": None}
-    return Outcome([store.path], metric, tokens, flops, train_flops=flops)
+    return ask_all(stage, ctx, teacher, curation(stage.curate), partial(sampling_flops, model))

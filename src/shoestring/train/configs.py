@@ -2,7 +2,8 @@
 
 A stage names its inputs by role: the value is an earlier stage of the same recipe, a run directory, or (for
 models) a Hugging Face folder or id. Budgets are steps and tokens, never the clock. `match_flops` makes a control:
-the stage trains until it has spent the training FLOPs of the named inputs together, and `steps` must be absent.
+the stage trains until it has spent the training FLOPs of the named inputs together, less those of `spent_flops`, and
+`steps` must be absent.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Compute(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     experts: Literal["auto", "loop", "bmm", "grouped"] = "auto"
     device: str = "cpu"
-    threads: int | None = None  # None: as many as torch takes
+    threads: int | None = Field(None, ge=1)  # None: as many as torch takes
 
 
 class Decoding(Config):
@@ -86,9 +87,7 @@ class Decoding(Config):
     max_new_tokens: int = Field(128, ge=1)
 
     def sampling(self, *, n: int, seed: int, stop_ids: tuple[int, ...], routed_experts: bool = False) -> Sampling:
-        return Sampling(
-            n=n, seed=seed, stop_ids=stop_ids, routed_experts=routed_experts, **self.model_dump()
-        )
+        return Sampling(n=n, seed=seed, stop_ids=stop_ids, routed_experts=routed_experts, **self.model_dump())
 
 
 class StageBase(Config):
@@ -106,9 +105,10 @@ class TrainBase(StageBase):
 
     steps: int | None = Field(None, ge=1)
     match_flops: tuple[str, ...] = ()
+    spent_flops: tuple[str, ...] = ()  # inputs whose FLOPs are taken off that budget: what was sampled for this stage
     optim: Optim
     tokens_per_microbatch: int = Field(8192, ge=1)
-    checkpoint_every: int = Field(100, ge=1)
+    checkpoint_every: int = Field(20, ge=1)  # steps: what a kill costs at most
     mtp_lambda: float = Field(0.0, ge=0)  # weight of the MTP loss (V3: 0.3, then 0.1)
     balance_alpha: float = Field(1e-4, ge=0)  # sequence-wise balance loss (V3: 1e-4)
     bias_gamma: float = Field(1e-3, ge=0)  # step of the auxiliary-loss-free bias (V3: 1e-3)
@@ -117,8 +117,11 @@ class TrainBase(StageBase):
     def _one_budget(self) -> TrainBase:
         if (self.steps is None) == (not self.match_flops):
             raise UserError(f'stage "{self.name}": give either steps or match_flops, not both or neither.')
-        if missing := [role for role in self.match_flops if role not in self.inputs]:
-            raise UserError(f'stage "{self.name}": match_flops names "{missing[0]}", which is not among its inputs.')
+        for key in ("match_flops", "spent_flops"):
+            if missing := [role for role in getattr(self, key) if role not in self.inputs]:
+                raise UserError(f'stage "{self.name}": {key} names "{missing[0]}", which is not among its inputs.')
+        if self.spent_flops and not self.match_flops:
+            raise UserError(f'stage "{self.name}": spent_flops is taken off a budget of match_flops; give that too.')
         return self
 
 
@@ -194,6 +197,7 @@ class RlStage(TrainBase):
     preflight_problems: int = Field(64, ge=0)  # 0: no check that RL can help
     preflight_samples: int = Field(16, ge=2)
     minimum_mixed: float = Field(0.05, ge=0, le=1)  # stop when fewer groups than this carry signal
+
     @model_validator(mode="after")
     def _whole_distribution(self) -> RlStage:
         d = self.decoding
@@ -209,8 +213,9 @@ class RejectStage(StageBase):
 
     stage: Literal["reject"] = "reject"
     mix: tuple[TaskMix, ...] = Field(min_length=1)
-    problems: int = Field(1000, ge=1)
+    problems: int = Field(1000, ge=1)  # distinct ones
     samples: int = Field(4, ge=1)
+    curate: tuple[str, ...] = ("correct", "dedup")
     keep_per_problem: int = Field(1, ge=1)
     decoding: Decoding = Decoding()
     problems_per_batch: int = Field(128, ge=1)
@@ -221,7 +226,7 @@ class AskStage(StageBase):
 
     stage: Literal["ask"] = "ask"
     mix: tuple[TaskMix, ...] = Field(min_length=1)
-    problems: int = Field(1000, ge=1)
+    problems: int = Field(1000, ge=1)  # distinct ones
     samples: int = Field(1, ge=1)
     decoding: Decoding = Decoding()
     curate: tuple[str, ...] = ("correct", "dedup")

@@ -19,7 +19,8 @@ from shoestring.train.machine import Machine
 class Outcome:
     """What a finished stage leaves: files to hash, one headline number, and what it spent.
 
-    `train_flops` is what a control must match: the FLOPs spent on training the stage's model, rollouts included.
+    `tokens` counts everything read, trained on and written; `sampled_tokens` are those of them that sampling read and
+    wrote. `train_flops` is what a control must match: the FLOPs spent on training the stage's model, rollouts included.
     """
 
     outputs: list[Path]
@@ -27,6 +28,7 @@ class Outcome:
     tokens: int
     flops: float
     train_flops: float = 0.0
+    sampled_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -41,9 +43,12 @@ class Context:
     _tokenizers: dict[str, Tokenizer] = field(default_factory=dict)
 
     def progress(self, total: int | float, unit: str = "steps") -> Progress:
-        return Progress(
-            total, title=self.run.name, unit=unit, usd_per_hour=self.usd_per_hour, quiet=self.quiet
-        )
+        return Progress(total, title=self.run.name, unit=unit, usd_per_hour=self.usd_per_hour, quiet=self.quiet)
+
+    def note_sandbox(self, layer: str | None) -> None:
+        """Record the sandbox that graded. None says that nothing had to run: what is recorded already stays."""
+        if layer is not None and layer != self.run.manifest["sandbox"]:
+            self.run.note(sandbox=layer)
 
     def input_run(self, role: str) -> Run:
         found = self.inputs.get(role)
@@ -52,7 +57,7 @@ class Context:
         return found
 
     def checkpoint_of(self, role: str) -> Path:
-        """The folder of weights behind an input: a run's last checkpoint, or a Hugging Face folder as given."""
+        """The folder of weights behind an input: a run's last checkpoint, or a folder in Hugging Face layout."""
         found = self.inputs.get(role)
         if found is None:
             raise UserError(f'{self.run.name}: input "{role}" is missing; name a stage, a run or a model folder.')

@@ -6,6 +6,7 @@ from FLOPs at a share of a peak that small models reach on two cores. Guesses, a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from shoestring.cost.hf import shape_from_hf
@@ -17,10 +18,12 @@ ASSUMED_VOCAB = 320
 ANSWER_TOKENS = 48  # tokens of a worked answer with its question, where nothing better is known
 
 
-def estimate(recipe: Recipe) -> list[dict[str, Any]]:
-    """A row a stage, in order."""
-    shapes: dict[str, ModelShape | None] = {}
-    spent: dict[str, float] = {}
+def estimate(
+    recipe: Recipe, known: Mapping[str, ModelShape] = {}, trained: Mapping[str, float] = {}
+) -> list[dict[str, Any]]:
+    """A row a stage, in order. `known` and `trained`: shapes and training FLOPs of inputs that are there already."""
+    shapes: dict[str, ModelShape | None] = {**known}
+    spent: dict[str, float] = {**trained}
     rows: list[dict[str, Any]] = []
     for stage in recipe.stages:
         shape = _shape(stage, shapes)
@@ -50,7 +53,8 @@ def _work(stage: Stage, shape: ModelShape | None, spent: dict[str, float]) -> tu
     forward = 0.0 if shape is None else shape.flops_per_token(64, backward=False)
     train = 0.0 if shape is None else shape.flops_per_token(64)
     if isinstance(stage, TrainBase) and stage.match_flops:
-        flops = sum(spent.get(stage.inputs[role], 0.0) for role in stage.match_flops)
+        given, taken = (_sum(stage, roles, spent) for roles in (stage.match_flops, stage.spent_flops))
+        flops = max(given - taken, 0.0)
         return (flops / train if train else 0.0), flops
     if isinstance(stage, PretrainStage):
         tokens = float((stage.steps or 0) * stage.tokens_per_step)
@@ -68,3 +72,7 @@ def _work(stage: Stage, shape: ModelShape | None, spent: dict[str, float]) -> tu
         tokens = float(entries * s.problems * s.samples * ANSWER_TOKENS)
         return tokens, tokens * forward
     return 0.0, 0.0
+
+
+def _sum(stage: Stage, roles: tuple[str, ...], spent: Mapping[str, float]) -> float:
+    return sum(spent.get(stage.inputs[role], 0.0) for role in roles)

@@ -25,9 +25,15 @@ class Budget:
     def of(cls, stage: TrainBase, ctx: Context) -> Budget:
         if stage.steps is not None:
             return cls(stage.steps, "steps")
-        total = ctx.budget_flops(stage.match_flops)
-        if total <= 0:
+        given, spent = ctx.budget_flops(stage.match_flops), ctx.budget_flops(stage.spent_flops)
+        total = given - spent
+        if given <= 0:
             raise UserError(f"{ctx.run.name}: the inputs named by match_flops trained nothing, so there is no budget.")
+        if total <= 0:
+            raise UserError(
+                f"{ctx.run.name}: the inputs named by spent_flops took {spent:.3g} of {given:.3g} FLOPs, so nothing is "
+                "left to train with; sample less."
+            )
         return cls(total, "FLOPs")
 
     def done(self, state: TrainState) -> float:
@@ -41,8 +47,7 @@ class Budget:
 def record(ctx: Context, state: TrainState, stats: StepStats, **more: float) -> None:
     """One line of metrics.jsonl for the update just made."""
     ctx.run.metric(
-        state.step, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr, tokens=state.tokens, flops=state.flops,
-        **stats.metrics, **more,
+        state.step, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr, **state.spent(), **stats.metrics, **more
     )  # fmt: skip
 
 
@@ -50,10 +55,10 @@ def finish_training(ctx: Context, state: TrainState, tokenizer: Tokenizer, *, me
     """Make sure the last step is on disk; the headline number is the mean of `metric` over the last 20 steps."""
     latest = ctx.run.latest_checkpoint()
     path = latest[1] if latest and latest[0] == state.step else save_training(ctx, state, tokenizer)
-    last = [float(row[metric]) for row in ctx.run.metrics()[-20:]]
+    last = [float(row[metric]) for row in ctx.run.metrics() if metric in row][-20:]
     headline = {
         "name": f"{metric}, mean of the last {len(last)} steps",
         "value": statistics.fmean(last),
         "stderr": statistics.stdev(last) / len(last) ** 0.5 if len(last) > 1 else None,
     }
-    return Outcome([path], headline, state.tokens, state.flops, train_flops=state.flops)
+    return Outcome([path], headline, **state.spent(), train_flops=state.flops)

@@ -11,6 +11,8 @@ import hashlib
 import json
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,12 +42,28 @@ def gemm_rate(dtype: torch.dtype, device: str = "cpu", size: int = 1024, repeats
     return 2 * size**3 / statistics.median(seconds[1:])  # the first one warms up
 
 
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Compute with `count` threads (None: as many as now) inside, and with as many as before afterwards."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Machine:
     """Measurements of this machine, read from and written to `root/machine.json`."""
 
     def __init__(self, root: Path) -> None:
         self.path = root / "machine.json"
-        self.key = f"{processor()} x{torch.get_num_threads()} torch {torch.__version__}"
+
+    @property
+    def key(self) -> str:
+        """The processor, the threads at work now, and torch's version."""
+        return f"{processor()} x{torch.get_num_threads()} torch {torch.__version__}"
 
     def _facts(self) -> dict[str, Any]:
         known: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 from shoestring.core.nouns import Trace
 from shoestring.infer.engine import Engine
@@ -16,7 +17,7 @@ from shoestring.train.answering import ask_all, curation
 from shoestring.train.configs import RejectStage
 from shoestring.train.context import Context, Outcome
 from shoestring.train.state import load_model, use_kernels
-from shoestring.train.step import forward_flops
+from shoestring.train.step import sampling_flops
 
 
 def run(stage: RejectStage, ctx: Context) -> Outcome:
@@ -24,20 +25,16 @@ def run(stage: RejectStage, ctx: Context) -> Outcome:
     model, tokenizer = load_model(ctx, "model")
     use_kernels(model, ctx, stage.compute, tokens=stage.problems_per_batch * 64, seq_len=64)
     teacher = EngineTeacher(Engine(model, tokenizer), tokenizer, name="self", licence="own model")
-    correct = curation(("correct", "dedup"))
+    curated = curation(stage.curate)
 
     def keep(traces: Sequence[Trace]) -> list[Trace]:
         taken: Counter[str | None] = Counter()
         kept = []
-        for trace in correct(traces):
+        for trace in curated(traces):
             taken[trace.problem_id] += 1
             if taken[trace.problem_id] <= stage.keep_per_problem:
                 kept.append(trace)
         return kept
 
     ctx.run.note(tokenizer=tokenizer.digest())
-    store, counts = ask_all(stage, ctx, teacher, keep)
-    tokens = counts["tokens"] + counts["prompt_tokens"]
-    flops = forward_flops(model, tokens, tokens / max(1, counts["answers"]))
-    metric = {"name": "kept share of answers", "value": counts["kept"] / max(1, counts["answers"]), "stderr": None}
-    return Outcome([store.path], metric, tokens, flops, train_flops=flops)
+    return ask_all(stage, ctx, teacher, keep, partial(sampling_flops, model))

@@ -20,15 +20,23 @@ from shoestring.data.batch import Batch, Example, packed_batches
 from shoestring.data.textbook import problems
 from shoestring.infer.engine import Engine
 from shoestring.losses import policy
-from shoestring.tasks.grading import Grader
+from shoestring.tasks.grading import Grader, own_tasks
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import RlStage
 from shoestring.train.context import Context, Outcome, derived_seed, step_generator
 from shoestring.train.loop import Budget, finish_training, record
 from shoestring.train.preflight import preflight
-from shoestring.train.rollouts import Group, collect, rollout_example, sample_row
+from shoestring.train.rollouts import (
+    Group,
+    collect,
+    lengths_of,
+    measure,
+    rollout_example,
+    sample_row,
+    sampled_tokens,
+)
 from shoestring.train.state import load_model, save_training, start_or_resume, use_kernels
-from shoestring.train.step import StepStats, TrainState, forward_flops, train_step
+from shoestring.train.step import StepStats, TrainState, sampling_flops, scoring_flops, train_step
 
 
 def run(stage: RlStage, ctx: Context) -> Outcome:
@@ -39,14 +47,18 @@ def run(stage: RlStage, ctx: Context) -> Outcome:
         state.reference.kernels = state.model.kernels  # as in the run that was not interrupted
     engine = Engine(state.model, tokenizer)
     budget = Budget.of(stage, ctx)
-    with Grader() as grade, ctx.progress(budget.total, unit=budget.unit) as bar:
-        if state.step == 0:
-            preflight(stage, ctx, engine, tokenizer, grade)
+    with Grader(tasks=own_tasks(entry.task for entry in stage.mix)) as grade, \
+            ctx.progress(budget.total, unit=budget.unit) as bar:  # fmt: skip
+        price = functools.partial(sampling_flops, state.model)
+        state.checked_tokens, state.checked_flops = preflight(stage, ctx, engine, tokenizer, grade, price)
         while (spent := budget.spent(state)) < 1.0:
             # Problems of update t are those from t·1000 on: a function of the step, whatever was resampled before.
             source = problems(stage.mix, derived_seed(stage.seed, 4), start=state.step * 1000)
-            groups, facts = collect(stage, engine, tokenizer, source, grade, derived_seed(stage.seed, 5, state.step))
-            state.flops += forward_flops(state.model, round(facts["sampled_tokens"]), facts["length"])
+            groups, sampled = collect(stage, engine, tokenizer, source, grade, derived_seed(stage.seed, 5, state.step))
+            facts = measure(sampled, len(groups))
+            ctx.note_sandbox(grade.layer)
+            state.sampled += sampled_tokens(sampled)
+            state.flops += sampling_flops(state.model, lengths_of(sampled))
             if groups:
                 _refresh_reference(stage, state)
                 stats = _update(stage, state, groups, tokenizer, spent)
@@ -55,11 +67,11 @@ def run(stage: RlStage, ctx: Context) -> Outcome:
                 _keep_samples(ctx, state.step, groups)
             else:
                 state.step += 1  # nothing to learn from this step's problems; the next ones are others
-                ctx.run.metric(state.step, tokens=state.tokens, flops=state.flops, **facts)
-            bar.update(budget.done(state), tokens=state.tokens, reward=facts["reward"], length=facts["length"])
+                ctx.run.metric(state.step, **state.spent(), **facts)
+            tokens = state.spent()["tokens"]
+            bar.update(budget.done(state), tokens=tokens, reward=facts["reward"], length=facts["length"])
             if state.step % stage.checkpoint_every == 0:
                 save_training(ctx, state, tokenizer)
-    ctx.run.note(sandbox=grade.layer)
     return finish_training(ctx, state, tokenizer, metric="reward")
 
 
@@ -71,6 +83,7 @@ def _update(
     examples = [rollout_example(rollout) for group in groups for rollout in group]
     if state.reference is not None:
         _fill_reference(examples, state.reference, stage)
+        state.flops += scoring_flops(state.reference, (len(example.ids) for example in examples))
     objective = functools.partial(
         policy.loss, clip_low=stage.clip_low, clip_high=stage.clip_high, kl_beta=stage.kl_beta,
         temperature=stage.decoding.temperature,

@@ -52,10 +52,10 @@ def reward_groups(groups: Sequence[Group], rewards: Mapping[str, float], grade: 
 
 def collect(
     stage: RlStage, engine: Generator, tokenizer: Tokenizer, source: Iterator[Problem], grade: Grade, seed: int
-) -> tuple[list[Group], dict[str, float]]:
+) -> tuple[list[Group], list[Group]]:
     """Groups of one step, dynamic sampling included: groups without signal are replaced, up to `max_tries` rounds.
 
-    Returns (groups to train on, measurements over everything sampled). Source: DAPO (arXiv 2503.14476) section 3.2.
+    Returns (groups to train on, everything sampled). Source: DAPO (arXiv 2503.14476) section 3.2.
     """
     kept: list[Group] = []
     sampled: list[Group] = []
@@ -73,7 +73,7 @@ def collect(
     for group in kept:
         for rollout, advantage in zip(group, advantages([r.reward for r in group], stage.advantage), strict=True):
             rollout.advantage = advantage
-    return kept, measure(sampled, len(kept))
+    return kept, sampled
 
 
 def _shuffle(groups: Sequence[Group], seed: int) -> None:
@@ -96,7 +96,7 @@ def measure(groups: Sequence[Group], kept: int) -> dict[str, float]:
         "mixed_groups": sum(carries_signal([r.reward for r in g]) for g in groups) / len(groups),
         "sampled_groups": float(len(groups)),
         "kept_groups": float(kept),
-        "sampled_tokens": float(sampled_tokens(groups)),
+        "rollout_tokens": float(sampled_tokens(groups)),
     }
     for name in rollouts[0].rewards:
         out[f"reward/{name}"] = sum(r.rewards[name] for r in rollouts) / len(rollouts)
@@ -117,7 +117,12 @@ def rollout_example(rollout: Rollout) -> Example:
 
 def sampled_tokens(groups: Sequence[Group]) -> int:
     """Prompt and completion tokens read and written for these groups; a prompt is read once a group."""
-    return sum(len(g[0].prompt_ids) + sum(len(r.completion.token_ids) for r in g) for g in groups if g)
+    return sum(prompt + sum(completions) for prompt, completions in lengths_of(groups))
+
+
+def lengths_of(groups: Sequence[Group]) -> list[tuple[int, list[int]]]:
+    """(prompt length, completion lengths) of each group: what sampling is priced by."""
+    return [(len(g[0].prompt_ids), [len(r.completion.token_ids) for r in g]) for g in groups if g]
 
 
 def sample_row(rollout: Rollout) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from shoestring.train.configs import Compute, ModelSpec, TrainBase
 from shoestring.train.context import Context, step_generator
 from shoestring.train.step import TrainState
 
-TRAINING_SCHEMA = 1
+TRAINING_SCHEMA = 2  # 2: sampled tokens are counted
+COUNTERS = ("step", "tokens", "sampled", "flops")
 REFERENCE = "reference"  # folder beside the weights, when a KL term keeps a frozen model
 
 
@@ -51,8 +52,6 @@ def checked_device(name: str) -> torch.device:
 
 def use_kernels(model: Any, ctx: Context, compute: Compute, *, tokens: int, seq_len: int) -> None:
     """Set how the model computes and record the choice in the manifest."""
-    if compute.threads:
-        torch.set_num_threads(compute.threads)
     model.to(checked_device(compute.device))
     model.kernels = ctx.machine.kernels(model.config, compute, tokens=tokens, seq_len=seq_len)
     ctx.run.note(kernels=str(model.kernels), processor=ctx.machine.key)
@@ -104,7 +103,7 @@ def save_training(ctx: Context, state: TrainState, tokenizer: Tokenizer) -> Path
             for key, value in optimizer.state.get(parameter, {}).items():
                 moments[f"{name}|{key}"] = value.contiguous()
     save_file(moments, folder / "optimizer.safetensors")
-    counters = {"schema": TRAINING_SCHEMA, "step": state.step, "tokens": state.tokens, "flops": state.flops}
+    counters = {"schema": TRAINING_SCHEMA} | {name: getattr(state, name) for name in COUNTERS}
     (folder / "training.json").write_text(json.dumps(counters, indent=1))
     if state.reference is not None:
         checkpoint.save(state.reference, None, folder / REFERENCE)
@@ -124,8 +123,8 @@ def _load_training(state: TrainState, path: Path) -> None:
     for name, parameter in state.model.named_parameters():
         if name in by_name:
             owner[id(parameter)].state[parameter] = by_name[name]
-    state.step, state.tokens = counters["step"], counters["tokens"]
-    state.flops = counters["flops"]
+    for name in COUNTERS:
+        setattr(state, name, counters[name])
     if (path / REFERENCE).exists():
         reference, _ = checkpoint.load(path / REFERENCE, dtype="float32")
         state.reference = reference.to(state.model.head_weight.device).requires_grad_(False)

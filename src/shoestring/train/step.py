@@ -13,7 +13,8 @@ Left out: loss scaling (bf16 needs none), skipping steps on spikes (a spike stop
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +39,18 @@ class TrainState:
     optimizers: list[torch.optim.Optimizer]
     step: int = 0  # optimiser updates done
     tokens: int = 0  # trained tokens, padding not counted
-    flops: float = 0.0  # training FLOPs spent (rollouts of RL included)
+    sampled: int = 0  # tokens that rollouts read and wrote (RL)
+    flops: float = 0.0  # training FLOPs spent (rollouts and reference of RL included)
     reference: Any = None  # the frozen model of a KL term, saved with the rest
+    checked_tokens: int = 0  # what the check before RL spent: on the bill, not in the training budget; in the
+    checked_flops: float = 0.0  # manifest, not in checkpoints
+
+    def spent(self) -> dict[str, Any]:
+        """Totals of the run so far, as metrics, ledger and bill name them."""
+        sampled = self.sampled + self.checked_tokens
+        return {
+            "tokens": self.tokens + sampled, "sampled_tokens": sampled, "flops": self.flops + self.checked_flops
+        }  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -164,6 +175,21 @@ def training_flops(model: Any, batches: Sequence[Batch], *, mtp: bool) -> float:
     return sum(b.tokens * shape.flops_per_token(mean_length(b), causal=True, mtp=mtp) for b in batches)
 
 
-def forward_flops(model: Any, tokens: int, length: float) -> float:
-    """FLOPs of reading or writing `tokens` tokens in sequences of about `length`."""
-    return tokens * model.config.shape().flops_per_token(length, causal=True, backward=False)
+def scoring_flops(model: Any, lengths: Iterable[int]) -> float:
+    """FLOPs of one forward pass over sequences of these lengths."""
+    shape = model.config.shape()
+    counted = Counter(lengths)
+    return float(sum(n * T * shape.flops_per_token(T, causal=True, backward=False) for T, n in counted.items() if T))
+
+
+def sampling_flops(model: Any, groups: Iterable[tuple[int, Sequence[int]]]) -> float:
+    """FLOPs of sampling groups of (prompt length, completion lengths): a prompt is read once for its whole group, and
+    every sampled token passes through the model once."""
+    prompts: list[int] = []
+    wholes: list[int] = []
+    shared: list[int] = []  # a prompt again in every whole sequence, where it is not read anew
+    for prompt, completions in groups:
+        prompts.append(prompt)
+        wholes += [prompt + length for length in completions]
+        shared += [prompt] * len(completions)
+    return scoring_flops(model, prompts) + scoring_flops(model, wholes) - scoring_flops(model, shared)

@@ -1,0 +1,138 @@
+"""What a road starts from: its inputs found and checked before any work, and what of them decides a run's digest.
+
+An input is an earlier stage, a finished run, or a checkpoint in Hugging Face layout: a folder, or a hub id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from shoestring.core import hub
+from shoestring.core.errors import UserError, did_you_mean
+from shoestring.core.registry import part_hash, part_path
+from shoestring.core.run import Run
+from shoestring.train.configs import Recipe, Stage, TaskMix, Textbook, TextFiles
+
+MODELS = ("model", "teacher")  # roles that hand weights on
+Found = Run | Path
+
+
+def check_road(recipe: Recipe, runs_dir: Path, *, download: bool = True) -> dict[str, Found]:
+    """The inputs of a recipe that are none of its own stages, by the name they are given.
+
+    Models named by a hub id are downloaded (all of them, or their config.json alone). Raises UserError for an input
+    that is nowhere, unfinished or of the wrong kind, an unknown part, or a corpus file that is not there.
+    """
+    found: dict[str, Found] = {}
+    earlier: list[str] = []
+    for stage in recipe.stages:
+        _check_data(stage)
+        for role, value in stage.inputs.items():
+            if value in earlier:
+                continue
+            known = find_input(value, runs_dir, files=hub.CHECKPOINT if download else hub.CONFIG)
+            if known is None:
+                names = [*earlier, *(path.parent.name for path in runs_dir.glob("*/manifest.json"))]
+                raise UserError(
+                    f'stage "{stage.name}": input "{role}" is "{value}", which is neither an earlier stage, a run, a '
+                    f"model folder nor a hub id.{did_you_mean(value, names)}"
+                )
+            _check_kind(stage, role, value, known)
+            found[value] = known
+        earlier.append(stage.name)
+    return found
+
+
+def _check_kind(stage: Stage, role: str, value: str, found: Found) -> None:
+    if isinstance(found, Run):
+        if not found.finished:
+            raise UserError(f"input run {found.name} is not finished; run its command again first.")
+        if role in (*MODELS, "tokenizer") and found.latest_checkpoint() is None:
+            raise UserError(f'stage "{stage.name}": input "{role}" is {found.name}, a run that made no checkpoint.')
+    elif role == "traces" or role in getattr(stage, "match_flops", ()):
+        raise UserError(f'stage "{stage.name}": input "{role}" is "{value}", a folder; it must be a finished run.')
+
+
+def find_input(
+    value: str, runs_dir: Path, *, files: Sequence[str] = hub.CHECKPOINT, download: bool = True
+) -> Found | None:
+    """The run, or the folder of a checkpoint, that `value` names; None when there is none."""
+    folder = next((path for path in (Path(value), runs_dir / value) if path.is_dir()), None)
+    if folder is not None:
+        return Run.load(folder) if (folder / "manifest.json").exists() else folder
+    return hub.checkpoint_folder(value, files=files, download=download) if hub.is_id(value) else None
+
+
+def checkpoint_of(found: Found) -> Path | None:
+    """The folder of weights behind an input."""
+    if isinstance(found, Path):
+        return found
+    latest = found.latest_checkpoint()
+    return None if latest is None else latest[1]
+
+
+# ---- digests ------------------------------------------------------------------------------------------------------
+
+
+def digest_of_input(found: Found) -> str:
+    """A run's own digest, or 12 hex digits of a folder's weights and configs."""
+    if isinstance(found, Run):
+        return found.digest
+    hashed = hashlib.sha256()
+    for path in sorted(found.glob("*.json")) + sorted(found.glob("*.safetensors")):
+        hashed.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                hashed.update(block)
+    return hashed.hexdigest()[:12]
+
+
+def data_of(stage: Stage) -> dict[str, str]:
+    """What else decides a stage's result, by name: the files of its corpus, and the parts it names.
+
+    Tasks, rewards and filters are data, the built-in ones too: one that has changed makes a new run. Of model families
+    that holds for a user's file only; ours are code, which is recorded. Raises UserError for an unknown part.
+    """
+    found = {f"{kind}/{name}": part_hash(kind, name) for kind, name in dict.fromkeys(_parts(stage))}
+    for name in _files(stage):
+        with open(name, "rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return found
+
+
+def _check_data(stage: Stage) -> None:
+    for kind, name in _parts(stage):
+        part_path(kind, name)
+    if (model := getattr(stage, "model", None)) is not None:
+        part_path("models", model.family)
+    for name in _files(stage):
+        if not Path(name).is_file():
+            raise UserError(f'stage "{stage.name}": corpus file {name} does not exist.')
+
+
+def _files(stage: Stage) -> tuple[str, ...]:
+    corpus = getattr(stage, "corpus", None)
+    return corpus.files if isinstance(corpus, TextFiles) else ()
+
+
+def _parts(stage: Stage) -> Iterator[tuple[str, str]]:
+    """(kind, name) of every part of a stage that is data."""
+    books = (getattr(stage, "corpus", None), getattr(stage, "textbook", None))
+    mixes: list[Sequence[TaskMix]] = [getattr(stage, "mix", ())]
+    mixes += [book.mix for book in books if isinstance(book, Textbook)]
+    for kind, names in (
+        ("tasks", [entry.task for mix in mixes for entry in mix]),
+        ("rewards", getattr(stage, "rewards", ())),
+        ("curate", getattr(stage, "curate", ())),
+    ):
+        yield from ((kind, name) for name in names)
+    model = getattr(stage, "model", None)
+    if model is not None and model.family.endswith(".py"):
+        yield "models", model.family
+
+
+def parents_of(inputs: Mapping[str, Found]) -> dict[str, str]:
+    """Role -> digest of a stage's inputs."""
+    return {role: digest_of_input(found) for role, found in inputs.items()}

@@ -185,11 +185,11 @@ def _plan_calibrate(
 
 
 def _plan_stage(
-    kind: Annotated[str, typer.Argument(help="sft, distill, logits, on-policy, rl, generate or extend")],
+    kind: Annotated[str, typer.Argument(help="sft, distill, logits, on-policy, rl, generate, eval or extend")],
     model: Annotated[str, typer.Argument(help="a model's name or config.json")],
     on: Annotated[str, typer.Option(help="chips, like 8xH100")] = "H100",
     tokens: Annotated[str, typer.Option(help="training tokens (sft, distill, logits, on-policy)")] = "",
-    samples: Annotated[str, typer.Option(help="rollouts or answers (rl, generate)")] = "",
+    samples: Annotated[str, typer.Option(help="rollouts or answers (rl, generate, eval)")] = "",
     length: Annotated[int, typer.Option(help="tokens a sequence or answer")] = 4000,
     teacher: Annotated[str, typer.Option(help="the teacher's shape (logits, on-policy)")] = "",
     epochs: Annotated[float, typer.Option(help="passes over the data")] = 1.0,

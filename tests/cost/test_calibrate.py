@@ -150,5 +150,6 @@ def test_stage_and_ask_verbs(verb):
         ("rl", ("--samples", "1M")),
         ("logits", ("--tokens", "1B", "--teacher", "qwen2.5-7b")),
         ("generate", ("--samples", "1M")),
+        ("eval", ("--samples", "13K")),
     ):
         assert verb("plan", "stage", kind, "qwen2.5-1.5b", *more).exit_code == 0

@@ -4,12 +4,19 @@ import pytest
 
 from shoestring.core.errors import UserError
 from shoestring.cost.bill import checkpoint_every, ledger, owned_per_hour, total, views
-from shoestring.cost.chips import find_chip
+from shoestring.cost.chips import Cluster, find_chip
 from shoestring.cost.models import named_shape
 from shoestring.cost.prices import USUAL_LENGTHS, ask_usd, find_price, self_host_usd
 from shoestring.cost.residual import Interval
 from shoestring.cost.serving import decode_rate, decode_step
-from shoestring.cost.stages import generation, logit_distillation, on_policy_distillation, reinforcement, sft
+from shoestring.cost.stages import (
+    evaluation,
+    generation,
+    logit_distillation,
+    on_policy_distillation,
+    reinforcement,
+    sft,
+)
 
 V3, H800, H100 = named_shape("deepseek-v3"), find_chip("H800"), find_chip("H100")
 
@@ -92,3 +99,11 @@ def test_distillation_kinds_are_ordered():
     assert text < on_policy_distillation(student, named_shape("qwen2.5-7b"), H100, 1e9).hours.mid
     with pytest.raises(UserError, match="acceptance"):
         generation(student, H100, 1e6, 1000, acceptance=0)
+
+
+def test_an_evaluation_waits_for_its_longest_answer():
+    few, many = (evaluation(V3, Cluster(H800, n), 13_000, 8000).hours.mid for n in (8, 512))
+    work = generation(V3, H800, 13_000, 8000).hours.mid
+    assert work < few < many
+    assert many - work == pytest.approx(64 * (few - work))
+    assert evaluation(V3, Cluster(H800, 8), 13e6, 8000).hours.mid == pytest.approx(1000 * work, rel=0.01)

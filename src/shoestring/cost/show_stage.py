@@ -13,6 +13,7 @@ from shoestring.cost.show_plan import span
 from shoestring.cost.stages import (
     StageCost,
     context_extension,
+    evaluation,
     generation,
     logit_distillation,
     on_policy_distillation,
@@ -21,7 +22,7 @@ from shoestring.cost.stages import (
 )
 from shoestring.cost.units import parse_count, usd
 
-KINDS = ("sft", "distill", "logits", "on-policy", "rl", "generate", "extend")
+KINDS = ("sft", "distill", "logits", "on-policy", "rl", "generate", "eval", "extend")
 
 
 def stage(
@@ -47,12 +48,14 @@ def _cost(
     shape, chip = resolve_shape(model), cluster.chip
     if kind == "extend":
         return context_extension(shape, cluster)
-    if kind in ("rl", "generate"):
+    if kind in ("rl", "generate", "eval"):
         if not samples:
             raise UserError(f"stage {kind} needs --samples, like 5M.")
         count = parse_count(samples, "samples")
         if kind == "rl":
             return reinforcement(shape, chip, count, length)
+        if kind == "eval":
+            return evaluation(shape, cluster, count, length)
         return generation(shape, chip, count, length, acceptance=acceptance)
     if not tokens:
         raise UserError(f"stage {kind} needs --tokens, like 4.3B.")

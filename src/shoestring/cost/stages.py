@@ -12,11 +12,12 @@ from shoestring.core.errors import UserError
 from shoestring.cost.chips import Chip, Cluster
 from shoestring.cost.plan import Plan, plan
 from shoestring.cost.residual import Z80, Interval
-from shoestring.cost.serving import decode_rate, prefill_rate
+from shoestring.cost.serving import decode_rate, decode_step, prefill_rate
 from shoestring.cost.shape import ModelShape
 
 SFT_MFU = 0.35  # fine-tuning: an estimate
 LEARNER_MFU = 0.25  # updates of reinforcement learning, on long and ragged sequences: an estimate
+TAIL = 4.0  # the longest answer of an evaluation over the mean one: a guess
 RL_WASTE = (2.0, 4.0)  # real over ideal time of published reinforcement learning
 EXTENSION = ((32768, 1920, 1000), (131072, 480, 1000))  # sequence length, sequences a step, steps: DeepSeek-V3's
 
@@ -116,3 +117,18 @@ def generation(
     seconds = samples * (mean_length / decode + prompt / prefill_rate(shape, chip, prompt)) / acceptance
     note = f"{decode:,.0f} tokens/s a chip, {acceptance:.0%} of samples kept"
     return StageCost("generation", _around(seconds / 3600, 2.0), (note,))
+
+
+def evaluation(
+    shape: ModelShape, cluster: Cluster, samples: float, mean_length: float, *, prompt: int = 200
+) -> StageCost:
+    """Answers to a benchmark (questions times samples each); grading runs on processors and is not counted.
+
+    A benchmark ends: every chip waits for the longest answer, taken as `TAIL` times the mean, written alone.
+    """
+    alone = generation(shape, cluster.chip, samples, mean_length, prompt=prompt)
+    group = 64 if shape.n_routed else 1
+    step = decode_step(shape, cluster.chip, 1, int(TAIL * mean_length / 2 + prompt), chips=group)
+    tail = cluster.n * (TAIL - 1) * mean_length * step.seconds / 3600
+    note = f"{tail:.3g} chip-hours of waiting for the longest answers, {TAIL:g} times the mean"
+    return StageCost("evaluation", _around(alone.hours.mid + tail, 2.0), (*alone.assumed, note))

@@ -22,6 +22,8 @@ Examples:
   shoestring plan deepseek-v3 --tokens 14.8T --on 2048xH800 --usd-per-hour 2
 
   shoestring plan config.json --tokens 2T --on any --rule 2023-06-01:China --deadline 60d
+
+  shoestring plan quickstart --on 1xH100
 """
 TABLE_HELP = """Predict every row of a table of runs, each row left out of the fit.
 
@@ -84,8 +86,8 @@ def _json(document: Any) -> None:
 
 
 def _plan_run(
-    model: Annotated[str, typer.Argument(help="a model's name, a config.json, or a folder with one")],
-    tokens: Annotated[str, typer.Option(help="training tokens, like 14.8T")],
+    model: Annotated[str, typer.Argument(help="a model's name, a config.json, a folder with one, or a recipe")],
+    tokens: Annotated[str, typer.Option(help="training tokens, like 14.8T (a recipe brings its own)")] = "",
     on: Annotated[str, typer.Option(help='chips, like 2048xH800; "any" searches all')] = "any",
     seq_len: Annotated[int, typer.Option(help="tokens a sequence")] = 4096,
     batch: Annotated[float | None, typer.Option(help="sequences a step")] = None,
@@ -106,6 +108,11 @@ def _plan_run(
         from shoestring.cost import show_plan
         from shoestring.cost.bill import ledger, to_rows
 
+        if _is_recipe(model):
+            return _plan_recipe(model, on, usd_per_hour, as_json)
+        if not tokens:
+            raise UserError("give the training tokens: --tokens, like 14.8T.")
+
         options: dict[str, Any] = {"seq_len": seq_len, "global_batch": batch, "usd_per_hour": usd_per_hour}
         answer = show_plan.make(
             model, tokens, on, precision=precision, layout=layout, by=by, budget=budget, deadline=deadline, rule=rule,
@@ -123,6 +130,24 @@ def _plan_run(
             print(show_plan.text(answer) + (show_plan.bill_text(answer) if bill else ""))
 
     _guarded(work)
+
+
+def _is_recipe(name: str) -> bool:
+    from shoestring.core.registry import list_parts
+
+    return name.endswith((".py", ".yaml", ".yml")) or (name in list_parts("recipes") and name != "stage")
+
+
+def _plan_recipe(name: str, on: str, usd_per_hour: float | None, as_json: bool) -> None:
+    """Every stage of a road, on rented chips."""
+    from shoestring.cost.chips import parse_cluster
+    from shoestring.road import resolve_recipe
+    from shoestring.train import price
+
+    if on == "any":
+        raise UserError("a recipe is priced on chips of your choice: give --on, like 8xH100.")
+    document = price.price(resolve_recipe(name, []), parse_cluster(on), usd_per_hour=usd_per_hour)
+    _json(document) if as_json else print(price.text(document))
 
 
 def _plan_table(

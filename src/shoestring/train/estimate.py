@@ -15,6 +15,7 @@ from shoestring.train.configs import PretrainStage, Recipe, Stage, TrainBase
 
 ASSUMED_FLOPS = 3.0e10  # FLOP/s that training of a 0.3M-parameter model reaches on two cores (docs/benchmarks.md)
 ASSUMED_VOCAB = 320
+PROMPT_TOKENS = 16  # of a short problem
 ANSWER_TOKENS = 48  # tokens of a worked answer with its question, where nothing better is known
 
 
@@ -22,12 +23,11 @@ def estimate(
     recipe: Recipe, known: Mapping[str, ModelShape] = {}, trained: Mapping[str, float] = {}
 ) -> list[dict[str, Any]]:
     """A row a stage, in order. `known` and `trained`: shapes and training FLOPs of inputs that are there already."""
-    shapes: dict[str, ModelShape | None] = {**known}
+    shapes = stage_shapes(recipe, known)
     spent: dict[str, float] = {**trained}
     rows: list[dict[str, Any]] = []
     for stage in recipe.stages:
-        shape = _shape(stage, shapes)
-        shapes[stage.name] = shape
+        shape = shapes[stage.name]
         tokens, flops = _work(stage, shape, spent)
         spent[stage.name] = flops
         seconds = flops / ASSUMED_FLOPS
@@ -38,6 +38,14 @@ def estimate(
             "headline": stage.headline,
         })  # fmt: skip
     return rows
+
+
+def stage_shapes(recipe: Recipe, known: Mapping[str, ModelShape] = {}) -> dict[str, ModelShape | None]:
+    """The shape of the model each stage works on, by stage; None where there is none, or it is not known yet."""
+    shapes: dict[str, ModelShape | None] = {**known}
+    for stage in recipe.stages:
+        shapes[stage.name] = _shape(stage, shapes)
+    return shapes
 
 
 def _shape(stage: Stage, shapes: dict[str, ModelShape | None]) -> ModelShape | None:
@@ -61,7 +69,7 @@ def _work(stage: Stage, shape: ModelShape | None, spent: dict[str, float]) -> tu
         return tokens, tokens * train
     if kind == "rl":
         s: Any = stage
-        tokens = s.steps * s.problems_per_step * s.group_size * (s.decoding.max_new_tokens / 2 + 16)
+        tokens = s.steps * s.problems_per_step * s.group_size * (s.decoding.max_new_tokens / 2 + PROMPT_TOKENS)
         return tokens, tokens * (train + forward)
     if isinstance(stage, TrainBase):
         tokens = float((stage.steps or 0) * getattr(stage, "examples_per_step", 1) * ANSWER_TOKENS)

@@ -81,7 +81,9 @@ def register(app: typer.Typer) -> None:
     )
     app.command("run", help=text, rich_help_panel=ROAD)(run)
     for kind, (summary, *examples) in STAGES.items():
-        app.command(kind, help=described(summary, *examples), rich_help_panel=ROAD)(_stage_verb(kind))
+        if kind == "ask":
+            continue  # cli_ask: it also asks over HTTP
+        app.command(kind, help=described(summary, *examples), rich_help_panel=ROAD)(stage_verb(kind))
 
 
 def run(
@@ -99,7 +101,9 @@ def run(
     _go(resolve_recipe(recipe, sets or []), runs, dry_run, again, json, quiet)
 
 
-def _stage_verb(kind: str) -> Callable[..., None]:
+def stage_verb(kind: str) -> Callable[..., None]:
+    """The function behind the verb of a stage."""
+
     def verb(
         inputs: Inputs = None,
         sets: Sets = None,

@@ -196,6 +196,8 @@ class Trace:
     licence: str  # licence or terms of the teacher's output; "unknown" is allowed, silence is not
     date: str  # ISO 8601, UTC
     schema: int = TRACE_SCHEMA
+    # where it is from, when it came over a wire: endpoint, reply id, fingerprint, price row, terms
+    source: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -212,6 +214,6 @@ class Trace:
             raise UserError(
                 f"trace {row.get('id', '?')} has unknown field(s) {', '.join(unknown)}; remove them or re-export it."
             )
-        if missing := sorted(known - set(row)):
+        if missing := sorted(known - set(row) - {"source"}):
             raise UserError(f"trace {row.get('id', '?')} lacks field(s) {', '.join(missing)}.")
         return cls(**row)

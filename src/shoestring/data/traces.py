@@ -1,29 +1,37 @@
-"""The traces store: a teacher's kept answers as JSON lines, appended for good.
+"""The traces store: a teacher's kept answers, appended for good.
 
-One `append` is one write and one fsync, however many traces it holds (group commit). Whatever stands after the last
-line end was never committed: it is left out when reading and cut off by the next append, so a kill at any moment
-costs at most the append it interrupted. A trace's id says what was asked of whom and how, not what was answered:
-appending an id that is there already does nothing, so a batch asked again after a crash is stored once.
+One `append` is one transaction on disk, however many traces it holds; a kill at any moment costs at most the append
+it interrupted. A trace's id says what was asked of whom and how, not what was answered: appending an id that is there
+already does nothing, so a batch asked again after a crash is stored once. The file is the one that `shoestring ask`
+writes (`schema.py`); one .jsonl file of exported traces is read too.
 
-Left out: deletion, and an index (a million traces are read in seconds, and every use reads them all).
+Left out: deletion; what curation drops is marked, and stays.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from shoestring.core.atomic import disk_full, fsync_path
+from shoestring.core.atomic import read_lines
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Trace
+from shoestring.data.schema import ANSWERED, FILE, PICO, file_of, open_file
+from shoestring.data.store import Answer, Store
 
 NOT_CONTENT = ("date", "cost_usd")  # when it was said and at what price: not part of what was said
+CHUNK = 1000
+
+_READ = """
+SELECT a.row, r.trace, r.sample, h.fields, q.messages, q.ref, q.problem, a.finish, a.tokens_in, a.tokens_out, a.pico,
+       a.date, a.body, a.correct
+FROM answers a JOIN rows r ON r.id = a.row JOIN questions q ON q.id = r.question JOIN hows h ON h.id = r.how
+WHERE a.row > ? {where} ORDER BY a.row LIMIT ?
+"""
 
 
 def trace_id(teacher: str, messages: Sequence[Mapping[str, Any]], decoding: Mapping[str, Any], sample: int) -> str:
@@ -31,99 +39,207 @@ def trace_id(teacher: str, messages: Sequence[Mapping[str, Any]], decoding: Mapp
     return _sha256([teacher, list(messages), dict(decoding), sample])[:16]
 
 
+class TraceIds:
+    """`trace_id` for one teacher and decoding: what does not change is hashed once."""
+
+    def __init__(self, teacher: str, decoding: Mapping[str, Any]) -> None:
+        self._head = hashlib.sha256(f"[{canonical(teacher)},".encode())
+        self._tail = f",{canonical(dict(decoding))},"
+
+    def of(self, messages: str, samples: int) -> list[str]:
+        """The ids of samples 0, 1, ... of `messages`, given as `canonical` JSON."""
+        question = self._head.copy()
+        question.update(f"{messages}{self._tail}".encode())
+        found = []
+        for sample in range(samples):
+            whole = question.copy()
+            whole.update(b"%d]" % sample)
+            found.append(whole.hexdigest()[:16])
+        return found
+
+
 class TraceStore:
-    """Traces in one .jsonl file. Opening it touches nothing; the first append makes the file."""
+    """Traces in one file: a store's folder or .db file, or an exported .jsonl. Opening it touches nothing; the first
+    append makes the file."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._ids: set[str] = set()
-        self._seen = 0  # bytes of the file whose ids are in _ids
+        self.path = Path(path) if Path(path).suffix == ".jsonl" else file_of(path)
 
     def append(self, traces: Iterable[Trace]) -> int:
         """Store those whose id is new, on disk before this returns; the number stored.
 
         Safe between processes. Raises DiskFull (the store stays as it was) and UserError for a foreign file.
         """
+        if self.path.suffix == ".jsonl":
+            raise UserError(f"{self.path} is an export; append to a store (a folder, or a file named .db).")
+        store = Store(self.path, create=True, share=True)
         try:
-            made = not self.path.exists()
-            with open(self.path, "a+b", buffering=0) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                self._catch_up(file)
-                fresh = {trace.id: trace for trace in traces if trace.id not in self._ids}
-                data = "".join(_line(trace) for trace in fresh.values()).encode()
-                self._commit(file, data)
-            if made:
-                fsync_path(self.path.parent)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise disk_full(self.path) from error
-            raise
-        self._ids.update(fresh)
-        self._seen += len(data)
-        return len(fresh)
+            with store.transaction():
+                return _insert(store, list(traces))
+        finally:
+            store.base.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            store.close()
 
     def read(self) -> list[Trace]:
-        """Every committed trace in the order of storing; none when there is no file.
+        """Every committed trace in the order of storing; none when there is no file. Raises UserError."""
+        return list(self)
 
-        Raises UserError, naming the line, for one that is not a trace of this schema.
-        """
+    def __iter__(self) -> Iterator[Trace]:
+        """The traces one by one, with flat memory."""
         if not self.path.exists():
-            return []
-        return self._parse(_committed(self.path.read_bytes()), first_line=1)
+            return
+        if self.path.suffix == ".jsonl":
+            yield from _read_jsonl(self.path)
+            return
+        base = open_file(self.path, create=False, writable=False)
+        try:
+            for _, trace in stored(base):
+                yield trace
+        finally:
+            base.close()
 
     def __len__(self) -> int:
-        return len(self.read())
+        if self.path.suffix == ".jsonl" or not self.path.exists():
+            return sum(1 for _ in self)
+        base = open_file(self.path, create=False, writable=False)
+        try:
+            return int(base.execute("SELECT count(*) FROM answers").fetchone()[0])
+        finally:
+            base.close()
 
     def digest(self) -> str:
         """12 hex digits of what the traces say, in any order of storing; dates and prices do not count."""
-        rows = [trace.to_dict() for trace in self.read()]
-        content = [{key: value for key, value in row.items() if key not in NOT_CONTENT} for row in rows]
-        return _sha256(sorted(content, key=lambda row: row["id"]))[:12]
+        said = []
+        for trace in self:
+            row = trace.to_dict()
+            said.append(_sha256({key: value for key, value in row.items() if key not in NOT_CONTENT}))
+        return _sha256(sorted(said))[:12]
 
-    def _catch_up(self, file: BinaryIO) -> None:
-        """Learn the ids written since the last look, and cut a torn last line. The caller holds the lock."""
-        file.seek(self._seen)
-        data = file.read()
-        whole = _committed(data)
-        self._ids.update(trace.id for trace in self._parse(whole, first_line=None))
-        self._seen += len(whole)
-        if len(whole) < len(data):
-            file.truncate(self._seen)
 
-    def _commit(self, file: BinaryIO, data: bytes) -> None:
+def stored(base: sqlite3.Connection, *, after: int = 0, where: str = "") -> Iterator[tuple[int, Trace]]:
+    """(row, trace) of every answer behind row `after`, in order. `where`: a further condition in SQL ("AND ...")."""
+    statement, hows = _READ.format(where=where), dict[str, dict[str, Any]]()
+    while rows := base.execute(statement, (after, CHUNK)).fetchall():
+        for row in rows:
+            yield row[0], _trace(row, hows)
+        after = rows[-1][0]
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values are equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def texts(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """(`canonical` JSON, which is ASCII and hashed; the same as UTF-8 text, which is stored and sent)."""
+    escaped = canonical(messages)
+    if "\\u" not in escaped:
+        return escaped, escaped
+    text = json.dumps(messages, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return (escaped, text) if _encodes(text) else (escaped, escaped)
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair: it stays escaped
+        return False
+    return True
+
+
+def _trace(row: Sequence[Any], hows: dict[str, dict[str, Any]]) -> Trace:
+    _, trace, sample, fields, messages, ref, problem, finish, tokens_in, tokens_out, pico, date, body, correct = row
+    how = hows.get(fields)
+    if how is None:
+        how = hows[fields] = json.loads(fields)
+    kept = json.loads(body)
+    behind = json.loads(problem) if problem else {}
+    usage = kept.get("usage") or _usage(kept, tokens_in, tokens_out)
+    return Trace(
+        id=trace, teacher=how["teacher"], teacher_reported=kept.get("model") or how["teacher"],
+        messages=json.loads(messages), thinking=kept.get("thinking"), answer=kept["answer"],
+        prompt_ids=kept.get("prompt_ids"), token_ids=kept.get("token_ids"), finish_reason=finish,
+        task=kept.get("task", behind.get("task")), problem_id=kept.get("problem_id", behind.get("id") or ref),
+        correct=None if correct is None else bool(correct),
+        decoding=kept["decoding"] if "decoding" in kept else how["decoding"] | {"sample": sample}, usage=usage,
+        cost_usd=kept.get("cost_usd", pico / PICO), licence=how["licence"], date=date,
+        source=kept.get("source") or _source(how, kept),
+    )  # fmt: skip
+
+
+def _usage(kept: Mapping[str, Any], tokens_in: int, tokens_out: int) -> dict[str, int]:
+    usage = {"prompt_tokens": tokens_in, "completion_tokens": tokens_out}
+    for name in ("cached", "reasoning"):
+        if name in kept:
+            usage[f"{name}_tokens"] = kept[name]
+    return usage
+
+
+def _source(how: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: how[key] for key in ("endpoint", "price", "terms", "permission") if how.get(key)}
+    found |= {key: kept[key] for key in ("id", "fingerprint", "estimated", "logprobs") if key in kept}
+    return found
+
+
+def _insert(store: Store, traces: Sequence[Trace]) -> int:
+    """Append inside a transaction."""
+    before = store.base.execute("SELECT count(*) FROM answers").fetchone()[0]
+    for trace in traces:
+        fields = {"teacher": trace.teacher, "licence": trace.licence, "decoding": {}, "appended": True}
+        how = store.how(_sha256(fields), fields)
+        escaped, messages = texts(trace.messages)
+        digest = question_hash(escaped)
+        store.base.execute("INSERT OR IGNORE INTO questions(hash, messages) VALUES (?, ?)", (digest, messages))
+        (question,) = store.base.execute("SELECT id FROM questions WHERE hash = ?", (digest,)).fetchone()
+        found = store.base.execute(
+            "INSERT INTO rows(trace, question, how, sample, state) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT (trace) DO NOTHING RETURNING id",
+            (trace.id, question, how, int(trace.decoding.get("sample", 0)), ANSWERED),
+        ).fetchone()
+        if found:
+            answer = Answer(
+                found[0], trace.finish_reason, trace.usage.get("prompt_tokens", 0),
+                trace.usage.get("completion_tokens", 0), round(trace.cost_usd * PICO), trace.date, _body(trace),
+            )  # fmt: skip
+            store.base.execute("INSERT INTO answers VALUES (?,?,?,?,?,?,?,?)", (*answer, trace.correct))
+    after = store.base.execute("SELECT count(*) FROM answers").fetchone()[0]
+    return int(after - before)
+
+
+def _body(trace: Trace) -> str:
+    row = trace.to_dict()
+    names = (
+        "thinking",
+        "answer",
+        "prompt_ids",
+        "token_ids",
+        "task",
+        "problem_id",
+        "decoding",
+        "usage",
+        "cost_usd",
+        "source",
+    )
+    return json.dumps({"model": trace.teacher_reported} | {name: row[name] for name in names})
+
+
+def question_hash(messages: str) -> str:
+    """Of a question's `canonical` messages."""
+    return hashlib.sha256(messages.encode()).hexdigest()[:32]
+
+
+def _read_jsonl(path: Path) -> Iterator[Trace]:
+    for number, row in enumerate(read_lines(path), 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {number} is not a trace; each line of a traces file is one JSON object.")
         try:
-            written = 0
-            while written < len(data):
-                written += os.write(file.fileno(), data[written:])
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(self._seen)
-            raise
-
-    def _parse(self, data: bytes, first_line: int | None) -> list[Trace]:
-        traces = []
-        for number, line in enumerate(data.splitlines(), first_line or 1):
-            where = f"{self.path} line {number}" if first_line else str(self.path)
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where} is not JSON; remove or mend it.") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{where} is not a trace; each line of a traces file is one JSON object.")
-            try:
-                traces.append(Trace.from_dict(row))
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from error
-        return traces
-
-
-def _committed(data: bytes) -> bytes:
-    return data[: data.rfind(b"\n") + 1]
-
-
-def _line(trace: Trace) -> str:
-    return json.dumps(trace.to_dict(), ensure_ascii=True, allow_nan=False) + "\n"
+            yield Trace.from_dict(row)
+        except UserError as error:
+            raise UserError(f"{path} line {number}: {error}") from error
 
 
 def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+__all__ = ["FILE", "TraceIds", "TraceStore", "canonical", "question_hash", "stored", "texts", "trace_id"]

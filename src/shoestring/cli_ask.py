@@ -1,0 +1,199 @@
+"""`ask` and `curate`: questions to a teacher, and the sieve behind it."""
+
+# ruff: noqa: E501 (options and tables, one a line)
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shoestring.cli_options import (
+    ROAD,
+    RUNS,
+    Again,
+    Json,
+    Quiet,
+    RunsDir,
+    Sets,
+    described,
+    emit_json,
+    print_table,
+    short,
+)
+from shoestring.cli_road import Inputs, stage_verb
+from shoestring.core.errors import UserError
+
+if TYPE_CHECKING:
+    from shoestring.teachers._session import Outcome
+
+KEYS = {  # host -> the environment variable its users know
+    "api.deepseek.com": "DEEPSEEK_API_KEY", "api.openai.com": "OPENAI_API_KEY", "openrouter.ai": "OPENROUTER_API_KEY",
+    "api.together.xyz": "TOGETHER_API_KEY", "api.mistral.ai": "MISTRAL_API_KEY", "api.x.ai": "XAI_API_KEY",
+}  # fmt: skip
+
+
+def register(app: typer.Typer) -> None:
+    """Add `ask`."""
+    text = described(
+        "Ask a teacher many questions and keep every answer. Killed, the same command goes on; nothing is asked twice.",
+        "shoestring ask --teacher https://api.deepseek.com/v1 --model deepseek-reasoner --questions q.jsonl "
+        "--budget 20 --out traces/",
+        "shoestring ask --teacher http://127.0.0.1:8000 --model mine --questions gsm8k --count 500 --samples 4 "
+        "--out traces/ --dry-run",
+        "shoestring ask --from teacher=runs/rl-mine-0123",
+    )
+    app.command("ask", help=text, rich_help_panel=ROAD)(ask)
+
+
+def ask(
+    teacher: Annotated[str | None, typer.Option(help="The address of an OpenAI-compatible API.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model's name there.")] = None,
+    teachers: Annotated[Path | None, typer.Option(help="Several teachers: a JSON or YAML list of their options.")] = None,
+    questions: Annotated[str | None, typer.Option(help="A .jsonl, .jsonl.gz or .txt file, a task, or hf:NAME.")] = None,
+    samples: Annotated[int, typer.Option(help="Answers to each question.")] = 1,
+    out: Annotated[Path, typer.Option(help="The folder of the traces store.")] = Path("traces"),
+    budget: Annotated[str | None, typer.Option(help="Dollars this store may ever cost.")] = None,
+    budget_tokens: Annotated[int | None, typer.Option(help="Tokens in and out it may ever take.")] = None,
+    budget_answers: Annotated[int | None, typer.Option(help="Answers it may ever hold.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most, reasoning included.")] = 4096,
+    temperature: Annotated[float | None, typer.Option(help="Of decoding; the API's own when not given.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of decoding.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Sample i is asked with seed + i.")] = None,
+    extra: Annotated[str | None, typer.Option(help="More of the request's body, as a JSON object.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt before every question that has none.")] = None,
+    count: Annotated[int | None, typer.Option(help="Questions at most.")] = None,
+    difficulty: Annotated[int, typer.Option(help="Of a task's questions.")] = 3,
+    n: Annotated[int, typer.Option("--n", help="Samples in one request (the API's n).")] = 1,
+    stream: Annotated[bool, typer.Option("--stream", help="Receive answers as event streams.")] = False,
+    concurrency: Annotated[int, typer.Option(help="Requests at once, at most.")] = 64,
+    rpm: Annotated[float, typer.Option(help="Requests a minute, at most; 0: no limit.")] = 0,
+    tpm: Annotated[float, typer.Option(help="Tokens a minute, at most; 0: no limit.")] = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds of one request.")] = 1800.0,
+    patience: Annotated[float, typer.Option(help="Seconds to wait for a server that went away.")] = 600.0,
+    tries: Annotated[int, typer.Option(help="Attempts at a question whose request fails.")] = 5,
+    price: Annotated[str | None, typer.Option(help="IN,OUT[,CACHED] dollars a million tokens, or a row of the list.")] = None,
+    key: Annotated[str | None, typer.Option(help="The environment variable that holds the API key.")] = None,
+    name: Annotated[str | None, typer.Option(help="What to call the teacher, whatever its address.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Of its answers.")] = None,
+    i_have_permission: Annotated[str | None, typer.Option(help="What allows training on answers whose terms forbid it.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave broken lines of the file out, counted.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed for good.")] = False,
+    share: Annotated[bool, typer.Option("--share", help="Other processes ask into the same store.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Ask 20 of the questions (kept), and price the rest.")] = False,
+    inputs: Inputs = None,
+    sets: Sets = None,
+    runs: RunsDir = RUNS,
+    again: Again = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Ask over HTTP into a store, or (--from) run the stage that asks a model of ours."""
+    if inputs:
+        stage_verb("ask")(inputs, sets, runs, dry_run, again, json, quiet)
+        return
+    from shoestring.data.questions import Skipped, source_of
+    from shoestring.data.store import Budget
+    from shoestring.teachers._job import Api
+    from shoestring.teachers._price import pico
+    from shoestring.teachers._send import Limits
+    from shoestring.teachers._session import Job, run
+
+    if questions is None:
+        raise UserError("say what to ask: --questions FILE, or the name of a task (`shoestring list tasks`).")
+    if samples < 1:
+        raise UserError(f"--samples is {samples}; it must be at least 1.")
+    shared = {
+        "max_tokens": max_tokens, "n": n, "stream": stream, "most": concurrency, "rpm": rpm, "tpm": tpm, "tries": tries,
+        "patience_s": patience, "permission": i_have_permission, "limits": Limits(total_s=timeout), "price": price,
+        "licence": licence, "decoding": _decoding(temperature, top_p, seed, extra),
+    }  # fmt: skip
+    if teachers is not None:
+        apis = [Api(**shared | _with_key(given)) for given in _listed(teachers)]
+    elif teacher is None or model is None:
+        raise UserError("say whom to ask: --teacher URL --model NAME, --teachers FILE, or --from teacher=RUN.")
+    else:
+        apis = [Api(**shared | _with_key({"url": teacher, "model": model, "key": key, "name": name}))]
+    skipped = Skipped() if skip_bad else None
+    source, identity = source_of(questions, system=system, count=count, difficulty=difficulty, skipped=skipped)
+    limits = Budget(None if budget is None else pico(budget), budget_tokens, budget_answers)
+    outcome = run(Job(out, source, identity, apis, samples, limits, share, retry_failed, dry_run, skipped, quiet))
+    if skipped and skipped.count:
+        typer.echo(f"{skipped.count} line(s) left out, the first: {skipped.first}.", err=True)
+    _show(outcome, out, json)
+    if outcome.told.stopped:
+        typer.echo(f"Stopped: {outcome.told.stopped}.", err=True)
+        raise typer.Exit(2 if outcome.told.mistake else 1)
+
+
+def _decoding(temperature: float | None, top_p: float | None, seed: int | None, extra: str | None) -> dict[str, Any]:
+    import json
+
+    given = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    values = {key: value for key, value in given.items() if value is not None}
+    if extra:
+        try:
+            more = json.loads(extra)
+        except ValueError as error:
+            raise UserError(f"--extra is not JSON ({error}).") from None
+        if not isinstance(more, dict):
+            raise UserError("--extra must be a JSON object, as in --extra '{\"top_k\": 20}'.")
+        values |= more
+    return values
+
+
+def _with_key(given: dict[str, Any]) -> dict[str, Any]:
+    from urllib.parse import urlsplit
+
+    return given | {"key": given.get("key") or KEYS.get(urlsplit(str(given.get("url"))).hostname or "")}
+
+
+def _listed(path: Path) -> list[dict[str, Any]]:
+    """The teachers of a file. Raises UserError for a field that does not exist."""
+    from dataclasses import fields
+
+    from shoestring.core.errors import did_you_mean
+    from shoestring.core.yaml12 import read_yaml
+    from shoestring.teachers._job import Api
+
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
+    rows = read_yaml(path.read_text(encoding="utf-8"), path)
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} must be a list of teachers, each with url and model.")
+    known = [field.name for field in fields(Api) if field.name != "limits"]
+    for row in rows:
+        for key in row:
+            if key not in known:
+                raise UserError(f'{path}: a teacher has no option "{key}".{did_you_mean(key, known)}')
+        if not row.get("url") or not row.get("model"):
+            raise UserError(f"{path}: every teacher needs url and model.")
+    return rows
+
+
+def _show(outcome: Outcome, out: Path, json: bool) -> None:
+    report = outcome.report()
+    if json:
+        emit_json(report)
+        return
+    counts, purse = outcome.counts, outcome.purse
+    rows = [
+        {"what": state, "rows": counts[state]} for state in ("answered", "planned", "sent", "failed") if counts[state]
+    ]
+    print_table(rows, title=f"{out}: {sum(counts.values()):,} answers wanted")
+    usd = report["spent_usd"]
+    print(f"{report['answers_now']:,} answers now in {short(outcome.seconds, 'seconds')} "
+          f"({report['answers_per_s']:,.0f}/s), {short(report['tokens_in'])} tokens in, {short(report['tokens_out'])} out")  # fmt: skip
+    print(f"spent in all: ${usd:,.6f} for {purse.answers:,} answers, {purse.sends:,} requests")
+    if purse.doubts:
+        print(
+            f"in doubt:     ${report['in_doubt_usd']:,.6f} at most, {purse.doubts:,} requests perhaps billed and not answered"
+        )
+    for kind, (number, words) in outcome.troubles.items():
+        print(f"  {kind}: {number:,}, the last: {words}")
+    for other, number in outcome.told.other_models.items():
+        print(f"  {number:,} answers say they are from {other}")
+    if outcome.forecast and outcome.forecast["usd"] is not None:
+        told = outcome.forecast
+        print(f"all {told['questions']:,} would cost ${told['usd']:,.4f} (95 %: ${told['usd_95'][0]:,.4f} to "
+              f"${told['usd_95'][1]:,.4f}), from {told['answers']} answers of {told['tokens_out']:.0f} tokens")  # fmt: skip

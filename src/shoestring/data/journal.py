@@ -1,0 +1,137 @@
+"""Group commit: a thread of its own takes every change of the last few milliseconds into one transaction.
+
+A request leaves only when the transaction that says so is on disk; an answer is acknowledged the same way, but nobody
+waits for that. With hundreds of requests in flight one fsync serves them all, so `synchronous=FULL` costs little.
+When the disk is full, space kept aside for this moment (`BALLAST`) is freed, so that the answers in flight are kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from shoestring.core.atomic import DiskFull
+from shoestring.data.store import Claim, Op, Purse, Returned, Settled, Store
+
+LINGER = 0.002  # seconds between the starts of two transactions, so that a busy job's changes come together
+BALLAST = 16 << 20  # bytes kept aside beside the store
+
+
+class Journal:
+    """The writer of a store, for one event loop. Open it inside the loop; `close` waits until all is on disk."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._loop = asyncio.get_running_loop()
+        self._queue: queue.SimpleQueue[tuple[Op, asyncio.Future[int] | None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
+        self.error: BaseException | None = None
+        self.commits = 0
+        self._ballast = Path(f"{store.file}.ballast")
+        _keep_aside(self._ballast)
+        self._thread.start()
+
+    @property
+    def purse(self) -> Purse:
+        """As of the last commit."""
+        return self._store.purse
+
+    def claim(self, claim: Claim) -> asyncio.Future[int]:
+        """Resolves to GRANTED once it is on disk that the request is sent, or to POOR or TAKEN. Raises DiskFull."""
+        future = self._loop.create_future()
+        if self.error is not None:
+            future.set_exception(self.error)
+        else:
+            self._queue.put((claim, future))
+        return future
+
+    def settle(self, settled: Settled) -> None:
+        """Keep answers."""
+        self._queue.put((settled, None))
+
+    def give_back(self, returned: Returned) -> None:
+        """Record a claim that failed."""
+        self._queue.put((returned, None))
+
+    async def close(self) -> None:
+        """Wait until everything is on disk. Raises what stopped the writer."""
+        self._queue.put(None)
+        await asyncio.to_thread(self._thread.join)
+        with suppress(FileNotFoundError):
+            self._ballast.unlink()
+        if self.error is not None:
+            raise self.error
+
+    # ---- in the thread -------------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        last, open_ = 0.0, True
+        while open_:
+            first = self._queue.get()
+            if (wait := last + LINGER - time.monotonic()) > 0:
+                time.sleep(wait)
+            last = time.monotonic()
+            batch = [first]
+            with suppress(queue.Empty):
+                while len(batch) < 4096:
+                    batch.append(self._queue.get_nowait())
+            open_ = None not in batch
+            self._commit([item for item in batch if item is not None])
+
+    def _commit(self, batch: list[tuple[Op, asyncio.Future[int] | None]]) -> None:
+        if not batch:
+            return
+        futures = [future for _, future in batch if future is not None]
+        try:
+            if self.error is not None:  # the disk was full: no new claims, but what comes back is still kept
+                batch = [(op, future) for op, future in batch if future is None]
+            answers = self._apply([op for op, _ in batch])
+        except BaseException as error:
+            self.error = self.error or error
+        if self.error is not None:
+            self._tell(futures, self.error)
+        else:
+            self._loop.call_soon_threadsafe(_resolve, futures, answers)
+
+    def _apply(self, ops: list[Op]) -> list[int]:
+        self.commits += 1
+        try:
+            return self._store.apply(ops)
+        except DiskFull as error:
+            if self.error is not None:
+                raise
+            self.error = error
+            with suppress(FileNotFoundError):
+                self._ballast.unlink()
+            return self._store.apply([op for op in ops if type(op) is not Claim])
+
+    def _tell(self, futures: list[asyncio.Future[int]], error: BaseException) -> None:
+        if futures:
+            self._loop.call_soon_threadsafe(_reject, futures, error)
+
+
+def _resolve(futures: list[asyncio.Future[int]], answers: list[int]) -> None:
+    for future, answer in zip(futures, answers, strict=True):
+        if not future.done():
+            future.set_result(answer)
+
+
+def _reject(futures: list[asyncio.Future[int]], error: BaseException) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_exception(error)
+
+
+def _keep_aside(path: Path) -> None:
+    """Take up BALLAST bytes, really; a file system that cannot promise space gets zeros written."""
+    with open(path, "wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, BALLAST)
+        except OSError as error:
+            path.unlink()
+            raise DiskFull(f"Less than {BALLAST >> 20} MB are free for {path.parent}: free some, then ask.") from error

@@ -1,0 +1,149 @@
+"""A job: which questions go to which teachers, planned in the store, and the lanes that ask them."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, islice
+from typing import Any
+from urllib.parse import urlsplit
+
+from shoestring.core.errors import UserError
+from shoestring.data.questions import Asked, Skipped
+from shoestring.data.store import Planned, Store
+from shoestring.data.traces import TraceIds, canonical, question_hash, texts
+from shoestring.teachers._ask import Lane
+from shoestring.teachers._pace import Pace
+from shoestring.teachers._price import Rate, rate_of, terms_of
+from shoestring.teachers._send import Limits, Sender, check_url, is_local, key_from
+from shoestring.teachers._wire import Body
+
+CHUNK = 1000  # questions planned in one transaction
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """A teacher behind an OpenAI-compatible API, and how to ask it. `decoding` goes into the body as it is."""
+
+    url: str
+    model: str
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    name: str | None = None  # part of what is asked; None: model and address
+    key: str | None = None  # the environment variable that holds the key
+    licence: str | None = None  # of its answers; None: "unknown"
+    price: str | None = None
+    permission: str | None = None  # how the user may train on answers whose terms forbid it
+    weight: float = 1.0
+    max_tokens: int = 4096
+    n: int = 1
+    stream: bool = False
+    most: int = 64
+    start: int = 16
+    rpm: float = 0
+    tpm: float = 0
+    tries: int = 5
+    patience_s: float = 600.0
+    discount: int = 0
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def title(self) -> str:
+        return self.name or f"{self.model} at {urlsplit(self.url).netloc}"
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The decoding parameters of its requests."""
+        return {"max_tokens": self.max_tokens, **self.decoding}
+
+    def rate(self) -> Rate:
+        return rate_of(self.model, self.price, local=is_local(self.url), discount=self.discount)
+
+    def lane(self, store: Store) -> Lane:
+        """The lane that asks it. Raises UserError for a bad address, an unknown price, a missing key."""
+        self.check()
+        url, rate = check_url(self.url), self.rate()
+        fields = {
+            "teacher": self.title, "model": self.model, "endpoint": url, "decoding": self.asked, "price": rate.row(),
+            "licence": self.licence or "unknown", "terms": "forbid competing models" if self.forbids() else "",
+            "permission": self.permission or "",
+        }  # fmt: skip
+        return Lane(
+            self.title, store.how(hashlib.sha256(canonical(fields).encode()).hexdigest(), fields),
+            Sender(url, key=key_from(self.key), limits=self.limits, most=self.most, stream=self.stream),
+            Body(self.model, self.asked, stream=self.stream),
+            Pace(self.most, rpm=self.rpm, tpm=self.tpm, start=self.start), rate, self.model, self.max_tokens, self.n,
+            self.stream, self.tries, self.patience_s,
+        )  # fmt: skip
+
+    def forbids(self) -> bool:
+        return terms_of(self.model) == "yes"
+
+    def check(self) -> None:
+        """Raises UserError for what can be known to be wrong before anything is asked."""
+        if min(self.most, self.n, self.max_tokens, self.tries) < 1:
+            raise UserError("concurrency, n, max tokens and tries must be at least 1.")
+        if self.weight <= 0:
+            raise UserError(f"the weight of {self.title} is {self.weight}; it must be positive.")
+        for name in ("model", "messages", "stream", "n", "max_completion_tokens"):
+            if name in self.decoding:
+                raise UserError(f'"{name}" cannot be a parameter of decoding; it has an option of its own.')
+        if self.forbids() and not self.permission:
+            raise UserError(
+                f"the terms of {self.model} forbid training competing models on its answers; ask another teacher, or "
+                'say what allows it: --i-have-permission "…" (it is kept in every trace).'
+            )
+
+
+def signature(apis: Sequence[Api], identity: str, samples: int) -> str:
+    """What makes a command the same job as before."""
+    asked = [[api.title, api.asked, api.weight] for api in apis]
+    return hashlib.sha256(canonical([asked, identity, samples]).encode()).hexdigest()
+
+
+def plan(
+    store: Store, job: int, source: Callable[[], Iterator[Asked]], apis: Sequence[Api], lanes: Sequence[Lane],
+    samples: int, *, skipped: Skipped | None = None, seen: Callable[[int], None] | None = None,
+) -> int:  # fmt: skip
+    """Put every question of `source` into the store as rows of `job`; the number of questions.
+
+    With several teachers each question goes to one, drawn by its hash with the weights. Raises UserError for an id
+    that stands for two questions (counted in `skipped` when given).
+    """
+    ids = [TraceIds(api.title, api.asked) for api in apis]
+    ends = list(accumulate(api.weight for api in apis))
+    count = 0
+    asked = source()
+    while chunk := list(islice(asked, CHUNK)):
+        parts: list[list[Planned]] = [[] for _ in lanes]
+        for one in _with_one_meaning(store, chunk, skipped):
+            escaped, text = texts(one.messages)
+            digest = question_hash(escaped)
+            which = bisect(ends, int(digest[:8], 16) / 2**32 * ends[-1]) if len(ends) > 1 else 0
+            problem = canonical(one.problem) if one.problem else None
+            parts[which].append(Planned(digest, text, one.ref, problem, ids[which].of(escaped, samples)))
+        for lane, part in zip(lanes, parts, strict=True):
+            if part:
+                store.plan(part, lane.how, job)
+        count += len(chunk)
+        if seen:
+            seen(count)
+    store.set_planned(job)
+    return count
+
+
+def _with_one_meaning(store: Store, chunk: Sequence[Asked], skipped: Skipped | None) -> Iterable[Asked]:
+    """The questions whose id means only them."""
+    refs = [(one.ref, hash(str(one.messages)), one.line) for one in chunk if one.ref is not None]
+    bad: set[int] = set()
+    while refs and (found := store.check_refs(refs)):
+        ref, first, line = found
+        told = f'line {line}: the id "{ref}" already stands on line {first} with another question'
+        if skipped is None:
+            raise UserError(f"{told}; give each question an id of its own, or leave such lines out with --skip-bad.")
+        skipped.count += 1
+        skipped.first = skipped.first or told
+        bad.add(line)
+        refs = [one for one in refs if one[2] != line]
+    return [one for one in chunk if one.line not in bad] if bad else chunk

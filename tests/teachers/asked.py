@@ -1,0 +1,41 @@
+"""A counting API in a process of its own, for tests that ask it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tools'}", "NO_COLOR": "1"}
+
+
+class Server:
+    """tools/stub_api.py; `stats()` asks what it has counted."""
+
+    def __init__(self, *options: str) -> None:
+        command = [sys.executable, str(ROOT / "tools" / "stub_api.py"), *options]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline())
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    def stats(self) -> dict[str, int]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/stats", timeout=10) as response:
+            found: dict[str, int] = json.load(response)
+        return {"requests": 0, "billed": 0, "replayed": 0} | found
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+def write_questions(path: Path, texts: list[str], **more: Any) -> Path:
+    path.write_text("".join(json.dumps({"question": text, "id": str(i), **more}) + "\n" for i, text in enumerate(texts)))
+    return path

@@ -1,0 +1,208 @@
+"""A server that speaks the OpenAI-compatible wire, counts what it is asked, and misbehaves on request.
+
+`python tools/stub_api.py --port 0 [--latency S] [--remember]` prints its port and serves until killed. GET /stats
+tells the counts. `--remember` honours Idempotency-Key: a key it has seen is answered again and not billed again. A
+question that begins with "!word" (see `FAULTS`) is answered accordingly; "!word*3 ..." the first three times only.
+The answer to a question is a function of it and of the seed, so that stored answers can be checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+from collections import Counter
+from typing import Any
+
+HTML = b"<!doctype html><html><body>502 Bad Gateway</body></html>"
+FAULTS: dict[str, tuple[int, bytes, str]] = {  # word -> status, body, headers
+    "html": (200, HTML, ""),
+    "nothing": (200, b"", ""),
+    "half": (200, b'{"id": "x", "choices": [{"message": {"content": "ha', ""),
+    "error200": (200, b'{"error": {"message": "upstream failed", "type": "server_error"}}', ""),
+    "redirect": (307, b"", "Location: https://elsewhere.example/v1\r\n"),
+    "badrequest": (400, b'{"error": {"message": "no such parameter", "code": "bad"}}', ""),
+    "notfound": (404, b'{"error": {"message": "the model does not exist"}}', ""),
+    "badkey": (401, b'{"error": {"message": "Incorrect API key"}}', ""),
+    "nocredit": (402, b'{"error": {"message": "Insufficient Balance"}}', ""),
+    "quota": (429, b'{"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}', ""),
+    "busy": (429, b'{"error": {"message": "slow down"}}', "Retry-After: 0.2\r\n"),
+    "overloaded": (503, b'{"error": {"message": "overloaded"}}', ""),
+    "emptytext": (200, b'{"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]}', ""),
+}
+COUNTS = {"wrongcounts": {"prompt_tokens": -5, "completion_tokens": "many"}, "nocounts": None,
+          "hugecounts": {"prompt_tokens": 20, "completion_tokens": 10_000_000}}  # fmt: skip
+
+
+class Stub:
+    """The counts, and what each question is answered."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.asked: Counter[str] = Counter()  # by question and sample
+        self.faults: Counter[str] = Counter()
+        self.seen: dict[str, asyncio.Future[bytes]] = {}
+        self.counts: Counter[str] = Counter()
+        self.now = 0
+
+    def stats(self) -> dict[str, Any]:
+        return {**self.counts, "questions": len(self.asked), "most_of_one": max(self.asked.values(), default=0)}
+
+    async def answer(self, request: dict[str, Any], key: str | None) -> bytes:
+        """The whole HTTP reply."""
+        self.counts["requests"] += 1
+        self.now += 1
+        self.counts["most_at_once"] = max(self.counts["most_at_once"], self.now)
+        try:
+            if self.options.remember and key:
+                if key in self.seen:
+                    self.counts["replayed"] += 1
+                    return await asyncio.shield(self.seen[key])
+                future = self.seen[key] = asyncio.get_running_loop().create_future()
+                future.set_result(await self._fresh(request))
+                return future.result()
+            return await self._fresh(request)
+        finally:
+            self.now -= 1
+
+    async def _fresh(self, request: dict[str, Any]) -> bytes:
+        text = str(request["messages"][-1]["content"])
+        if self.options.latency:
+            await asyncio.sleep(self.options.latency)
+        word, times = _fault(text)
+        if word and self.faults[text] < times:
+            self.faults[text] += 1
+            if word in FAULTS:
+                status, body, more = FAULTS[word]
+                return reply(status, body, more)
+        else:
+            word = ""
+        self.counts["billed"] += 1
+        self.asked[json.dumps([request["messages"], request.get("seed")])] += 1
+        return completion(request, text, word)
+
+
+def _fault(text: str) -> tuple[str, int]:
+    if not text.startswith("!"):
+        return "", 0
+    word, _, times = text[1:].split(" ", 1)[0].partition("*")
+    return word, int(times or 1 << 30)
+
+
+def said(text: str, seed: int | None, choice: int = 0) -> str:
+    """The answer to a question."""
+    return f"answer {hashlib.sha256(f'{text}|{seed}|{choice}'.encode()).hexdigest()[:12]} " + "word " * 40
+
+
+def completion(request: dict[str, Any], text: str, word: str) -> bytes:
+    """The reply with an answer in it."""
+    count = 1 if word == "onechoice" else int(request.get("n") or 1)
+    usage: Any = {"prompt_tokens": 20, "completion_tokens": 40 * count, "prompt_tokens_details": {"cached_tokens": 5}}
+    usage = COUNTS.get(word, usage)
+    finish = {"length": "length", "filtered": "content_filter"}.get(word, "stop")
+    choices = [{"index": i, "finish_reason": finish, "message": _message(request, text, i, word)} for i in range(count)]
+    model = "another-model" if word == "other" else request["model"]
+    document = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": model, "choices": choices,
+                "usage": usage, "system_fingerprint": "fp_1"}  # fmt: skip
+    if request.get("stream"):
+        return stream(document, word)
+    more = "x-ratelimit-remaining-requests: 0\r\nx-ratelimit-reset-requests: 300ms\r\n" if word == "exhausted" else ""
+    return reply(200, json.dumps(document).encode(), more)
+
+
+def _message(request: dict[str, Any], text: str, choice: int, word: str) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": said(text, request.get("seed"), choice)}
+    if word in ("deepseek", "vllm"):
+        message["reasoning_content" if word == "deepseek" else "reasoning"] = f"thinking of {text}"
+    if word == "length":
+        message |= {"content": None, "reasoning_content": "cut off inside"}
+    return message
+
+
+def stream(document: dict[str, Any], word: str) -> bytes:
+    """The same as server-sent events, with a keep-alive; "broken": without its end."""
+    same = {key: document[key] for key in ("id", "model", "system_fingerprint")}
+    events: list[Any] = [{**same, "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}]
+    for choice in document["choices"]:
+        message, index = choice["message"], choice["index"]
+        for field in ("reasoning_content", "reasoning", "content"):
+            whole = message.get(field) or ""
+            pieces = [whole[i : i + 7] for i in range(0, len(whole), 7)]
+            events += [{**same, "choices": [{"index": index, "delta": {field: piece}}]} for piece in pieces]
+        events.append({**same, "choices": [{"index": index, "delta": {}, "finish_reason": choice["finish_reason"]}]})
+    events.append({**same, "choices": [], "usage": document["usage"]})
+    data = b": keep-alive\n\n" + b"".join(f"data: {json.dumps(event)}\n\n".encode() for event in events)
+    data += b"" if word == "broken" else b"data: [DONE]\n\n"
+    return reply(200, data, "", "text/event-stream")
+
+
+def reply(status: int, body: bytes, more: str = "", kind: str = "application/json") -> bytes:
+    head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\n{more}Content-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+class Connection(asyncio.Protocol):
+    """HTTP/1.1 with keep-alive, as much of it as clients need."""
+
+    def __init__(self, stub: Stub) -> None:
+        self.stub, self.buffer = stub, b""
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: Any = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        while (end := self.buffer.find(b"\r\n\r\n")) >= 0:
+            head = self.buffer[:end].decode("latin-1")
+            headers = {name.lower(): value.strip() for name, _, value in (h.partition(":") for h in head.split("\r\n")[1:])}
+            length = int(headers.get("content-length", 0))
+            if len(self.buffer) < end + 4 + length:
+                return
+            body, self.buffer = self.buffer[end + 4 : end + 4 + length], self.buffer[end + 4 + length :]
+            if head.startswith("GET"):
+                self.transport.write(reply(200, json.dumps(self.stub.stats()).encode()))
+                continue
+            task = asyncio.get_running_loop().create_task(self.put(json.loads(body), headers.get("idempotency-key")))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    async def put(self, request: dict[str, Any], key: str | None) -> None:
+        text = str(request["messages"][-1]["content"])
+        word, times = _fault(text)
+        if word in ("reset", "endless", "blanks", "hang") and self.stub.faults[text] < times:
+            self.stub.faults[text] += 1
+            self.stub.counts["requests"] += 1
+            await self.misbehave(word)
+            return
+        self.transport.write(await self.stub.answer(request, key))
+
+    async def misbehave(self, word: str) -> None:
+        """Close without a word; or send for ever: text, or blank lines; or nothing at all."""
+        if word == "reset":
+            self.transport.abort()
+            return
+        if word != "hang":
+            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
+        piece = b"100000\r\n" + b"x" * (1 << 20) + b"\r\n" if word == "endless" else b"1\r\n\n\r\n"
+        while not self.transport.is_closing():
+            if word != "hang":
+                self.transport.write(piece)
+            await asyncio.sleep(0.01)
+
+
+async def serve(options: argparse.Namespace) -> None:
+    stub = Stub(options)
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Connection(stub), "127.0.0.1", options.port, backlog=1024)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--latency", type=float, default=0.0)
+    parser.add_argument("--remember", action="store_true")
+    asyncio.run(serve(parser.parse_args()))

@@ -156,7 +156,9 @@ class Connection(asyncio.Protocol):
         self.buffer += data
         while (end := self.buffer.find(b"\r\n\r\n")) >= 0:
             head = self.buffer[:end].decode("latin-1")
-            headers = {name.lower(): value.strip() for name, _, value in (h.partition(":") for h in head.split("\r\n")[1:])}
+            headers = {
+                name.lower(): value.strip() for name, _, value in (h.partition(":") for h in head.split("\r\n")[1:])
+            }
             length = int(headers.get("content-length", 0))
             if len(self.buffer) < end + 4 + length:
                 return
@@ -184,7 +186,9 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
             return
         if word != "hang":
-            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
+            self.transport.write(
+                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+            )
         piece = b"100000\r\n" + b"x" * (1 << 20) + b"\r\n" if word == "endless" else b"1\r\n\n\r\n"
         while not self.transport.is_closing():
             if word != "hang":

@@ -74,6 +74,8 @@ Inputs = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add `run` and the stage verbs."""
+    from shoestring import cli_ask  # here, for it uses this file's options
+
     text = described(
         "Run a recipe: the whole road, or any part of it. Killed, the same command goes on.",
         "shoestring run quickstart",
@@ -81,8 +83,9 @@ def register(app: typer.Typer) -> None:
     )
     app.command("run", help=text, rich_help_panel=ROAD)(run)
     for kind, (summary, *examples) in STAGES.items():
-        if kind == "ask":
-            continue  # cli_ask: it also asks over HTTP
+        if kind == "ask":  # it also asks over HTTP
+            cli_ask.register(app)
+            continue
         app.command(kind, help=described(summary, *examples), rich_help_panel=ROAD)(stage_verb(kind))
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,8 @@ from shoestring.core.atomic import DiskFull
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Trace
 from shoestring.curate._contract import example
-from shoestring.data.traces import TraceStore, trace_id
+from shoestring.data import schema
+from shoestring.data.traces import TraceIds, TraceStore, texts, trace_id
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(shoestring.__file__).parent.parent)}
 WRITER = """
@@ -34,7 +35,7 @@ for batch in range(100000):
 
 @pytest.fixture
 def store(tmp_path: Path) -> TraceStore:
-    return TraceStore(tmp_path / "traces.jsonl")
+    return TraceStore(tmp_path / "traces.db")
 
 
 def many(n: int, prefix: str = "a") -> list[Trace]:
@@ -47,7 +48,19 @@ def test_what_is_appended_is_read(store: TraceStore) -> None:
     assert store.append(many(3)) == 3
     assert store.append(many(2, "b")) == 2
     assert TraceStore(store.path).read() == many(3) + many(2, "b")
+    assert TraceStore(store.path.parent).read() == many(3) + many(2, "b")  # a folder's store
     assert len(store) == 5
+
+
+def test_every_field_survives(store: TraceStore) -> None:
+    traces = [
+        example(id="1", prompt_ids=[1, 2], token_ids=[3], cost_usd=1 / 3, decoding={"temperature": 0.6, "sample": 2}),
+        example(id="2", correct=None, task=None, problem_id=None, finish_reason="length", thinking=None),
+        example(id="3", usage={"prompt_tokens": 3, "completion_tokens": 4, "cached_tokens": 1}, teacher_reported="x"),
+        example(id="4", messages=[{"role": "user", "content": "世界 \ud800"}], source={"endpoint": "e"}),
+    ]
+    store.append(traces)
+    assert store.read() == traces
 
 
 def test_an_empty_append_makes_the_file(store: TraceStore) -> None:
@@ -64,25 +77,11 @@ def test_an_id_is_stored_once(store: TraceStore) -> None:
     assert [trace.id for trace in store.read()] == [f"a{i}" for i in range(7)]
 
 
-@pytest.mark.parametrize("cut", [1, 2, 50, 300])
-def test_a_torn_last_line_is_cut(store: TraceStore, cut: int) -> None:
+def test_it_is_whole_in_one_file(store: TraceStore, tmp_path: Path) -> None:
+    """What a run hashes as its output is everything: nothing is left in the write-ahead log."""
     store.append(many(3))
-    data = store.path.read_bytes()
-    store.path.write_bytes(data[:-cut])
-    again = TraceStore(store.path)
-    assert again.read() == many(2)
-    assert store.path.read_bytes() == data[:-cut]  # reading repairs nothing
-    assert again.append(many(3)) == 1
-    assert store.path.read_bytes() == data
-
-
-def test_one_append_is_one_fsync(store: TraceStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.append([])
-    calls = []
-    fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(fd), fsync(fd))[1])
-    store.append(many(100))
-    assert len(calls) == 1
+    (tmp_path / "copy.db").write_bytes(store.path.read_bytes())
+    assert TraceStore(tmp_path / "copy.db").read() == many(3)
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.013, 0.05])
@@ -104,7 +103,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged(store: TraceStore, delay: fl
     assert [trace.id for trace in again.read()] == [*ids, "after"]
 
 
-def test_two_writers_do_not_mix_lines(store: TraceStore) -> None:
+def test_two_writers_do_not_mix(store: TraceStore) -> None:
     code = WRITER.replace("100000", "10").replace('f"{batch}-', 'sys.argv[2] + f"{batch}-')
     writers = [
         subprocess.Popen(
@@ -118,46 +117,59 @@ def test_two_writers_do_not_mix_lines(store: TraceStore) -> None:
 
 def test_a_full_disk_leaves_the_store_as_it_was(store: TraceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store.append(many(2))
-    before = store.path.read_bytes()
-    write: Callable[[int, bytes], int] = os.write
-    room = [300]
+    connect = sqlite3.connect
 
-    def full(fd: int, data: bytes) -> int:
-        if not room[0]:
-            raise OSError(28, "No space left on device")
-        written = write(fd, data[: room[0]])
-        room[0] -= written
-        return written
+    def cramped(*args: object, **options: object) -> sqlite3.Connection:
+        base = connect(*args, **options)  # type: ignore[call-overload]
+        base.execute(f"PRAGMA max_page_count = {base.execute('PRAGMA page_count').fetchone()[0]}")
+        return base
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "write", full)
+        patch.setattr(schema.sqlite3, "connect", cramped)
         with pytest.raises(DiskFull, match="No space left"):
-            store.append(many(5))
-    assert store.path.read_bytes() == before
+            store.append([example(id="long", answer="7" * 100_000)])
+    assert store.read() == many(2)
     assert store.append(many(5)) == 3
 
 
-def test_foreign_lines_are_refused_in_one_sentence(store: TraceStore) -> None:
-    store.append(many(1))
-    good = store.path.read_text()
-    newer = json.dumps(example().to_dict() | {"schema": 2}) + "\n"
+def test_foreign_and_newer_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    newer, other, text = tmp_path / "newer.db", tmp_path / "other.db", tmp_path / "text.db"
+    TraceStore(newer).append(many(1))
+    with sqlite3.connect(newer) as base:
+        base.execute("PRAGMA user_version = 2")
+    with sqlite3.connect(other) as base:
+        base.execute("CREATE TABLE mine(a)")
+    text.write_text("this is no database, whatever its name says\n" * 50)
+    for path, message in ((newer, "newer version"), (other, "something else"), (text, "not a traces store")):
+        before = path.read_bytes()
+        with pytest.raises(UserError, match=message):
+            TraceStore(path).append(many(2))
+        with pytest.raises(UserError, match=message):
+            TraceStore(path).read()
+        assert path.read_bytes() == before
+
+
+def test_an_export_is_read_and_not_appended_to(tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+    good = "".join(json.dumps(trace.to_dict()) + "\n" for trace in many(3))
+    path.write_text(good)
+    assert TraceStore(path).read() == many(3)
+    with pytest.raises(UserError, match="is an export"):
+        TraceStore(path).append(many(1))
     for line, message in (
-        (newer, "line 2: trace a0 has schema 2"),
-        ("{oops}\n", "line 2 is not JSON"),
-        ("[1]\n", "line 2 is not a trace"),
+        (json.dumps(example().to_dict() | {"schema": 2}) + "\n", "line 4: trace a0 has schema 2"),
+        ("oops\n", "line 4 is not JSON"),
+        ("[1]\n", "line 4 is not a trace"),
         (json.dumps(example().to_dict() | {"colour": 1}) + "\n", "unknown field"),
     ):
-        store.path.write_text(good + line)
+        path.write_text(good + line + good)
         with pytest.raises(UserError, match=message):
-            TraceStore(store.path).read()
-        with pytest.raises(UserError):
-            TraceStore(store.path).append(many(2))
-        assert store.path.read_text() == good + line
+            TraceStore(path).read()
 
 
 def test_digest_is_of_what_was_said(tmp_path: Path) -> None:
     def digest(name: str, traces: list[Trace]) -> str:
-        store = TraceStore(tmp_path / name)
+        store = TraceStore(tmp_path / f"{name}.db")
         store.append(traces)
         return store.digest()
 
@@ -173,3 +185,12 @@ def test_ids_are_of_what_was_asked() -> None:
     assert trace_id(*asked) == trace_id(*asked) == "cbd3daa43b823de7"
     for place, other in enumerate(("u", [], {"temperature": 0.9}, 1)):
         assert trace_id(*(other if i == place else part for i, part in enumerate(asked))) != trace_id(*asked)  # type: ignore[arg-type]
+
+
+def test_ids_in_one_go_are_the_same() -> None:
+    """The fast twin."""
+    for name, content in (("t", "x"), ('é"', "世界\n"), ("t", [{"type": "text", "text": "a"}])):
+        messages = [{"role": "user", "content": content}]
+        decoding = {"top_p": 0.9, "temperature": 1.0, "stop": ["a"]}
+        found = TraceIds(name, decoding).of(texts(messages)[0], 3)
+        assert found == [trace_id(name, messages, decoding, sample) for sample in range(3)]

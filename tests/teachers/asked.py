@@ -37,5 +37,7 @@ class Server:
 
 
 def write_questions(path: Path, texts: list[str], **more: Any) -> Path:
-    path.write_text("".join(json.dumps({"question": text, "id": str(i), **more}) + "\n" for i, text in enumerate(texts)))
+    path.write_text(
+        "".join(json.dumps({"question": text, "id": str(i), **more}) + "\n" for i, text in enumerate(texts))
+    )
     return path

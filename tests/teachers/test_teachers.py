@@ -138,7 +138,7 @@ def test_parts_are_built_from_options(
 ) -> None:
     save(model, tokenizer, tmp_path / "model")
     live = load_part("teachers", "engine").teacher(model=str(tmp_path / "model"), licence="MIT", name="tiny")
-    store = TraceStore(tmp_path / "traces.jsonl")
+    store = TraceStore(tmp_path / "traces.db")
     store.append(live.answer(asked, SAMPLING))
     replayed = load_part("teachers", "replay").teacher(traces=store.path)
     assert list(replayed.answer(asked, SAMPLING)) == store.read()

@@ -55,7 +55,7 @@ def test_a_filter_of_a_batch_holds_over_the_stage(folder: Path, tmp_path: Path, 
         name="reject", inputs={"model": str(folder)}, mix=SMALL, problems=24, samples=3, problems_per_batch=4,
         keep_per_problem=1, curate=("dedup",), decoding=DECODING, compute=COMPUTE,
     )  # fmt: skip
-    traces = TraceStore(road(stage, tmp_path / "runs").path / "traces.jsonl").read()
+    traces = TraceStore(road(stage, tmp_path / "runs").path).read()
     assert len(traces) == len({t.problem_id for t in traces}) == len({str(t.messages) for t in traces}) == 24
 
 
@@ -80,7 +80,7 @@ def test_totals_run_on_and_a_killed_ask_is_on_the_bill(folder: Path, tmp_path: P
     assert cut.tokens == cut.sampled_tokens == rows[-1]["tokens"] > 0 and cut.flops == rows[-1]["flops"] > 0
     run = road(stage, root)
     assert run.metrics() == whole.metrics()
-    assert TraceStore(run.path / "traces.jsonl").digest() == TraceStore(whole.path / "traces.jsonl").digest()
+    assert TraceStore(run.path).digest() == TraceStore(whole.path).digest()
     cost = run.manifest["cost"]
     assert {k: cost[k] for k in ("tokens", "flops")} == {k: whole.manifest["cost"][k] for k in ("tokens", "flops")}
     everything = totals(root)["everything"]
@@ -89,10 +89,8 @@ def test_totals_run_on_and_a_killed_ask_is_on_the_bill(folder: Path, tmp_path: P
 
 def test_a_prompt_is_priced_once_for_all_its_samples(folder: Path, tmp_path: Path) -> None:
     one, four = (road(ask(folder, samples=n), tmp_path / str(n)) for n in (1, 4))
-    prompts = sum(t.usage["prompt_tokens"] for t in TraceStore(one.path / "traces.jsonl").read())
-    written = [
-        sum(t.usage["completion_tokens"] for t in TraceStore(r.path / "traces.jsonl").read()) for r in (one, four)
-    ]
+    prompts = sum(t.usage["prompt_tokens"] for t in TraceStore(one.path).read())
+    written = [sum(t.usage["completion_tokens"] for t in TraceStore(r.path).read()) for r in (one, four)]
     assert one.manifest["cost"]["tokens"] == prompts + written[0]
     assert four.manifest["cost"]["tokens"] <= prompts + 4 * 24 * DECODING.max_new_tokens
     assert four.manifest["cost"]["tokens"] >= prompts + written[1]  # what was dropped was written too
@@ -107,7 +105,7 @@ def test_an_answer_that_was_cut_off_is_not_graded(folder: Path, tmp_path: Path, 
 
     monkeypatch.setattr(Grader, "__call__", grade)
     monkeypatch.setattr("shoestring.teachers.engine.split_thinking", lambda text: ("", "7"))
-    traces = TraceStore(road(ask(folder), tmp_path / "runs").path / "traces.jsonl").read()
+    traces = TraceStore(road(ask(folder), tmp_path / "runs").path).read()
     assert {t.finish_reason for t in traces} >= {"length"}
     assert all(t.answer == "7" and t.correct is (t.finish_reason == "stop") for t in traces)
     assert (gradable("7", "stop"), gradable("7", "length"), gradable("7", "cancelled")) == ("7", "", "")
@@ -127,6 +125,6 @@ def test_the_sandbox_of_a_stage_that_had_nothing_left_to_grade_stays_noted(
 
 
 def test_asks_what_the_seed_says(folder: Path, tmp_path: Path) -> None:
-    traces = TraceStore(road(ask(folder, seed=5), tmp_path).path / "traces.jsonl").read()
+    traces = TraceStore(road(ask(folder, seed=5), tmp_path).path).read()
     expected = {p.id for p in distinct_problems(SMALL, derived_seed(5, 4), 24)}
     assert {t.problem_id for t in traces} <= expected

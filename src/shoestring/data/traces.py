@@ -154,7 +154,7 @@ def _trace(row: Sequence[Any], hows: dict[str, dict[str, Any]]) -> Trace:
         how = hows[fields] = json.loads(fields)
     kept = json.loads(body)
     behind = json.loads(problem) if problem else {}
-    usage = kept.get("usage") or _usage(kept, tokens_in, tokens_out)
+    usage = kept["usage"] if "usage" in kept else _usage(kept, tokens_in, tokens_out)
     return Trace(
         id=trace, teacher=how["teacher"], teacher_reported=kept.get("model") or how["teacher"],
         messages=json.loads(messages), thinking=kept.get("thinking"), answer=kept["answer"],
@@ -163,7 +163,7 @@ def _trace(row: Sequence[Any], hows: dict[str, dict[str, Any]]) -> Trace:
         correct=None if correct is None else bool(correct),
         decoding=kept["decoding"] if "decoding" in kept else how["decoding"] | {"sample": sample}, usage=usage,
         cost_usd=kept.get("cost_usd", pico / PICO), licence=how["licence"], date=date,
-        source=kept.get("source") or _source(how, kept),
+        source=kept["source"] if "source" in kept else _source(how, kept),
     )  # fmt: skip
 
 

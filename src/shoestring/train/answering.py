@@ -1,7 +1,7 @@
 """Asking many problems in batches and keeping verified traces: shared by `reject` and `ask`.
 
 No problem is asked twice in a stage, so what curation does within a batch (repeats, so many a problem) holds over the
-stage. Each batch is appended to traces.jsonl when it is done, and then a line of metrics with the totals so far: after
+stage. Each batch is appended to traces.db when it is done, and then a line of metrics with the totals so far: after
 a crash the batches that are there are not asked again, and the ledger knows what they cost.
 """
 
@@ -26,11 +26,11 @@ COUNTS = ("problems", "answers", "correct", "kept", "tokens", "sampled_tokens", 
 def ask_all(
     stage: AskStage | RejectStage, ctx: Context, teacher: Teacher, keep: Keep, flops_of: Callable[[Groups], float]
 ) -> Outcome:
-    """Ask `stage.problems` distinct problems; traces.jsonl, what is kept of the answers, is the output.
+    """Ask `stage.problems` distinct problems; traces.db, what is kept of the answers, is the output.
 
     `flops_of` prices the sampling. Raises UserError when the mix has fewer problems.
     """
-    store = TraceStore(ctx.run.path / "traces.jsonl")
+    store = TraceStore(ctx.run.path)
     asked = distinct_problems(stage.mix, derived_seed(stage.seed, 4), stage.problems)
     rows = ctx.run.metrics()
     totals = {name: rows[-1][name] if rows else 0 for name in COUNTS}

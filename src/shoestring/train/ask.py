@@ -18,7 +18,7 @@ from shoestring.train.step import sampling_flops
 
 
 def run(stage: AskStage, ctx: Context) -> Outcome:
-    """Ask, verify, curate; traces.jsonl is the output."""
+    """Ask, verify, curate; traces.db is the output."""
     model, tokenizer = load_model(ctx, "teacher")
     use_kernels(model, ctx, stage.compute, tokens=stage.problems_per_batch * 64, seq_len=64)
     teacher = EngineTeacher(

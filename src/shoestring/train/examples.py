@@ -54,7 +54,7 @@ def trace_example(trace: Trace, tokenizer: Tokenizer, *, exact: bool) -> Example
 def trace_examples(ctx: Context, tokenizer: Tokenizer) -> tuple[list[Trace], list[Example]]:
     """The traces of input "traces" and their examples. Raises UserError when nothing was kept."""
     run = ctx.input_run("traces")
-    traces = TraceStore(run.path / "traces.jsonl").read()
+    traces = TraceStore(run.path).read()
     if not traces:
         raise UserError(f"{ctx.run.name}: {run.name} kept no traces; ask more, or see why nothing was verified.")
     exact = run.manifest["facts"].get("tokenizer") == tokenizer.digest()

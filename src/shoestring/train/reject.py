@@ -21,7 +21,7 @@ from shoestring.train.step import sampling_flops
 
 
 def run(stage: RejectStage, ctx: Context) -> Outcome:
-    """Sample, verify, keep; traces.jsonl is the output."""
+    """Sample, verify, keep; traces.db is the output."""
     model, tokenizer = load_model(ctx, "model")
     use_kernels(model, ctx, stage.compute, tokens=stage.problems_per_batch * 64, seq_len=64)
     teacher = EngineTeacher(Engine(model, tokenizer), tokenizer, name="self", licence="own model")

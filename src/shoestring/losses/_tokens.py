@@ -1,10 +1,15 @@
-"""What every objective reads: N target tokens with their weights and, for policies, advantages and logprobs."""
+"""What every objective reads: N target tokens with their weights and, where it needs them, advantages, logprobs
+and what a teacher says at their positions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from shoestring.losses._teacher import Targets
 
 
 @dataclass(slots=True)
@@ -16,3 +21,4 @@ class Tokens:
     advantage_N: Tensor | None = None
     old_N: Tensor | None = None  # logprobs under the policy that the rollouts came from
     ref_N: Tensor | None = None  # logprobs under the frozen reference
+    teacher: Targets | None = None  # the teacher's side, row n beside token n

@@ -1,0 +1,132 @@
+"""The fused head-to-head divergence: student hidden states against a teacher's, with no logits for all tokens.
+
+For N tokens and vocabulary V the logits of student and teacher exist only a chunk of rows at a time. The gradients are
+made in the forward pass, chunk by chunk (as `nn/head.py` does for cross-entropy); the backward only scales them:
+
+    z = U h / τ,  t = U_T h_T / τ;   value and dz from the form;   dh = w/τ · dz U,   dU += dzᵀ (w/τ · h)
+
+Weights and 1/τ are applied on the narrow side, so no pass over [n, V] is spent on them. Products run in the dtype of
+the hidden states, everything else in fp32 (fp64 if they are); dU accumulates in the dtype of the head.
+The plain twin, `plain_divergence_sum`, materialises everything; tests compare values and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shoestring.losses._teacher import Buffers, Form, Targets, product
+from shoestring.losses._tokens import Tokens
+
+CHUNK_ELEMENTS = 1 << 21  # logits of one model alive at a time: 8 MB in fp32
+MIN_ROWS = 64  # fewer rows a chunk, and the pass over dU costs more than the products
+
+
+def chunk_rows(vocab: int) -> int:
+    """Rows of a chunk for logits of this width."""
+    return max(MIN_ROWS, CHUNK_ELEMENTS // vocab)
+
+
+class _DivergenceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, weight_N: Tensor, targets: Targets, form: Form,
+        temperature: float, vocab: int, chunk: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        N, dtype = hidden_ND.shape[0], hidden_ND.dtype
+        accurate = torch.promote_types(dtype, torch.float32)
+        table_VD = weight_VD[:vocab].to(dtype)
+        scale_N1 = (weight_N.to(accurate) / temperature)[:, None]
+        value_N = torch.zeros(N, dtype=accurate, device=hidden_ND.device)
+        grad_ND = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        grad_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        buffers = Buffers()
+        for start in range(0, N, chunk):
+            rows = slice(start, min(start + chunk, N))
+            hidden_nD = hidden_ND[rows] if temperature == 1 else hidden_ND[rows] / temperature
+            z_nV = product("student", hidden_nD, table_VD, accurate, buffers)
+            value_N[rows] = targets.divergence(rows, z_nV, form, temperature, buffers)
+            if dtype != accurate:
+                z_nV = buffers.get("student rough", hidden_nD, vocab).copy_(z_nV)
+            if grad_ND is not None:
+                grad_ND[rows] = torch.mm(z_nV, table_VD) * scale_N1[rows]
+            if grad_VD is not None:
+                grad_VD[:vocab] += z_nV.t() @ (hidden_ND[rows] * scale_N1[rows]).to(dtype)
+        ctx.save_for_backward(grad_ND, grad_VD)
+        ctx.mark_non_differentiable(value_N)
+        return (value_N * weight_N).sum(), value_N
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        grad_ND, grad_VD = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return grad_ND, grad_VD, None, None, None, None, None, None
+
+
+def divergence_sum(
+    hidden_ND: Tensor, weight_VD: Tensor, tokens: Tokens, form: Form, *, temperature: float = 1.0,
+    vocab: int | None = None, chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(Σ_n weight_n · value_n, the detached values [N] in nats) of `form` against `tokens.teacher`.
+
+    `vocab`: head rows that are tokens, the rest is padding and takes no part. The sum is not multiplied by τ².
+    Raises ValueError when there is no teacher, or when it does not cover the tokens.
+    """
+    targets = _teacher(tokens)
+    vocab = weight_VD.shape[0] if vocab is None else vocab
+    rows = chunk or chunk_rows(targets.width(vocab))
+    total, value_N = _DivergenceSum.apply(
+        hidden_ND, weight_VD, tokens.weight_N, targets, form, temperature, vocab, rows
+    )
+    return total, value_N
+
+
+def divergence_loss(
+    hidden_ND: Tensor, weight_VD: Tensor, tokens: Tokens, form: Form, **how: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`divergence_sum` as an objective: (sum, {"divergence": the same sum, detached}). `how`: its keywords."""
+    total, _ = divergence_sum(hidden_ND, weight_VD, tokens, form, **how)
+    return total, {"divergence": total.detach()}
+
+
+def plain_divergence_sum(
+    hidden_ND: Tensor, weight_VD: Tensor, tokens: Tokens, value: Callable[[Tensor, Tensor], Tensor], *,
+    temperature: float = 1.0, vocab: int | None = None,
+) -> Tensor:  # fmt: skip
+    """The plain twin: `value(log p [N, V], log q [N, V]) -> [N]` under autograd."""
+    logits_NV = F.linear(hidden_ND, weight_VD[:vocab].to(hidden_ND.dtype))
+    logq_NV = torch.log_softmax(logits_NV.to(torch.promote_types(hidden_ND.dtype, torch.float32)) / temperature, dim=-1)
+    return (_teacher(tokens).plain(logq_NV, value, temperature) * tokens.weight_N).sum()
+
+
+def _teacher(tokens: Tokens) -> Targets:
+    if tokens.teacher is None:
+        raise ValueError("a divergence needs the teacher's side (tokens.teacher) of every token")
+    if len(tokens.teacher) != tokens.ids_N.shape[0]:
+        raise ValueError(f"the teacher covers {len(tokens.teacher)} tokens of {tokens.ids_N.shape[0]}")
+    return tokens.teacher
+
+
+# ---- what the forms are made of
+
+
+def softmax(z_nV: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """(softmax [n, V] in `out`, log-sum-exp [n]): the normaliser is read off the largest entry, not summed again."""
+    p_nV = torch._softmax(z_nV, 1, False, out=out)
+    return p_nV, z_nV.amax(1).sub_(p_nV.amax(1).log_())
+
+
+def log_ratio(z_nV: Tensor, t_nV: Tensor, work: Tensor) -> Tensor:
+    """ln(q/p) in `t_nV`; `z_nV` stays. The difference of two softmaxes in logs, zero where the logits agree."""
+    logp_nV = torch._log_softmax(t_nV, 1, False, out=work)
+    return torch._log_softmax(z_nV, 1, False, out=t_nV).sub_(logp_nV)
+
+
+def through_softmax(q_nV: Tensor, g_nV: Tensor, out: Tensor) -> Tensor:
+    """dL/dz = q ∘ (g - <q, g>) in `out`, from g = dL/dq, which is overwritten. Returns <q, g>."""
+    mean_n = torch.linalg.vecdot(q_nV, g_nV)
+    torch.mul(q_nV, g_nV.sub_(mean_n[:, None]), out=out)
+    return mean_n

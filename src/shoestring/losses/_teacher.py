@@ -1,0 +1,180 @@
+"""What a teacher says about N target positions, in the three forms it can be kept: hidden states, top-k, samples.
+
+Each form turns a chunk of student logits into values and gradients (`divergence`): the fused loop in `_fused.py` knows
+none of them. `index_select` and `to` are what batches need. Source of the sparse forms: facts of Megatron-LM's and
+DistillKit's stores, and Random Sampling KD (arXiv 2503.16870).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# form(z, t, work, work2) -> value_n. z [n, V] and t [n, V]: student and teacher logits at the temperature, both may be
+# overwritten; d value / d z is left in z. The works are scratch of the same shape.
+Form = Callable[[Tensor, Tensor, "Buffers"], Tensor]
+
+
+class Buffers:
+    """Scratch rows, made once and used for every chunk: allocating them anew costs more than computing in them."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def get(self, name: str, like: Tensor, columns: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer [n, columns] for the n rows of `like` (its own columns and dtype when not given)."""
+        n, columns, dtype = like.shape[0], columns or like.shape[1], dtype or like.dtype
+        kept = self._made.get((name, dtype))
+        if kept is None or kept.shape[0] < n or kept.shape[1] != columns:
+            kept = self._made[name, dtype] = torch.empty(n, columns, dtype=dtype, device=like.device)
+        return kept[:n]
+
+
+def product(name: str, hidden_nD: Tensor, head_VD: Tensor, accurate: torch.dtype, buffers: Buffers) -> Tensor:
+    """Logits [n, V] of a chunk in `accurate`; the product runs in the dtype of `hidden_nD`."""
+    V = head_VD.shape[0]
+    if hidden_nD.dtype == accurate:
+        return torch.mm(hidden_nD, head_VD.t(), out=buffers.get(name, hidden_nD, V))
+    rough = torch.mm(hidden_nD, head_VD.t(), out=buffers.get(f"{name} rough", hidden_nD, V))
+    return buffers.get(name, hidden_nD, V, accurate).copy_(rough)
+
+
+class Targets(Protocol):
+    """The teacher's side of a divergence, aligned with N student positions."""
+
+    def __len__(self) -> int: ...
+    def index_select(self, rows_N: Tensor) -> Targets:
+        """The targets of some positions."""
+        ...
+
+    def to(self, device: torch.device) -> Targets: ...
+    def width(self, vocab: int) -> int:
+        """Rows of the widest logits that exist for a chunk."""
+        ...
+
+    def divergence(self, rows: slice, z_nV: Tensor, form: Form, temperature: float, buffers: Buffers) -> Tensor:
+        """The values [n] of a chunk; their gradient with respect to `z_nV` takes its place."""
+        ...
+
+    def plain(self, logq_NV: Tensor, value: Callable[[Tensor, Tensor], Tensor], temperature: float) -> Tensor:
+        """The values [N] with everything materialised: the plain twin. `value` takes (log p, log q)."""
+        ...
+
+
+class _Rows:
+    """Selecting and moving, field by field; a field named head_* belongs to all rows."""
+
+    def __len__(self) -> int:
+        first: Tensor = getattr(self, fields(self)[0].name)  # type: ignore[arg-type]
+        return first.shape[0]
+
+    def _each(self, change: Callable[[Tensor], Tensor], heads: bool) -> Self:
+        found: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        for name, value in found.items():
+            if isinstance(value, Tensor) and (heads or not name.startswith("head")):
+                found[name] = change(value)
+        return type(self)(**found)
+
+    def index_select(self, rows_N: Tensor) -> Self:
+        return self._each(lambda x: x.index_select(0, rows_N.to(x.device)), heads=False)
+
+    def to(self, device: torch.device) -> Self:
+        return self._each(lambda x: x.to(device), heads=True)
+
+
+@dataclass(slots=True)
+class Hidden(_Rows):
+    """The teacher's hidden states before its head: the whole distribution at any temperature. Online and offline.
+
+    `vocab`: rows of the head that are tokens; padded rows beyond it are left out of both softmaxes.
+    """
+
+    hidden_NC: Tensor
+    head_VC: Tensor
+    vocab: int | None = None
+
+    def width(self, vocab: int) -> int:
+        return max(vocab, self.vocab or self.head_VC.shape[0])
+
+    def _head(self) -> Tensor:
+        return self.head_VC[: self.vocab].to(self.hidden_NC.dtype)
+
+    def divergence(self, rows: slice, z_nV: Tensor, form: Form, temperature: float, buffers: Buffers) -> Tensor:
+        hidden_nC = self.hidden_NC[rows] if temperature == 1 else self.hidden_NC[rows] / temperature
+        return form(z_nV, product("teacher", hidden_nC, self._head(), z_nV.dtype, buffers), buffers)
+
+    def plain(self, logq_NV: Tensor, value: Callable[[Tensor, Tensor], Tensor], temperature: float) -> Tensor:
+        logits_NV = F.linear(self.hidden_NC, self._head()).to(logq_NV.dtype) / temperature
+        return value(torch.log_softmax(logits_NV, dim=-1), logq_NV)
+
+
+@dataclass(slots=True)
+class TopK(_Rows):
+    """The k likeliest ids with their log-probabilities, and the log of the mass on all others: a (k+1)-way divergence.
+
+    With the tail as one more outcome the optimum is the teacher's own head and tail mass; truncating or renormalising
+    moves it (facts: distillation section 6). Both sides must be at the temperature of capture.
+    """
+
+    ids_NK: Tensor  # int64, distinct within a row
+    logp_NK: Tensor
+    tail_N: Tensor  # ln(1 - mass of the k), taken from full logits
+
+    def width(self, vocab: int) -> int:
+        return vocab
+
+    def _outcomes(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Log-probabilities of the k+1 outcomes; rounding in the store is spread over all of them."""
+        joined = torch.cat([self.logp_NK[rows].to(dtype), self.tail_N[rows, None].to(dtype)], dim=1)
+        return torch.log_softmax(joined, dim=-1)
+
+    def divergence(self, rows: slice, z_nV: Tensor, form: Form, temperature: float, buffers: Buffers) -> Tensor:
+        ids_nK = self.ids_NK[rows]
+        head_nK = z_nV.gather(1, ids_nK)
+        rest_nV = z_nV.scatter_(1, ids_nK, float("-inf"))
+        share_nV = torch._softmax(rest_nV, 1, False, out=buffers.get("share", z_nV))  # of each id in the tail
+        tail_n1 = rest_nV.amax(1, keepdim=True) - share_nV.amax(1, keepdim=True).log_()
+        z_nk = torch.log_softmax(torch.cat([head_nK, tail_n1], dim=1), dim=-1)
+        value_n = form(z_nk, self._outcomes(rows, z_nk.dtype), Buffers())
+        # d/dz = G_i on the k ids and G_tail · q_i/q_tail elsewhere: the G sum to zero, so the normaliser drops out
+        torch.mul(share_nV, z_nk[:, -1:], out=z_nV)
+        z_nV.scatter_(1, ids_nK, z_nk[:, :-1])
+        return value_n
+
+    def plain(self, logq_NV: Tensor, value: Callable[[Tensor, Tensor], Tensor], temperature: float) -> Tensor:
+        mask_NV = torch.zeros_like(logq_NV).scatter_(1, self.ids_NK, float("-inf"))
+        head_NK = logq_NV.gather(1, self.ids_NK)
+        tail_N1 = torch.logsumexp(logq_NV + mask_NV, dim=1, keepdim=True)
+        return value(self._outcomes(slice(None), logq_NV.dtype), torch.cat([head_NK, tail_N1], dim=1))
+
+
+@dataclass(slots=True)
+class Sampled(_Rows):
+    """Ids drawn from the teacher with their shares: an unbiased cross-entropy, so for forward KL only.
+
+    The gradient q - c/n has the expectation of forward KL's; the value is the cross-entropy, not the divergence.
+    """
+
+    ids_NK: Tensor  # int64; an id may stand in a row several times
+    share_NK: Tensor  # sums to 1 in a row
+
+    def width(self, vocab: int) -> int:
+        return vocab
+
+    def divergence(self, rows: slice, z_nV: Tensor, form: Form, temperature: float, buffers: Buffers) -> Tensor:
+        if not getattr(form, "linear_in_teacher", False):
+            raise ValueError("sampled teacher tokens are unbiased for forward_kl only")
+        ids_nK, share_nK = self.ids_NK[rows], self.share_NK[rows].to(z_nV.dtype)
+        said_n = (z_nV.gather(1, ids_nK) * share_nK).sum(1)
+        q_nV = torch._softmax(z_nV, 1, False, out=buffers.get("share", z_nV))
+        lse_n = z_nV.amax(1) - q_nV.amax(1).log_()
+        z_nV.copy_(q_nV).scatter_add_(1, ids_nK, -share_nK)
+        return lse_n - said_n
+
+    def plain(self, logq_NV: Tensor, value: Callable[[Tensor, Tensor], Tensor], temperature: float) -> Tensor:
+        return -(logq_NV.gather(1, self.ids_NK) * self.share_NK.to(logq_NV.dtype)).sum(1)

@@ -44,8 +44,7 @@ def logic_order(prompt: str) -> tuple[str, str]:
         i, j = int(first), int(second)
         places = {**places, i: places[j], j: places[i]}
         steps.append(f"{label} swap {i} {j} " + " ".join(places[k] for k in sorted(places)))
-    place = prompt.split(" , ")[1].split()[0]
-    return " ".join(steps), places[("first", "second", "third").index(place) + 1]
+    return " ".join(steps), " ".join(places[k] for k in sorted(places))
 
 
 def programs_describe(prompt: str) -> tuple[str, str]:

@@ -77,12 +77,12 @@ REWARDS = {"correct": 1.0, "format": 0.1, "repetition": 1.0}  # the last only to
 # Learnt on every length up to the hardest, examined on the hardest.
 LEARN = (
     TaskMix(task="questions", kinds=("sum",), difficulty=(1, 6)),
-    TaskMix(task="logic", kinds=("liars",), difficulty=(1, 10)),
+    TaskMix(task="logic", kinds=("order",), difficulty=(1, 6)),
     TaskMix(task="programs", kinds=("describe",), difficulty=(1, 5)),
 )
 EXAM = (
     TaskMix(task="questions", kinds=("sum",), difficulty=(5, 6)),
-    TaskMix(task="logic", kinds=("liars",), difficulty=(8, 10)),
+    TaskMix(task="logic", kinds=("order",), difficulty=(5, 6)),
     TaskMix(task="programs", kinds=("describe",), difficulty=(4, 5)),
 )
 

@@ -2,7 +2,7 @@
 
 liars   "A honest B agrees C denies , is C honest ?"   steps "A honest yes B agrees yes C denies no"
 parity  "true among p T q F r T , odd or even ?"       steps "p T odd q F odd r T even"
-order   "A B C a swap 1 2 b swap 2 3 , first ?"        steps "a swap 1 2 B A C b swap 2 3 B C A"
+order   "A B C a swap 1 2 b swap 2 3 , row ?"          steps "a swap 1 2 B A C b swap 2 3 B C A"
 
 In `liars` everyone after A speaks of the one before: who agrees says "that one is honest", who denies says "that one
 lies". The first two kinds are running parity and the third composes permutations: hard to answer at once for a small
@@ -20,8 +20,7 @@ from typing import Any
 from shoestring.core.nouns import Problem
 from shoestring.tasks._draw import Draft, Split, check_difficulty, draw, matches
 
-VERSION = "1.0"
-PLACES = ("first", "second", "third")
+VERSION = "1.1"  # 1.1: `order` asks for the whole row
 SWAPS = ((1, 2), (2, 3), (1, 3))
 PROPOSITIONS = "pqrstuvwxyzmnklab"
 
@@ -32,7 +31,7 @@ def make(seed: int, difficulty: int, split: Split = "train", kind: str | None = 
 
 
 def grade(problems: Sequence[Problem], answers: Sequence[str], *, sandbox: Any = None) -> list[bool]:
-    """True where the answer is exactly the gold word or letter."""
+    """True where the answer is exactly the gold word, letter or row."""
     return [matches(answer, problem.gold) for problem, answer in zip(problems, answers, strict=True)]
 
 
@@ -70,8 +69,7 @@ def _order(rng: random.Random, difficulty: int) -> Draft:
         row[i - 1], row[j - 1] = row[j - 1], row[i - 1]
         asked.append(f"{label} swap {i} {j}")
         steps.append(f"{asked[-1]} {' '.join(row)}")
-    place = rng.randrange(len(PLACES))
-    return Draft(f"{' '.join(asked)} , {PLACES[place]} ?", row[place], " ".join(steps))
+    return Draft(f"{' '.join(asked)} , row ?", " ".join(row), " ".join(steps))
 
 
 def _yes(value: bool) -> str:

@@ -8,14 +8,15 @@ written; the private character is taken out; and the pieces are encoded blind to
 special strings the ids equal those of `apply_chat_template`.
 
 Thinking of earlier turns is dropped, as R1's template does: everything the assistant thought before the last user
-turn is not part of the history. Left out: tools, images, named templates.
+turn is not part of the history. `render_turns` is for what clients send: tools and a template's own variables, no
+loss mask. Left out: images, named templates.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, lru_cache
@@ -106,6 +107,32 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, *, generation_prom
     return Rendered(ids, mask)
 
 
+def render_turns(
+    turns: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, continue_final: bool = False, **variables: Any
+) -> list[int]:
+    """Ids of turns as templates see them (role, content, reasoning_content, tool_calls, ...), for the next to speak.
+
+    `continue_final` leaves the last turn open, to be gone on with, instead of asking for a new one. `variables` are
+    the template's own (tools, enable_thinking, ...). No string in turns or variables can become a special token.
+    Raises UserError as `render` does; nothing is dropped from the history but what the template drops.
+    """
+    if not turns:
+        raise UserError("no messages to render; pass at least one.")
+    if tokenizer.chat_template is None:
+        raise UserError("the tokenizer has no chat template; add chat_template.jinja beside its tokenizer.json.")
+    mark = _free_character({char for text in _strings([list(turns), variables]) for char in text})
+    broken = _broken(list(turns), tokenizer, mark)
+    given = _broken(variables, tokenizer, mark)
+    text = _fill(tokenizer.chat_template, broken, tokenizer.special_tokens, not continue_final, **given)
+    if continue_final:
+        last = str(broken[-1].get("content") or "").rstrip()
+        place = text.rfind(last)
+        if not last or place < 0:
+            raise UserError("the last message cannot be continued: the chat template does not write its text as it is.")
+        text = text[: place + len(last)]
+    return _encode(text, tokenizer, mark)
+
+
 def split_thinking(text: str) -> tuple[str | None, str]:
     """(thinking, answer) of a completion `<think>thinking</think>answer`, each without surrounding white space.
 
@@ -137,8 +164,33 @@ def _as_turn(message: Message, tokenizer: Tokenizer, mark: str) -> dict[str, Any
 
 
 def _unused_character(messages: Sequence[Message]) -> str:
-    used = {char for message in messages for char in message.content + (message.thinking or "")}
+    return _free_character({char for message in messages for char in message.content + (message.thinking or "")})
+
+
+def _free_character(used: set[str]) -> str:
     return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a JSON-like value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _broken(value: Any, tokenizer: Tokenizer, mark: str) -> Any:
+    """A JSON-like value with the special strings in it broken up, in keys too."""
+    if isinstance(value, str):
+        return _break(value, tokenizer, mark)
+    if isinstance(value, dict):
+        return {_break(key, tokenizer, mark): _broken(item, tokenizer, mark) for key, item in value.items()}
+    return [_broken(item, tokenizer, mark) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _break(text: str, tokenizer: Tokenizer, mark: str) -> str:
@@ -170,10 +222,13 @@ def _pattern(specials: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(f"({choices or '(?!)'})")
 
 
-def _fill(source: str, turns: list[dict[str, Any]], specials: dict[str, str], generation_prompt: bool) -> str:
+def _fill(
+    source: str, turns: list[dict[str, Any]], specials: dict[str, str], generation_prompt: bool, **variables: Any
+) -> str:
+    given = {**variables, **specials, "messages": turns, "add_generation_prompt": generation_prompt}
     try:
-        return _compiled(source).render(messages=turns, add_generation_prompt=generation_prompt, **specials)
-    except (jinja2.TemplateError, TypeError, AttributeError) as error:
+        return _compiled(source).render(given)
+    except (jinja2.TemplateError, TypeError, AttributeError, LookupError, ValueError) as error:
         raise UserError(f"the chat template cannot render these messages: {error}.") from error
 
 

@@ -132,6 +132,10 @@ class Tokenizer:
             raise UserError(f'the tokenizer has no token "{token}".')
         return index
 
+    def piece(self, index: int) -> str | None:
+        """One token as spelt in the vocabulary, the reverse of `id_of`; None for an id without a token."""
+        return self._full.id_to_token(index)
+
     @property
     def end(self) -> int:
         """The id that ends a turn. Raises UserError for a foreign tokenizer that names none."""

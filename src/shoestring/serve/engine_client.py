@@ -176,7 +176,9 @@ class EngineClient:
             self._become("dead")
 
     def _gone(self, again: bool) -> ApiError:
-        message = f'The engine of "{self.spec.name}" is not running' + ("; it is being started again." if again else ".")
+        message = f'The engine of "{self.spec.name}" is not running' + (
+            "; it is being started again." if again else "."
+        )
         return ApiError(503, message, code="engine_dead", retry_after=5 if again else 60)
 
     async def stop(self) -> None:
@@ -208,7 +210,9 @@ class EngineClient:
         if self.state != "ready":
             raise self._gone(self.state in ("starting", "restarting"))
 
-    def submit(self, stream: Stream, part: int, request_id: str, prompt: list[int], sampling: Sampling, salt: str) -> None:
+    def submit(
+        self, stream: Stream, part: int, request_id: str, prompt: list[int], sampling: Sampling, salt: str
+    ) -> None:
         """Ask; what comes goes to `stream`. Raises ApiError 503 when the engine is not there."""
         self.check()
         self._streams[request_id] = (stream, part)
@@ -218,6 +222,12 @@ class EngineClient:
         """Forget a request, in the engine too."""
         if self._streams.pop(request_id, None) is not None and self.state == "ready":
             self._outbox.put(("cancel", request_id))
+
+    def break_off(self, error: ApiError) -> None:
+        """End every call with an error."""
+        for request_id, (stream, _part) in list(self._streams.items()):
+            stream.fail(error)
+            self.cancel(request_id)
 
     def done(self, request_id: str) -> None:
         """A request whose last event has been heard."""

@@ -34,8 +34,9 @@ class EngineSpec:
 
 def engine_main(spec: EngineSpec, pipe: Connection) -> None:
     """The whole life of the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to hear; it tells us
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Ctrl-C and a service's stop reach the whole group of processes; they are the server's to hear, which tells us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.nice(NICENESS)
     try:
         engine, facts = _load(spec)

@@ -26,11 +26,14 @@ class Place:
         self.tokens = tokens
         self.entered = time.monotonic()
         self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.running = False
         self.left = False
 
     async def turned(self, seconds: float) -> bool:
-        """Whether it is this call's turn, within `seconds`."""
+        """Whether it is this call's turn, within `seconds`. Raises ApiError when the line was closed."""
         await asyncio.wait((self.turn,), timeout=seconds)
+        if self.turn.done():
+            self.turn.result()
         return self.turn.done()
 
     def pace(self) -> float:
@@ -83,21 +86,30 @@ class FairQueue:
 
     def _start(self, place: Place) -> None:
         self.running += place.weight
+        place.running = True
         place.turn.set_result(None)
 
     def _leave(self, place: Place) -> None:
-        if place.turn.done() and not place.turn.cancelled():
+        if place.running:
             self.running -= place.weight
             self._departures.append(time.monotonic())
-        else:
+        elif not place.turn.done():
             self._lines[place.key].remove(place)
             self._forget(place)
         self._advance()
 
+    def close(self, error: ApiError) -> None:
+        """Send away whoever waits."""
+        for line in list(self._lines.values()):
+            for place in list(line):
+                line.remove(place)
+                self._forget(place)
+                place.turn.set_exception(error)
+
     def _forget(self, place: Place) -> None:
         self.waiting -= 1
         self.waiting_tokens -= place.tokens
-        if not self._lines[place.key]:
+        if not self._lines.get(place.key, True):
             del self._lines[place.key]
 
     def _advance(self) -> None:

@@ -51,7 +51,7 @@ class Tally:
         if self.first is None:
             self.first = now
         elif self.last is not None and tokens:
-            self.gaps.append((now - self.last))
+            self.gaps.append(now - self.last)
         self.last = now
         self.completion += tokens
 
@@ -87,6 +87,7 @@ class Generation:
                 self._check_queue()
                 yield []
             self.tally.started = time.monotonic()
+            self.tally.prompt = sum(len(part.ids) for part in self._parts)
             for index, part in enumerate(self._parts):
                 self._engine.submit(stream, index, self._ids[index], part.ids, part.sampling, self._salt)
             while left:

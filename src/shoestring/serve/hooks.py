@@ -63,6 +63,9 @@ class Hooks:
     def __init__(self, names: Sequence[str]) -> None:
         self._hooks = [_load(name) for name in names]
 
+    def __bool__(self) -> bool:
+        return bool(self._hooks)
+
     async def before(self, call: Call) -> None:
         """Raises ApiError when one refuses."""
         for hook in self._hooks:

@@ -144,7 +144,7 @@ class KeyStore:
 
     def all(self) -> list[Key]:
         with self._engine.connect() as db:
-            return [_key(row) for row in db.execute(sa.select(KEYS).order_by(KEYS.c.created)).mappings()]
+            return [_key(dict(row)) for row in db.execute(sa.select(KEYS).order_by(KEYS.c.created)).mappings()]
 
     def change(self, name: str, **values: Any) -> Key:
         """Set limits or flags, block or unblock."""
@@ -195,7 +195,9 @@ class KeyStore:
 
     def totals(self, since: float = 0.0) -> list[dict[str, Any]]:
         """Per key and model: requests, tokens, dollars."""
-        sums = [sa.func.sum(USAGE.c[name]).label(name) for name in ("prompt", "cached", "completion", "reasoning", "usd")]
+        sums = [
+            sa.func.sum(USAGE.c[name]).label(name) for name in ("prompt", "cached", "completion", "reasoning", "usd")
+        ]
         query = (
             sa.select(KEYS.c.name.label("key"), USAGE.c.model, sa.func.count().label("requests"), *sums)
             .select_from(USAGE.outerjoin(KEYS, KEYS.c.id == USAGE.c.key_id))
@@ -216,7 +218,9 @@ class KeyStore:
             row = db.execute(query).first()
         return None if row is None else (row[0], row[1], row[2])
 
-    def remember(self, key_id: str, idempotency: str, body_hash: str, content_type: str, body: bytes, keep: float) -> None:
+    def remember(
+        self, key_id: str, idempotency: str, body_hash: str, content_type: str, body: bytes, keep: float
+    ) -> None:
         """Keep an answer, and drop those older than `keep` (a moment)."""
         row = {
             "key_id": key_id, "idempotency": idempotency, "body_hash": body_hash, "content_type": content_type,

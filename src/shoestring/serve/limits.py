@@ -82,7 +82,9 @@ class Account:
             message = f"this key's limit is {key.rpm} requests a minute; try again in {wait:.0f} s."
             raise ApiError(429, message, code="rate_limit_exceeded", retry_after=wait)
         if key.tpm is not None and tokens > key.tpm:
-            message = f"this request may take {tokens} tokens and this key's limit is {key.tpm} a minute; ask for fewer."
+            message = (
+                f"this request may take {tokens} tokens and this key's limit is {key.tpm} a minute; ask for fewer."
+            )
             raise ApiError(429, message, code="request_too_large", retry=False)
         if key.tpm is not None and self._minute_tokens + tokens > key.tpm:
             wait = self._tokens[0].at + MINUTE - now

@@ -1,7 +1,8 @@
 """Prometheus metrics under vLLM's names, so that the dashboards people have show this server too.
 
 Names and labels are those of vLLM 0.32 (prefix `vllm:`, labels model_name and engine). What the engine counts comes
-with its `stats()`; what clients see is measured here. Each app has a registry of its own: two in one process do not meet.
+with its `stats()`; what clients see is measured here. Each app has a registry of its
+own: two in one process do not meet.
 """
 
 from __future__ import annotations

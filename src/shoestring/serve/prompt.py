@@ -135,9 +135,7 @@ def _with_words(turns: list[dict[str, Any]], words: str) -> list[dict[str, Any]]
     return [{"role": "system", "content": words}, *turns]
 
 
-def _render(
-    turns: list[dict[str, Any]], tokenizer: Tokenizer, going_on: bool, variables: dict[str, Any]
-) -> list[int]:
+def _render(turns: list[dict[str, Any]], tokenizer: Tokenizer, going_on: bool, variables: dict[str, Any]) -> list[int]:
     known = {"messages", "add_generation_prompt"} & set(variables)
     if known or any(not name.isidentifier() for name in variables):
         raise bad("`chat_template_kwargs` holds names that a template cannot be given.", "chat_template_kwargs")

@@ -8,7 +8,7 @@ null means not given. Field by field the meaning is that of OpenAI's reference; 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -40,6 +40,9 @@ class Fields(BaseModel):
     """Base of every request: strict types, unknown fields ignored, no NaN."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+
+Model = TypeVar("Model", bound=Fields)
 
 
 class StreamOptions(Fields):
@@ -213,7 +216,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return found
 
 
-def read[Model: Fields](kind: type[Model], raw: Mapping[str, Any]) -> Model:
+def read(kind: type[Model], raw: Mapping[str, Any]) -> Model:
     """Validate a request. Raises ApiError 400 with the field and how to mend it."""
     for name, harmless in UNSUPPORTED.items():
         if name in raw and raw[name] not in harmless and name not in kind.model_fields:

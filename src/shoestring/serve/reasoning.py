@@ -1,10 +1,10 @@
 """Thinking and answer apart, while they stream.
 
-The tags are tokens, so the border is found by token *id*: a model that writes the characters `</think>` in its thinking,
-as text, has not closed it. The engine's text arrives later than its ids (it holds back what may become a stop string
-or half a character), so the border is kept as a position in the text: the length of what the ids before it decode to.
-Start: open when the prompt ends in the opening tag (DeepSeek-R1's templates), else closed until the first thing said
-is the tag. A tokenizer whose tags are no tokens is split by text. Nothing opened: all of it is the answer.
+The tags are tokens, so the border is found by token *id*: a model that writes the characters `</think>` in its
+thinking, as text, has not closed it. The engine's text arrives later than its ids (it holds back what may become a
+stop string or half a character), so the border is kept as a position in the text: the length of what the ids before
+it decode to. Start: open when the prompt ends in the opening tag (DeepSeek-R1's templates), else closed until the
+first thing said is the tag. A tokenizer whose tags are no tokens is split by text. Nothing opened: all is answer.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Splitter:
             here = len(self._text) if border is None else min(border[0] - self._given, len(self._text))
             more_thinking, more_answer = self._show(here, last)
             thinking, answer = thinking + more_thinking, answer + more_answer
-            if border is None or border[0] > self._given or len(self._text) < len(border[1]) and not last:
+            if border is None or border[0] > self._given or (len(self._text) < len(border[1]) and not last):
                 return thinking, answer
             self._take(len(border[1]))
             self._borders.pop(0)
@@ -79,6 +79,8 @@ class Splitter:
 
     def _show(self, count: int, last: bool) -> tuple[str, str]:
         """Let go of `count` characters, on the side where the stream stands."""
+        if self._tags is None and not self._borders and not last:
+            count = self._without_half_a_tag(count)
         if self._state == "unknown":
             if self._text[:count].strip():
                 self._state = "answer"
@@ -87,8 +89,6 @@ class Splitter:
                 return "", ""
             elif not last:
                 return "", ""
-        if self._tags is None and not last:
-            count = self._without_half_a_tag(count)
         shown = self._take(count)
         if not self._begun and self.opened:
             shown = shown.lstrip("\n")

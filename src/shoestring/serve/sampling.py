@@ -36,7 +36,7 @@ def new_tokens(asked: int | None, *, prompt: int, positions: int, default: int |
 
 
 def to_sampling(
-    fields: SamplingFields, config: ServeConfig, *, max_new_tokens: int, vocab_size: int,
+    fields: SamplingFields, config: ServeConfig, *, max_new_tokens: int, vocab_size: int, end_id: int | None,
     top_logprobs: int, prompt_logprobs: int | None, grammar: dict[str, Any], budget: int | None,
 ) -> Sampling:  # fmt: skip
     """Raises ApiError 400 naming what is out of range."""
@@ -63,7 +63,7 @@ def to_sampling(
             max_new_tokens=max_new_tokens,
             min_new_tokens=min(fields.min_tokens or 0, max_new_tokens),
             stop=tuple(stops),
-            stop_ids=tuple(fields.stop_token_ids or ()),
+            stop_ids=_stop_ids(fields, end_id),
             ignore_eos=bool(fields.ignore_eos),
             seed=fields.seed,
             presence_penalty=fields.presence_penalty or 0.0,
@@ -93,7 +93,9 @@ def grammar_of(fields: SamplingFields) -> dict[str, Any]:
     other = fields.structured_outputs
     if other is not None:
         if found or sum(value is not None for value in (other.json_, other.regex, other.choice)) != 1:
-            raise bad("give one of `response_format` and structured_outputs' json, regex, choice.", "structured_outputs")
+            raise bad(
+                "give one of `response_format` and structured_outputs' json, regex, choice.", "structured_outputs"
+            )
         if other.choice is not None:
             found["regex"] = "|".join(f"({_literal(text)})" for text in other.choice)
         elif other.regex is not None:
@@ -101,6 +103,12 @@ def grammar_of(fields: SamplingFields) -> dict[str, Any]:
         else:
             found["json_schema"] = other.json_
     return found
+
+
+def _stop_ids(fields: SamplingFields, end_id: int | None) -> tuple[int, ...]:
+    """Stop ids of the request beside the end of turn; the engine's default is the latter alone."""
+    given = tuple(fields.stop_token_ids or ())
+    return (*given, end_id) if given and end_id is not None and not fields.ignore_eos else given
 
 
 def _literal(text: str) -> str:

@@ -84,7 +84,9 @@ class ServeConfig(Config):
             raise ValueError("there is nothing to serve; name a model or an upstream")
         names = [model.name for model in self.models]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"two models are called {', '.join(sorted(twice))}; give each a name of its own, NAME=PATH")
+            raise ValueError(
+                f"two models are called {', '.join(sorted(twice))}; give each a name of its own, NAME=PATH"
+            )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("TLS needs both a certificate and a key file")
         if self.require_keys and self.store is None:

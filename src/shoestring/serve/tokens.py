@@ -7,10 +7,11 @@ spell unknown bytes <0x0A> and a space as U+2581. The table of the former is GPT
 from __future__ import annotations
 
 import re
-from functools import cache, lru_cache
+from functools import cache
 
 from shoestring.text.tokenizer import Tokenizer
 
+Bytes = bytes  # the name of a method below
 _HEX = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -27,17 +28,20 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self._known: dict[int, Bytes] = {}
         self._special = set(tokenizer.specials.values())
         space = tokenizer.encode(" x")
         self._byte_level = any("Ġ" in (tokenizer.piece(index) or "") for index in space)
         self.longest = max((len(self.bytes(index)) for index in range(tokenizer.vocab_size)), default=1)
 
-    def bytes(self, index: int) -> bytes:
+    def bytes(self, index: int) -> Bytes:
         """What the id adds to the text; b"" for an id without a token."""
-        return self._bytes(index)
+        found = self._known.get(index)
+        if found is None:
+            found = self._known[index] = self._make(index)
+        return found
 
-    @lru_cache(maxsize=1 << 16)  # noqa: B019 - lives as long as the server
-    def _bytes(self, index: int) -> bytes:
+    def _make(self, index: int) -> Bytes:
         piece = self.tokenizer.piece(index)
         if piece is None:
             return b""

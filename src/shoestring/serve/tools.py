@@ -112,7 +112,7 @@ class CallParser:
         found = [(place, mark) for mark in marks if (place := self._buffer.find(mark)) >= 0]
         if found:
             place, mark = min(found)
-            parsed.text += self._buffer[:place].rstrip("\n") if mark == self._writing.begin else self._buffer[:place]
+            parsed.text += self._buffer[:place].rstrip("\n")
             self._buffer = self._buffer[place + len(mark) :]
             self._inside = mark == self._writing.begin
             return True
@@ -120,8 +120,11 @@ class CallParser:
             self._buffer = "" if last else self._buffer
             return False
         held = 0 if last else max(overlap(self._buffer, mark) for mark in marks)
-        parsed.text += self._buffer[: len(self._buffer) - held]
-        self._buffer = self._buffer[len(self._buffer) - held :]
+        sure = self._buffer[: len(self._buffer) - held]
+        if not last:
+            sure = sure.rstrip("\n")  # line ends before a call are not said either
+        parsed.text += sure
+        self._buffer = self._buffer[len(sure) :]
         return False
 
     def _inside_step(self, parsed: Parsed, last: bool) -> bool:

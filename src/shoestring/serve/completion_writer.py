@@ -1,0 +1,92 @@
+"""Events of the engine to the older text completions, with `echo` and logprobs of the prompt as lm-eval reads them.
+
+Of a request with `echo` and `logprobs` the arrays have one entry for each prompt token and each generated one; the
+first is null, the last is the generated token even when it ends the text: whoever cuts `[:-1]` loses that one only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shoestring.core.nouns import Completion, Event
+from shoestring.serve.generation import Part, Tally
+from shoestring.serve.protocol import CompletionRequest
+from shoestring.serve.served import Served
+from shoestring.serve.shapes import LegacyLogprobs, prompt_logprobs, routed_experts
+
+
+class CompletionWriter:
+    """`feed` gives the `choices` entries of chunks; `whole` all choices."""
+
+    def __init__(self, request: CompletionRequest, parts: list[Part], texts: list[str], served: Served) -> None:
+        self._request, self._parts, self._prompts, self._served = request, parts, texts, served
+        self._n = request.n or 1
+        count = len(parts) * self._n
+        self._text: list[list[str]] = [[] for _ in range(count)]
+        self._done: list[Completion | None] = [None] * count
+        self._finish: list[str | None] = [None] * count
+        self._offset = [len(texts[index // self._n]) if request.echo else 0 for index in range(count)]
+        self.silent = request.max_tokens == 0  # only the prompt was asked about
+
+    def begin(self) -> list[dict[str, Any]]:
+        """Echoed prompts come first."""
+        if not self._request.echo:
+            return []
+        return [self._chunk(index, self._prompts[index // self._n], None) for index in range(len(self._text))]
+
+    def feed(self, index: int, event: Event, tally: Tally) -> list[dict[str, Any]]:
+        text = "" if self.silent else event.text
+        self._text[index].append(text)
+        if event.finish_reason is not None:
+            self._done[index] = event.completion
+            self._finish[index] = tally.finish[index] = str(event.finish_reason)
+        elif not text and self._request.logprobs is None:
+            return []
+        logprobs = None
+        if self._request.logprobs is not None:
+            legacy = self._legacy(self._offset[index])
+            for place, (token, value) in enumerate(zip(event.token_ids, event.logprobs, strict=True)):
+                legacy.add(token, value, event.top_logprobs[place] if event.top_logprobs else None)
+            self._offset[index] += sum(len(self._served.texts.text(token)) for token in event.token_ids)
+            logprobs = legacy.fields
+        return [self._chunk(index, text, logprobs)]
+
+    def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": self._finish[index]}
+
+    def _legacy(self, offset: int) -> LegacyLogprobs:
+        as_ids = bool(self._request.return_tokens_as_token_ids)
+        return LegacyLogprobs(self._served.texts, count=self._request.logprobs or 0, as_ids=as_ids, offset=offset)
+
+    def whole(self) -> list[dict[str, Any]]:
+        return [self._choice(index) for index in range(len(self._text))]
+
+    def _choice(self, index: int) -> dict[str, Any]:
+        request, completion = self._request, self._done[index]
+        assert completion is not None
+        part = self._parts[index // self._n]
+        text = "".join(self._text[index])
+        entry = self._chunk(index, (self._prompts[index // self._n] if request.echo else "") + text, None)
+        if request.logprobs is not None:
+            legacy = self._legacy(0)
+            if request.echo:
+                for token, pairs in zip(part.ids, completion.prompt_logprobs or [], strict=True):
+                    legacy.add(token, None if pairs is None else pairs[0][1], None if pairs is None else pairs[1:])
+            if not self.silent:
+                for place, (token, value) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
+                    legacy.add(token, value, completion.top_logprobs[place] if completion.top_logprobs else None)
+            entry["logprobs"] = legacy.fields
+        if request.return_token_ids:
+            entry["token_ids"] = [] if self.silent else completion.token_ids
+            entry["prompt_token_ids"] = part.ids
+        if request.prompt_logprobs is not None:
+            entry["prompt_logprobs"] = prompt_logprobs(completion.prompt_logprobs, self._served.texts)
+        if request.routed_experts:
+            entry["routed_experts"] = routed_experts(completion)
+        return entry
+
+    def extras(self) -> dict[str, Any]:
+        return {}
+
+    def texts(self) -> tuple[str, ...]:
+        return tuple("".join(pieces) for pieces in self._text)

@@ -1,0 +1,278 @@
+"""Another provider behind this server's keys, metering and hooks: vLLM, SGLang, DeepSeek, or one of ours.
+
+Requests go on as they came (fields this server does not know may mean something there), only with usage asked for in
+streams, because that is what is billed; the extra chunk is taken out again when the client did not ask. Before the
+answer the size is guessed from the characters, for the reservation alone. What the upstream answers is passed on;
+that it cannot be reached, or breaks off half-way, is 502 or an error event, never an answer that looks whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from shoestring.serve.errors import ApiError
+from shoestring.serve.exchange import GONE, JSON, SSE, STREAM_HEADERS, Reply
+from shoestring.serve.hooks import Call
+from shoestring.serve.limits import Account, Reservation
+from shoestring.serve.settings import ServeConfig, UpstreamSpec
+from shoestring.serve.shapes import DONE, KEEP_ALIVE, frame
+
+if TYPE_CHECKING:
+    from shoestring.serve.meter import Meter
+
+CHARACTERS = 3.0  # of a token, at least about so many; for reservations only
+GUESS = 1024  # tokens of an answer without a limit, for the same
+LIST_SECONDS = 60.0
+PASSED = ("retry-after", "retry-after-ms", "x-should-retry")
+_log = logging.getLogger("shoestring.serve")
+
+
+class Upstream:
+    """The other server."""
+
+    def __init__(self, spec: UpstreamSpec, config: ServeConfig, meter: Meter) -> None:
+        self.spec, self._meter, self._config = spec, meter, config
+        headers = {"authorization": f"Bearer {spec.key}"} if spec.key else {}
+        timeout = httpx.Timeout(spec.seconds, connect=5.0)
+        limits = httpx.Limits(max_connections=512, max_keepalive_connections=64)
+        self._client = httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
+        self.models: list[dict[str, Any]] = []
+        self._asked = 0.0
+        self.running = 0
+
+    async def start(self) -> None:
+        """Ask for its models; that it is not there yet is no reason not to start."""
+        await self.refresh()
+
+    async def stop(self) -> None:
+        await self._client.aclose()
+
+    async def refresh(self) -> None:
+        self._asked = time.monotonic()
+        try:
+            reply = await self._client.get(f"{self.spec.url}/models", timeout=10)
+            reply.raise_for_status()
+            self.models = [row for row in reply.json()["data"] if isinstance(row.get("id"), str)]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
+            _log.warning("the upstream's list of models cannot be read: %s", type(error).__name__)
+
+    async def has(self, name: str) -> bool:
+        """Whether it serves a model of that name, asking again now and then."""
+        if not self._knows(name) and time.monotonic() - self._asked > (1.0 if not self.models else LIST_SECONDS):
+            await self.refresh()
+        return self._knows(name) or not self.models
+
+    def _knows(self, name: str) -> bool:
+        return any(row["id"] == name for row in self.models)
+
+    def _usd(self, prompt: int, cached: int, completion: int) -> float:
+        spec = self.spec
+        fresh = (prompt - cached) * spec.usd_per_million_prompt + cached * spec.usd_per_million_cached
+        return (fresh + completion * spec.usd_per_million_completion) / 1e6
+
+    async def complete(self, endpoint: str, raw: Mapping[str, Any], call: Call, account: Account | None) -> Reply:
+        """Send a request on. Raises ApiError with what the upstream said."""
+        body = dict(raw)
+        n = body.get("n") if isinstance(body.get("n"), int) else 1
+        limits = [body.get(name) for name in ("max_completion_tokens", "max_tokens", "max_output_tokens")]
+        call.n = n or 1
+        call.max_tokens = next((value for value in limits if isinstance(value, int) and value > 0), GUESS)
+        asked = body.get("stream_options")
+        shown = endpoint == "/v1/responses" or (isinstance(asked, dict) and bool(asked.get("include_usage")))
+        if call.stream and not shown:
+            body["stream_options"] = {**(asked if isinstance(asked, dict) else {}), "include_usage": True}
+        self._meter.permit(account, call.model, n=call.n, logprobs=bool(raw.get("logprobs")))
+        held: Reservation | None = None
+        status = GONE
+        self.running += 1
+        streaming = False
+        try:
+            if account is not None:
+                guess = int(len(json.dumps(body)) / CHARACTERS)
+                new = call.max_tokens * call.n
+                held = account.reserve(guess + new, self._usd(guess, 0, new))
+            await self._meter.hooks.before(call)
+            call.tally.started = time.monotonic()
+            request = self._client.build_request(
+                "POST",
+                self.spec.url + endpoint.removeprefix("/v1"),
+                json=body,
+                headers={"x-request-id": call.request_id},
+            )
+            response = await self._client.send(request, stream=True)
+            if response.status_code != 200:
+                status = response.status_code
+                raise await _refusal(response)
+            if not call.stream:
+                return await self._whole(response, call, held)
+            streaming = True
+        except httpx.HTTPError as error:
+            status = 502
+            failure = _unreachable(error)
+            await self._meter.finish(call, status, 0.0, held)
+            raise failure from error
+        except ApiError as error:
+            await self._meter.finish(call, error.status, 0.0, held)
+            raise
+        except BaseException:
+            await self._meter.finish(call, status, 0.0, held)
+            raise
+        finally:
+            self.running -= not streaming
+        return Reply(SSE, self._frames(response, call, held, shown), dict(STREAM_HEADERS))
+
+    async def _whole(self, response: httpx.Response, call: Call, held: Reservation | None) -> Reply:
+        try:
+            data = await response.aread()
+        finally:
+            await response.aclose()
+        try:
+            document = json.loads(data)
+            _count(call, document)
+        except (ValueError, TypeError, AttributeError):
+            message = "the upstream's answer is not whole JSON; try again."
+            raise ApiError(502, message, code="upstream_broken", retry_after=1) from None
+        usd = self._usd(call.tally.prompt, call.tally.cached, call.tally.completion)
+        if isinstance(document.get("usage"), dict):
+            document["usage"]["cost_usd"] = round(usd, 10)
+        await self._meter.finish(call, 200, usd, held, _texts(document))
+        return Reply(JSON, _one(json.dumps(document, ensure_ascii=False).encode()))
+
+    async def _frames(
+        self, response: httpx.Response, call: Call, held: Reservation | None, shown: bool
+    ) -> AsyncIterator[bytes]:
+        """The upstream's events, one by one; it ends well only with [DONE] or a finished response."""
+        status, done, texts = GONE, False, [""]
+        try:
+            async for event in _events(response):
+                if event.startswith(b":"):
+                    yield KEEP_ALIVE
+                    continue
+                data = b"\n".join(line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:"))
+                if data == b"[DONE]":
+                    done = True
+                    break
+                if not data:
+                    continue
+                document = json.loads(data)
+                if self._take(document, call, texts) and not shown and not document.get("choices"):
+                    continue
+                if document.get("type") in ("response.completed", "response.incomplete", "response.failed"):
+                    done = True
+                if not shown:
+                    document.pop("usage", None)
+                yield event + b"\n\n" if shown else frame(document)
+            if not done:
+                raise ApiError(502, "the upstream broke off in the middle of its answer.", code="upstream_broken")
+            status = 200
+            yield DONE if "responses" not in call.endpoint else b""
+        except (httpx.HTTPError, ValueError, AttributeError) as error:
+            status = 502
+            yield frame(_unreachable(error).body()) + DONE
+        except ApiError as error:
+            status = error.status
+            yield frame(error.body()) + DONE
+        finally:
+            self.running -= 1
+            with contextlib.suppress(Exception, asyncio.CancelledError):
+                await response.aclose()
+            if not call.tally.completion:  # it never said: what was seen is what is billed
+                call.tally.completion = int(len(texts[0]) / CHARACTERS)
+            usd = self._usd(call.tally.prompt, call.tally.cached, call.tally.completion)
+            await self._meter.finish(call, status, usd, held, (texts[0],))
+
+    def _take(self, document: dict[str, Any], call: Call, texts: list[str]) -> bool:
+        """Note what a chunk says; True when it carries usage."""
+        now = time.monotonic()
+        for choice in document.get("choices") or []:
+            delta = choice.get("delta") or choice
+            said = (delta.get("reasoning_content") or delta.get("reasoning") or "") + (
+                delta.get("content") or delta.get("text") or ""
+            )
+            if said:
+                texts[0] += said
+                call.tally.first = call.tally.first or now
+                if call.tally.last is not None:
+                    call.tally.gaps.append(now - call.tally.last)
+                call.tally.last = now
+            if choice.get("finish_reason"):
+                call.tally.finish[int(choice.get("index", 0))] = str(choice["finish_reason"])
+        if document.get("type") == "response.output_text.delta":
+            texts[0] += str(document.get("delta") or "")
+        source = document.get("response") if isinstance(document.get("response"), dict) else document
+        if isinstance(source, dict) and source.get("usage"):
+            _count(call, source)
+            return True
+        return False
+
+
+def _count(call: Call, document: Mapping[str, Any]) -> None:
+    usage = document.get("usage") or {}
+    tally = call.tally
+    tally.prompt = int(usage.get("prompt_tokens", usage.get("input_tokens", 0)) or 0)
+    tally.completion = int(usage.get("completion_tokens", usage.get("output_tokens", 0)) or 0)
+    prompt = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+    answer = usage.get("completion_tokens_details") or usage.get("output_tokens_details") or {}
+    tally.cached = int(prompt.get("cached_tokens") or usage.get("prompt_cache_hit_tokens") or 0)
+    tally.reasoning = int(answer.get("reasoning_tokens") or 0)
+    for choice in document.get("choices") or []:
+        if choice.get("finish_reason"):
+            tally.finish[int(choice.get("index", 0))] = str(choice["finish_reason"])
+
+
+def _texts(document: Mapping[str, Any]) -> tuple[str, ...]:
+    found = []
+    for choice in document.get("choices") or []:
+        message = choice.get("message") or {}
+        found.append((message.get("reasoning_content") or "") + (message.get("content") or choice.get("text") or ""))
+    return tuple(found)
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Server-sent events without their blank lines; half an event at the end is no event."""
+    buffer = b""
+    async for piece in response.aiter_bytes():
+        buffer = (buffer + piece).replace(b"\r\n", b"\n")
+        while (place := buffer.find(b"\n\n")) >= 0:
+            event, buffer = buffer[:place], buffer[place + 2 :]
+            if event:
+                yield event
+
+
+async def _refusal(response: httpx.Response) -> ApiError:
+    """What the upstream said, in our shape; its own faults are 502, its being busy stays 429 or 503."""
+    data = await response.aread()
+    await response.aclose()
+    message, code = f"the upstream answered {response.status_code}.", None
+    with contextlib.suppress(ValueError, AttributeError):
+        said = json.loads(data)
+        inner = said.get("error", said)
+        message = str(inner.get("message") or message) if isinstance(inner, dict) else str(inner)
+        code = inner.get("code") if isinstance(inner, dict) else None
+    status = response.status_code
+    if status in (401, 402, 403):  # our key there, not the client's key here
+        _log.error("the upstream refuses the key it was given: %s", message)
+        return ApiError(502, "the upstream refuses this server's key or credit.", code="upstream_refused", retry=False)
+    kept = status if status < 500 or status == 503 else 502
+    wait = response.headers.get("retry-after", "")
+    return ApiError(
+        kept, message, code=str(code) if code else None, retry_after=float(wait) if wait.isdecimal() else None
+    )
+
+
+def _unreachable(error: Exception) -> ApiError:
+    late = isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout)
+    message = f"the upstream {'took too long' if late else 'cannot be reached or broke off'} ({type(error).__name__})."
+    return ApiError(504 if late else 502, message, code="upstream_unreachable", retry_after=5)
+
+
+async def _one(body: bytes) -> AsyncIterator[bytes]:
+    yield body

@@ -1,0 +1,138 @@
+"""Every mistake has its answer: a status, a field, a sentence; and the server goes on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+MESSAGES = [{"role": "user", "content": "3 + 8 ?"}]
+CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "messages": MESSAGES, "max_tokens": 4} | fields
+
+
+def text(**fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "prompt": "3 + 8", "max_tokens": 4} | fields
+
+
+CASES = [  # (path, body, param, words)
+    (CHAT, chat(temperature=-1), "temperature", "greater than or equal to 0"),
+    (CHAT, chat(temperature="hot"), "temperature", "number"),
+    (CHAT, chat(temperature=True), "temperature", "number"),
+    (CHAT, chat(top_p=1.5), "top_p", "less than or equal to 1"),
+    (CHAT, chat(n=0), "n", "greater than or equal to 1"),
+    (CHAT, chat(n=1000), "n", "at most 16"),
+    (CHAT, chat(messages=[]), "messages", "at least 1"),
+    (CHAT, {"model": "tiny", "mesages": MESSAGES}, "messages", 'Did you mean "mesages"'),
+    (CHAT, chat(messages=[{"role": "robot", "content": "a"}]), "messages.0.role", "'robot'"),
+    (CHAT, chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]), "messages", "send text"),
+    (CHAT, chat(stop=["a"] * 17), "stop", "at most 16"),
+    (CHAT, chat(stop=[""]), "stop", "empty"),
+    (CHAT, chat(logit_bias={"a": 1}), "logit_bias", "token ids"),
+    (CHAT, chat(logit_bias={"5": 101}), "logit_bias", "between -100 and 100"),
+    (CHAT, chat(logit_bias={"99999": 1}), "logit_bias", "no token id"),
+    (CHAT, chat(top_logprobs=3), "top_logprobs", "needs `logprobs: true`"),
+    (CHAT, chat(logprobs=True, top_logprobs=21), "top_logprobs", "at most 20"),
+    (CHAT, chat(functions=[{"name": "f"}]), "functions", "send `tools`"),
+    (CHAT, chat(audio={"voice": "x"}), "audio", "not supported"),
+    (CHAT, chat(priority=3), "priority", "not supported"),
+    (CHAT, chat(guided_json={}), "guided_json", "response_format"),
+    (CHAT, chat(tool_choice="required"), "tool_choice", "without `tools`"),
+    (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice={"type": "function",
+     "function": {"name": "g"}}), "tool_choice", '"g"'),
+    (CHAT, chat(response_format={"type": "json_schema"}), "response_format.json_schema", "without"),
+    (CHAT, chat(chat_template_kwargs={"messages": []}), "chat_template_kwargs", "names"),
+    (CHAT, chat(max_tokens=0), "max_tokens", "at least 1"),
+    (CHAT, chat(max_tokens=5000), "messages", "maximum context length is 2048 tokens"),
+    (CHAT, chat(messages=[{"role": "user", "content": "3 " * 100_000}]), "messages", "shorten"),
+    (TEXT, text(prompt=""), "prompt", "empty"),
+    (TEXT, text(prompt=[]), "prompt", "0 prompts"),
+    (TEXT, text(prompt=["a"] * 200), "prompt", "1 to 128"),
+    (TEXT, text(prompt=[99999]), "prompt", "no tokens"),
+    (TEXT, text(prompt=[-1]), "prompt", "no tokens"),
+    (TEXT, text(prompt=["a", 3]), None, "prompt"),
+    (TEXT, text(prompt={"a": 1}), None, "prompt"),
+    (TEXT, text(stop_token_ids=[99999]), "stop_token_ids", "no token id"),
+    (TEXT, text(best_of=3), "best_of", "send `n`"),
+    (TEXT, text(suffix="x"), "suffix", "not supported"),
+    (TEXT, text(stream=True, echo=True, logprobs=1), "stream", "not streamed"),
+    (RESPONSES, {"model": "tiny", "input": "a", "previous_response_id": "r"}, "previous_response_id", "conversation"),
+    (RESPONSES, {"model": "tiny", "input": [{"type": "image_generation_call"}]}, "input.0.type", "not supported"),
+    (RESPONSES, {"model": "tiny", "input": "a", "tools": [{"type": "web_search"}]}, "tools", "only functions"),
+    ("/tokenize", {"model": "tiny"}, "prompt", "either"),
+    ("/detokenize", {"model": "tiny", "tokens": [99999]}, "tokens", "no tokens"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body", "param", "words"), CASES)
+def test_mistakes(server: Any, path: str, body: dict[str, Any], param: str | None, words: str):
+    answer = server.post(path, body)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["type"] == "invalid_request_error"
+    assert words in error["message"], error
+    assert param is None or error["param"] == param, error
+
+
+def test_nan_is_named(server: Any):
+    body = json.dumps(chat(temperature=float("nan"))).encode()
+    answer = httpx.post(server.url + CHAT, content=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "temperature"
+    assert "NaN or infinite" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b'"text"', b"{'a': 1}", b'{"model": "tiny", "messages": "\xff\xfe"}', b'{"a": "\\ud800"}', b"\x00" * 50,
+     b'{"a":' * 5000, b"[" * 100_000],
+)  # fmt: skip
+def test_what_is_no_json_object(server: Any, body: bytes):
+    answer = httpx.post(server.url + CHAT, content=body)
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_json"
+
+
+def test_a_ten_megabyte_prompt(server: Any):
+    answer = server.chat("3 " * 5_000_000)
+    assert answer.status_code == 413 and "larger than" in answer.json()["error"]["message"]
+    answer = server.chat("3 " * 3_000_000)  # within the limit of bytes, hopeless for the context
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_body_without_a_declared_length_is_cut_off_too(server: Any):
+    answer = httpx.post(server.url + CHAT, content=(b"x" * 65536 for _ in range(200)))
+    assert answer.status_code == 413
+
+
+def test_unknown_model_and_path(server: Any):
+    answer = server.post(CHAT, chat(model="big"))
+    assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
+    assert "tiny, dense" in answer.json()["error"]["message"] and answer.headers["x-should-retry"] == "false"
+    assert server.post(CHAT, {"messages": MESSAGES}).json()["error"]["param"] == "model"
+    assert server.get("/v1/nothing").json()["error"]["code"] == "unknown_path"
+    assert server.get(CHAT).status_code == 405 and "error" in server.get(CHAT).json()
+
+
+def test_unknown_fields_are_ignored(server: Any):
+    answer = server.post(CHAT, chat(store=True, metadata={"a": "b"}, service_tier="auto", whatever=1, temperature=None))
+    assert answer.status_code == 200
+
+
+def test_request_ids(server: Any):
+    assert server.chat(headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    assert server.chat(headers={"x-request-id": "a b\tc"}).headers["x-request-id"].startswith("req-")
+    assert server.get("/v1/nothing").headers["x-request-id"].startswith("req-")
+
+
+def test_no_cors_by_default(server: Any):
+    headers = {"origin": "https://evil.example", "access-control-request-method": "POST"}
+    answer = httpx.options(server.url + CHAT, headers=headers)
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_the_server_is_well_after_all_that(server: Any):
+    assert server.get("/health").json()["status"] == "ok"
+    assert server.chat().status_code == 200

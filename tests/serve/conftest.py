@@ -26,7 +26,7 @@ from shoestring.serve.keys import KeyStore  # noqa: E402
 from shoestring.text.tokenizer import Tokenizer  # noqa: E402
 
 V = 400
-POSITIONS = 512
+POSITIONS = 2048
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 TEXTS = ['last digit of 3 + 8 + 4 ? 1 2 5 6 7 9 0 the quick brown fox jumps over the lazy dog grüße 你好 😀 {}[]":,']
 

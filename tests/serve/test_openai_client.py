@@ -34,7 +34,7 @@ def client(server: Any) -> Any:
 
 def test_models(client: Any):
     assert [model.id for model in client.models.list()] == ["tiny", "dense"]
-    assert client.models.retrieve("tiny").max_model_len == 512
+    assert client.models.retrieve("tiny").max_model_len == 2048
     with pytest.raises(openai.NotFoundError) as error:
         client.models.retrieve("big")
     assert error.value.code == "model_not_found"
@@ -80,7 +80,7 @@ def test_continuous_usage(client: Any):
         )
     )
     counts = [chunk.usage.completion_tokens for chunk in chunks]
-    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 5
+    assert counts == sorted(counts) and counts[-1] == 5
 
 
 def test_logprobs(client: Any, tokenizer: Tokenizer):
@@ -236,7 +236,7 @@ def test_responses_stream(client: Any):
     fields = {"model": "tiny", "input": [{"role": "user", "content": "3 + 8 ?"}], "max_output_tokens": 12}
     with client.responses.stream(**fields, instructions="be brief", reasoning={"effort": "low"}) as stream:
         events = list(stream)
-        final = stream.get_final_response()
+    final = events[-1].response
     kinds = [event.type for event in events]
     assert kinds[0] == "response.created" and kinds[-1] in ("response.completed", "response.incomplete")
     assert [event.sequence_number for event in events if hasattr(event, "sequence_number")][:3] == [0, 1, 2]

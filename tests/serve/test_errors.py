@@ -30,7 +30,7 @@ CASES = [  # (path, body, param, words)
     (CHAT, chat(messages=[]), "messages", "at least 1"),
     (CHAT, {"model": "tiny", "mesages": MESSAGES}, "messages", 'Did you mean "mesages"'),
     (CHAT, chat(messages=[{"role": "robot", "content": "a"}]), "messages.0.role", "'robot'"),
-    (CHAT, chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]), "messages", "send text"),
+    (CHAT, chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "messages", "send text"),
     (CHAT, chat(stop=["a"] * 17), "stop", "at most 16"),
     (CHAT, chat(stop=[""]), "stop", "empty"),
     (CHAT, chat(logit_bias={"a": 1}), "logit_bias", "token ids"),
@@ -87,7 +87,7 @@ def test_nan_is_named(server: Any):
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b'"text"', b"{'a': 1}", b'{"model": "tiny", "messages": "\xff\xfe"}', b'{"a": "\\ud800"}', b"\x00" * 50,
+    [b"", b"{", b"[]", b'"text"', b'{"model": "tiny", "messages": "\xff\xfe"}', b'{"a": "\\ud800"}', b"\x00" * 50,
      b'{"a":' * 5000, b"[" * 100_000],
 )  # fmt: skip
 def test_what_is_no_json_object(server: Any, body: bytes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ CASES = [
 def run(writing: Writing, text: str, cuts: set[int], **more: Any) -> tuple[str, list[tuple[str, str]]]:
     parser, said, calls = CallParser(writing, **more), "", []
     edges = [0, *sorted(cut for cut in cuts if 0 < cut < len(text)), len(text)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         parsed = parser.feed(text[start:end], last=end == len(text))
         said += parsed.text
         for piece in parsed.calls:

@@ -143,7 +143,8 @@ class Recording:
         place = 0
         while True:
             async with self._news:
-                await self._news.wait_for(lambda place=place: len(self._pieces) > place or self.ended)
+                while len(self._pieces) == place and not self.ended:
+                    await self._news.wait()
                 pieces, ended = self._pieces[place:], self.ended
             place += len(pieces)
             for piece in pieces:

@@ -29,7 +29,6 @@ from train_step import CONFIG, SMALL
 
 PEERS = [f"trl {dtype} {parts}" for dtype, parts in product(("fp32", "bf16", "autocast"), ("4x64", "16x16"))]
 PHASES = ("generate_s", "reward_s", "update_s")
-NO_STOP = (-1,)  # an id that is never sampled: completions end at their limit
 
 
 def share_of_even(ids: Sequence[int]) -> float:
@@ -69,7 +68,7 @@ def serve_ours(options: dict[str, Any]) -> None:
                     row_tokens=-(-length // 8) * 8)  # fmt: skip
     state = TrainState(model, optimizers(model, "adamw", lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0))
     engine, objective = Engine(model, tokenizer), functools.partial(policy.loss, clip_high=0.2)
-    sampling = Sampling(n=options["group"], max_new_tokens=options["new"], stop_ids=NO_STOP)
+    sampling = Sampling(n=options["group"], max_new_tokens=options["new"], ignore_eos=True)
 
     def step() -> dict[str, Any]:
         clock = [time.perf_counter()]

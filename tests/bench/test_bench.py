@@ -70,13 +70,14 @@ def check_entries(entries: list[dict], name: str) -> None:
 
 
 def test_grpo_step_runs_alone_and_ends_with_json():
-    _, entries = run("grpo_step.py", "--peers", "none")
+    _, entries = run("grpo_step.py", "--peers", "none", "--dtype", "float32")
     check_entries(entries, "grpo_step")
     assert all(entry["peers"] == {} and entry["ratio"] is None for entry in entries)
     phases = entries[0]["phases"]["ours"]
     assert sum(phases.values()) == pytest.approx(entries[0]["ours"], rel=0.05)
 
 
+@pytest.mark.slow  # one bench runs whole in every `make test`, the other in `make test-all`
 def test_train_step_names_a_peer_that_is_not_installed_with_the_reason(tmp_path):
     text, entries = run("train_step.py", "--peers", "fp32 eager sdpa", "--peer-python", str(tmp_path / "python"))
     check_entries(entries, "train_step")

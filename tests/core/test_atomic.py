@@ -136,6 +136,8 @@ def test_other_libraries_errors_for_a_full_disk_are_known(tmp_path):
         pass
 
     assert not is_disk_full(SafetensorError("I/O error"), tmp_path)
+    # a large tensor can fail where there is room for small files yet: then the words tell
+    assert is_disk_full(SafetensorError("I/O error: No space left on device (os error 28)"), tmp_path)
     assert not is_disk_full(ValueError("write"), tmp_path)
     wrapped = RuntimeError("writer failed")
     wrapped.__cause__ = OSError(28, "No space left on device")

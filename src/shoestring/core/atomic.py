@@ -36,11 +36,14 @@ def disk_full(path: Path) -> DiskFull:
 def is_disk_full(error: BaseException, path: Path) -> bool:
     """Whether `error`, or what caused it, is a full disk under `path`.
 
-    Libraries that write for us (safetensors, torch) have errors of their own for it: then the disk is asked.
+    Libraries that write for us (safetensors, torch) have errors of their own for it: some quote the system's words,
+    for the others the disk is asked.
     """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, DiskFull) or (isinstance(cause, OSError) and cause.errno in _FULL):
+            return True
+        if any(os.strerror(code) in str(cause) for code in _FULL):
             return True
         cause = cause.__cause__ or cause.__context__
     wrote = isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or "write" in str(error).lower()
@@ -48,7 +51,8 @@ def is_disk_full(error: BaseException, path: Path) -> bool:
 
 
 @contextmanager
-def _told_when_full(path: Path) -> Iterator[None]:
+def told_when_full(path: Path) -> Iterator[None]:
+    """What writes inside and finds the disk of `path` full says so in a sentence (DiskFull)."""
     try:
         yield
     except OSError as error:
@@ -71,7 +75,7 @@ def write_bytes(path: Path, data: bytes) -> Path:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
-        with _told_when_full(path):
+        with told_when_full(path):
             with open(temporary, "wb") as file:
                 file.write(data)
                 file.flush()
@@ -98,7 +102,7 @@ def write_json(path: Path, value: Any) -> Path:
 def append_line(path: Path, line: str) -> None:
     """Append one line for good: locked, fsynced, whole or not at all. A torn last line is closed first."""
     path = Path(path)
-    with _told_when_full(path), open(path, "ab+", buffering=0) as file:
+    with told_when_full(path), open(path, "ab+", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         size = file.seek(0, os.SEEK_END)
         data = line.encode("utf-8") + b"\n"
@@ -139,7 +143,7 @@ def _torn(lines: list[bytes], number: int) -> bool:
 
 def commit_dir(temporary: Path, final: Path) -> Path:
     """Make the finished directory `temporary` appear as `final`, on disk before it is visible."""
-    with _told_when_full(final):
+    with told_when_full(final):
         for folder, _, files in os.walk(temporary):
             for name in files:
                 fsync_path(Path(folder) / name)

@@ -18,15 +18,13 @@ from shoestring.core.errors import UserError
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold the lock file `path`. Raises UserError at once when another process holds it."""
-    with open(path, "a+") as file:
+    with open(path, "a+b", buffering=0) as file:  # unbuffered: on a full disk, closing has nothing left to write
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            owner = file.read().strip() or "unknown"
+            owner = file.read().decode().strip() or "unknown"
             raise UserError(f"Another process (pid {owner}) is at work on {what}; wait for it or stop it.") from None
-        file.seek(0)
-        file.truncate()
-        file.write(str(os.getpid()))
-        file.flush()
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
         yield

@@ -34,6 +34,7 @@ from shoestring.core.atomic import (
     disk_full,
     is_disk_full,
     remove_dir,
+    told_when_full,
     write_json,
     write_text,
 )
@@ -99,7 +100,8 @@ class Run:
             seed=seed,
             headline=headline,
         )
-        (root / name).mkdir(parents=True, exist_ok=True)
+        with told_when_full(root / name):
+            (root / name).mkdir(parents=True, exist_ok=True)
         write_json(root / name / "config.json", values)
         manifest.write(root / name, fields)
         return cls(root / name, fields)
@@ -159,7 +161,7 @@ class Run:
         kept in logs/. A killed attempt gets its line from the next one. Raises UserError when another process is at
         work on it, or when the run is finished.
         """
-        with locked(self.path / ".lock", f"run {self.name}"):
+        with told_when_full(self.path), locked(self.path / ".lock", f"run {self.name}"):
             self._fields = manifest.read(self.path)
             if self.finished:
                 raise UserError(f"Run {self.name} is finished and is never edited; --again makes it anew beside it.")

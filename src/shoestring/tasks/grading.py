@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Literal
@@ -13,6 +13,8 @@ from shoestring.core.registry import load_part
 from shoestring.tasks.sandbox import Limits, Sandbox
 from shoestring.tasks.sandbox.layers import Layer
 
+GOLDS = 4  # problems of each task whose gold is graded before a stage begins
+
 
 def gradable(answer: str, finish_reason: str) -> str:
     """What of an answer may be judged: all of it when the model ended it itself, nothing of one that was cut off.
@@ -21,6 +23,23 @@ def gradable(answer: str, finish_reason: str) -> str:
     is of it happens to be; what would have followed is unknown.
     """
     return answer if finish_reason == "stop" else ""
+
+
+def check_golds(grade: Callable[[Sequence[tuple[Problem, str]]], list[bool]], problems: Iterable[Problem]) -> None:
+    """Grade the golds of the first few problems of each task: a task that calls its own gold wrong teaches nothing.
+
+    Raises UserError for one that does, before anything is sampled.
+    """
+    by_task: dict[str, list[Problem]] = {}
+    for problem in problems:
+        by_task.setdefault(problem.task, []).append(problem)
+    chosen = [problem for found in by_task.values() for problem in found[:GOLDS]]
+    for problem, right in zip(chosen, grade([(problem, problem.gold) for problem in chosen]), strict=True):
+        if not right:
+            raise UserError(
+                f"task {problem.task} grades its own gold {problem.gold[:60]!r} as wrong (problem {problem.id}); "
+                "`shoestring check-part FILE --kind tasks` says what is wrong with it."
+            )
 
 
 def own_tasks(names: Iterable[str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from shoestring.core.nouns import Problem, Trace
 from shoestring.core.registry import load_part
 from shoestring.data.textbook import conversation, distinct_problems
 from shoestring.data.traces import TraceStore
-from shoestring.tasks.grading import Grader, gradable, own_tasks
+from shoestring.tasks.grading import Grader, check_golds, gradable, own_tasks
 from shoestring.train.configs import AskStage, RejectStage
 from shoestring.train.context import Context, Outcome, derived_seed
 
@@ -36,6 +36,7 @@ def ask_all(
     totals = {name: rows[-1][name] if rows else 0 for name in COUNTS}
     with Grader(tasks=own_tasks(entry.task for entry in stage.mix)) as grade, \
             ctx.progress(len(asked), unit="problems") as bar:  # fmt: skip
+        check_golds(grade, asked[totals["problems"] :])
         for start in range(totals["problems"], len(asked), stage.problems_per_batch):
             batch = asked[start : start + stage.problems_per_batch]
             spent = _ask_batch(stage, batch, start, teacher, keep, grade, store, flops_of)

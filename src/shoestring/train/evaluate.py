@@ -16,7 +16,7 @@ from shoestring.core.nouns import Problem
 from shoestring.data.textbook import distinct_problems
 from shoestring.evals.runner import evaluate, summarise, tokens_of
 from shoestring.infer.engine import Engine
-from shoestring.tasks.grading import Grader, own_tasks
+from shoestring.tasks.grading import Grader, check_golds, own_tasks
 from shoestring.train.configs import EvalStage
 from shoestring.train.context import Context, Outcome, derived_seed
 from shoestring.train.state import load_model, use_kernels
@@ -51,6 +51,7 @@ def run(stage: EvalStage, ctx: Context) -> Outcome:
             ctx.note_sandbox(grade.layer)
             bar.update(len(rows), tokens=tokens_of(rows))
 
+        check_golds(grade, asked[len(done) :])
         result = evaluate(
             Engine(model, tokenizer), tokenizer, asked, sampling, grade, batch=batch, done=done, on_batch=keep
         )

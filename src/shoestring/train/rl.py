@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from shoestring.data.batch import Batch, Example, packed_batches
 from shoestring.data.textbook import problems
 from shoestring.infer.engine import Engine
 from shoestring.losses import policy
-from shoestring.tasks.grading import Grader, own_tasks
+from shoestring.tasks.grading import Grader, check_golds, own_tasks
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import RlStage
 from shoestring.train.context import Context, Outcome, derived_seed, step_generator
@@ -49,6 +50,7 @@ def run(stage: RlStage, ctx: Context) -> Outcome:
     budget = Budget.of(stage, ctx)
     with Grader(tasks=own_tasks(entry.task for entry in stage.mix)) as grade, \
             ctx.progress(budget.total, unit=budget.unit) as bar:  # fmt: skip
+        check_golds(grade, islice(problems(stage.mix, derived_seed(stage.seed, 8)), stage.problems_per_step))
         price = functools.partial(sampling_flops, state.model)
         state.checked_tokens, state.checked_flops = preflight(stage, ctx, engine, tokenizer, grade, price)
         while (spent := budget.spent(state)) < 1.0:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shoestring.core.errors import UserError
 from shoestring.core.registry import load_part
 from shoestring.models import checkpoint
+from shoestring.models.checkpoint_files import open_safetensors, read_json
 from shoestring.nn.decoder import Decoder
 from shoestring.optim.make import optimizers
 from shoestring.text.tokenizer import Tokenizer
@@ -78,12 +79,18 @@ def start_or_resume(ctx: Context, stage: TrainBase, fresh: Any) -> tuple[TrainSt
         model.to(device)
         return TrainState(model, _optimizers(model, stage)), tokenizer
     step, path = latest
-    model, tokenizer = _load(path)
-    model.to(device)
-    state = TrainState(model, _optimizers(model, stage))
-    _load_training(state, path)
-    if state.step != step:
-        raise UserError(f"{path} says step {state.step} inside; delete that checkpoint to resume from the one before.")
+    try:
+        model, tokenizer = _load(path)
+        model.to(device)
+        state = TrainState(model, _optimizers(model, stage))
+        _load_training(state, path)
+        if state.step != step:
+            raise UserError(f"{path} says step {state.step} inside")
+    except UserError as error:
+        raise UserError(
+            f"the last checkpoint of {ctx.run.name} cannot be used ({str(error).rstrip('.')}); delete {path} to go on "
+            "from the one before it."
+        ) from error
     ctx.run.rewind_metrics(step)
     return state, tokenizer
 
@@ -111,10 +118,12 @@ def save_training(ctx: Context, state: TrainState, tokenizer: Tokenizer) -> Path
 
 
 def _load_training(state: TrainState, path: Path) -> None:
-    counters = json.loads((path / "training.json").read_text())
+    counters = read_json(path / "training.json")
     if counters.get("schema") != TRAINING_SCHEMA:
         raise UserError(f"{path}/training.json: schema {counters.get('schema')}; this version reads {TRAINING_SCHEMA}.")
-    moments = load_file(path / "optimizer.safetensors", device=str(state.model.head_weight.device))
+    device = state.model.head_weight.device
+    file = open_safetensors(path / "optimizer.safetensors")
+    moments = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118 - no mapping
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, value in moments.items():
         name, _, moment = key.partition("|")
@@ -127,4 +136,4 @@ def _load_training(state: TrainState, path: Path) -> None:
         setattr(state, name, counters[name])
     if (path / REFERENCE).exists():
         reference, _ = checkpoint.load(path / REFERENCE, dtype="float32")
-        state.reference = reference.to(state.model.head_weight.device).requires_grad_(False)
+        state.reference = reference.to(device).requires_grad_(False)

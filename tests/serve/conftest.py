@@ -139,6 +139,12 @@ def _address(log: Path, process: subprocess.Popen[str], seconds: float) -> str:
 
 
 @pytest.fixture(scope="session")
+def start() -> Callable[..., Any]:
+    """The context manager that starts a server."""
+    return started
+
+
+@pytest.fixture(scope="session")
 def server(checkpoint: Path, dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Two models, no keys: for tests that leave nothing behind."""
     folder = tmp_path_factory.mktemp("server")

@@ -1,0 +1,261 @@
+"""Keys, metering and hooks in front of another server; and what happens when that one misbehaves."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from shoestring.serve.keys import KeyStore
+
+CHUNK = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "odd"}
+
+
+class Odd(BaseHTTPRequestHandler):
+    """A provider that does what the question tells it to."""
+
+    protocol_version = "HTTP/1.1"
+    seen: list[dict[str, Any]] = []
+    left = threading.Event()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._json(200, {"object": "list", "data": [{"id": "odd", "object": "model"}]})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.seen.append(asked | {"key": self.headers.get("authorization")})
+        getattr(self, f"_{asked['messages'][-1]['content']}")(asked)
+
+    def _json(self, status: int, document: Any, **headers: str) -> None:
+        data = document if isinstance(document, bytes) else json.dumps(document).encode()
+        self.send_response(status)
+        for name, value in {"content-type": "application/json", "content-length": str(len(data)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _begin(self) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("connection", "close")
+        self.end_headers()
+
+    def _say(self, text: str) -> None:
+        chunk = CHUNK | {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
+        self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        self.wfile.flush()
+
+    def _fine(self, asked: dict[str, Any]) -> None:
+        usage = {
+            "prompt_tokens": 7,
+            "completion_tokens": 3,
+            "total_tokens": 10,
+            "prompt_tokens_details": {"cached_tokens": 4},
+        }
+        if not asked.get("stream"):
+            message = {"role": "assistant", "content": "all of it"}
+            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+            self._json(
+                200, {"id": "c", "object": "chat.completion", "model": "odd", "choices": choices, "usage": usage}
+            )
+            return
+        self._begin()
+        self.wfile.write(b": ping\r\n\r\n")
+        for word in ("all ", "of ", "it"):
+            self._say(word)
+        if asked["stream_options"]["include_usage"]:
+            self.wfile.write(f"data: {json.dumps(CHUNK | {'choices': [], 'usage': usage})}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def _half(self, asked: dict[str, Any]) -> None:
+        if asked.get("stream"):
+            self._begin()
+            self._say("all ")
+            self.wfile.write(b'data: {"id": "c", "cho')
+        else:
+            self.send_response(200)
+            self.send_header("content-length", "500")
+            self.end_headers()
+            self.wfile.write(b'{"id": "c", "choices": [')
+        self.close_connection = True
+
+    def _endless(self, asked: dict[str, Any]) -> None:
+        self._begin()
+        try:
+            while True:
+                self._say("on ")
+                time.sleep(0.02)
+        except OSError:
+            self.left.set()
+
+    def _nonsense(self, asked: dict[str, Any]) -> None:
+        self._json(200, b"<html>hello</html>")
+
+    def _busy(self, asked: dict[str, Any]) -> None:
+        self._json(429, {"error": {"message": "slow down", "code": "slow"}}, retry_after="7")
+
+    def _broken(self, asked: dict[str, Any]) -> None:
+        self._json(500, {"error": {"message": "boom"}})
+
+    def _refused(self, asked: dict[str, Any]) -> None:
+        self._json(401, {"error": {"message": "bad key sk-upstream"}})
+
+    def _mistaken(self, asked: dict[str, Any]) -> None:
+        self._json(400, {"error": {"message": "top_k is odd", "code": "odd"}})
+
+    def _silent(self, asked: dict[str, Any]) -> None:
+        time.sleep(4)
+
+
+@pytest.fixture(scope="module")
+def odd() -> Iterator[str]:
+    provider = ThreadingHTTPServer(("127.0.0.1", 0), Odd)
+    thread = threading.Thread(target=provider.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{provider.server_address[1]}/v1"
+    provider.shutdown()
+    provider.server_close()
+
+
+HOOK = """
+from shoestring.serve.errors import ApiError
+def before(call):
+    if "forbidden" in str(call.raw):
+        raise ApiError(403, "not this", code="hooked")
+async def after(call, outcome):
+    with open(__file__ + ".log", "a") as file:
+        print(call.endpoint, call.key.name, outcome.status, "|".join(outcome.texts), file=file)
+"""
+
+
+@pytest.fixture(scope="module")
+def front(start: Any, odd: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    folder = tmp_path_factory.mktemp("front")
+    (folder / "hook.py").write_text(HOOK)
+    (folder / "key.txt").write_text("sk-upstream\n")
+    store = folder / "keys.db"
+    KeyStore(store).close()
+    more = ["--upstream-key-file", str(folder / "key.txt"), "--hook", str(folder / "hook.py"), "--require-keys",
+            "--price", "1,0.1,10", "--set", "upstream.seconds=1.5"]  # fmt: skip
+    with start("--upstream", odd, *more, folder=folder, store=store) as running:
+        yield running
+
+
+@pytest.fixture
+def ask(front: Any) -> Callable[..., Any]:
+    store = KeyStore(front.store)
+    secret, key = store.create(f"key-{time.monotonic_ns()}")
+
+    def asked(text: str, **fields: Any) -> Any:
+        return front.chat(text, key=secret, model="odd", **fields)
+
+    asked.key, asked.spent = key, lambda: store.find(key.id).spent_usd  # type: ignore[attr-defined]
+    asked.secret = secret  # type: ignore[attr-defined]
+    return asked
+
+
+def eventually(check: Callable[[], bool], seconds: float = 5.0) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not check():
+        time.sleep(0.02)
+    return check()
+
+
+def events(text: str) -> list[Any]:
+    lines = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def test_models_are_those_of_the_upstream(front: Any, ask: Any):
+    answer = front.get("/v1/models", headers={"authorization": f"Bearer {ask.secret}"})
+    assert [card["id"] for card in answer.json()["data"]] == ["odd"]
+    assert ask("fine", model2=1).status_code == 200
+    assert Odd.seen[-1]["key"] == "Bearer sk-upstream" and Odd.seen[-1]["model2"] == 1
+
+
+def test_whole_and_billed(ask: Any):
+    answer = ask("fine").json()
+    assert answer["choices"][0]["message"]["content"] == "all of it"
+    assert answer["usage"]["cost_usd"] == pytest.approx(3e-6 + 0.4e-6 + 30e-6)
+    assert eventually(lambda: ask.spent() == pytest.approx(33.4e-6))
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_streamed_and_billed(ask: Any, shown: bool):
+    more = {"stream_options": {"include_usage": True}} if shown else {}
+    found = events(ask("fine", stream=True, **more).text)
+    assert found[-1] == "[DONE]"
+    assert "".join(c["choices"][0]["delta"]["content"] for c in found[:-1] if c["choices"]) == "all of it"
+    assert (found[-2]["choices"] == []) is shown and ("usage" in found[-2]) is shown
+    assert eventually(lambda: ask.spent() == pytest.approx(33.4e-6))
+
+
+def test_half_an_answer_is_never_a_whole_one(ask: Any):
+    found = events(ask("half", stream=True).text)
+    assert found[0]["choices"][0]["delta"]["content"] == "all "
+    assert found[1]["error"]["type"] == "upstream_error" and found[2] == "[DONE]"
+    answer = ask("half")
+    assert answer.status_code == 502 and "error" in answer.json()
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "words"),
+    [("nonsense", 502, "not whole JSON"), ("busy", 429, "slow down"), ("broken", 502, "boom"), ("mistaken", 400, "odd"),
+     ("refused", 502, "refuses this server's key"), ("silent", 504, "too long")],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_refusals(ask: Any, text: str, status: int, words: str, stream: bool):
+    answer = ask(text, stream=stream)
+    if text == "nonsense" and stream:
+        assert "error" in events(answer.text)[0]
+        return
+    assert answer.status_code == status and words in answer.json()["error"]["message"]
+    assert "sk-upstream" not in answer.text
+    assert (answer.headers.get("retry-after") == "7") is (text == "busy")
+
+
+def test_a_client_that_leaves_is_told_to_the_upstream(front: Any, ask: Any):
+    Odd.left.clear()
+    body = {"model": "odd", "stream": True, "messages": [{"role": "user", "content": "endless"}]}
+    headers = {"authorization": f"Bearer {ask.secret}"}
+    with httpx.stream("POST", front.url + "/v1/chat/completions", json=body, headers=headers) as answer:
+        kept = answer.iter_lines()
+        next(kept)
+    assert Odd.left.wait(5)
+    assert eventually(lambda: ask.spent() > 0)  # what was seen is billed
+
+
+def test_hooks_see_and_refuse(front: Any, ask: Any, tmp_path: Path):
+    count = len(Odd.seen)
+    answer = ask("forbidden")
+    assert answer.status_code == 403 and answer.json()["error"]["code"] == "hooked" and len(Odd.seen) == count
+    ask("fine")
+    log = front.store.parent / "hook.py.log"
+    wanted = f"/v1/chat/completions {ask.key.name} 200 all of it"
+    assert eventually(lambda: wanted in log.read_text())
+
+
+def test_an_upstream_that_is_not_there(start: Any, tmp_path: Path):
+    with start("--upstream", "http://127.0.0.1:9/v1", folder=tmp_path) as running:
+        answer = running.chat(model="any")
+        assert answer.status_code == 502 and answer.json()["error"]["code"] == "upstream_unreachable"
+
+
+def test_one_of_ours_behind_another(start: Any, server: Any, tmp_path: Path):
+    with start("--upstream", f"{server.url}/v1", folder=tmp_path) as running:
+        direct = server.chat(temperature=0).json()["choices"]
+        assert running.chat(temperature=0).json()["choices"] == direct
+        body = {"model": "tiny", "input": "3 + 8 ?", "max_output_tokens": 5, "stream": True}
+        assert "response.incomplete" in running.post("/v1/responses", body).text
+        body = {"model": "tiny", "prompt": [5, 6], "max_tokens": 3, "stream": True}
+        assert running.post("/v1/completions", body).text.endswith("data: [DONE]\n\n")

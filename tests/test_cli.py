@@ -17,7 +17,7 @@ from shoestring.core.config import Config
 from shoestring.core.errors import UserError
 from shoestring.core.run import Run
 
-STAGES = ("pretrain", "sft", "rl", "reject", "ask", "distill", "eval")
+STAGES = ("tokenizer", "pretrain", "sft", "rl", "reject", "ask", "distill", "eval")
 VERBS = ("run", *STAGES, "plan", "check", "chat", "report", "runs", "runs show", "runs diff", "list", "check-part")
 
 

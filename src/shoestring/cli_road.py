@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 # verb -> what it does, and two examples
 STAGES = {
+    "tokenizer": (
+        "Train a tokenizer (byte-level BPE) on the corpus to come.",
+        "shoestring tokenizer --set vocab_size=512",
+        "shoestring tokenizer --set 'corpus={\"files\": [\"some/text.jsonl\"]}'",
+    ),
     "pretrain": (
         "Train a model from nothing on text: next-token prediction.",
         "shoestring pretrain --from tokenizer=runs/tokenizer-mine-0123 --set steps=500 --dry-run",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,9 @@ from shoestring.train.configs import ModelSpec, Recipe, TrainBase
 from shoestring.train.tokenize import _texts
 
 RECIPES = [quickstart.recipe(), study_quickstart.recipe()]
+
+
+TOLD = {"quickstart": r"(?:make|run) quickstart|^quickstart:", "study-quickstart": "run study-quickstart"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
@@ -65,3 +70,21 @@ def test_the_teacher_is_of_v3s_architecture() -> None:
 def test_what_was_sampled_for_an_arm_comes_off_its_budget() -> None:
     arm = next(s for s in RECIPES[1].stages if s.name == "teacher-reject-sft")
     assert isinstance(arm, TrainBase) and arm.match_flops == ("budget",) and arm.spent_flops == ("traces",)
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("command", "places"),
+    [
+        ("quickstart", ("README.md", "Makefile", "docs/quickstart.md", "src/shoestring/recipes/quickstart.py")),
+        ("study-quickstart", ("docs/quickstart.md", "src/shoestring/recipes/study_quickstart.py")),
+    ],
+)
+def test_the_minutes_it_takes_are_the_same_wherever_they_are_told(command: str, places: tuple[str, ...]) -> None:
+    told = {
+        place: re.findall(rf"(?m)(?:{TOLD[command]}).*about (\d+) minutes", (ROOT / place).read_text())
+        for place in places
+    }
+    assert all(told.values()) and len({minutes for found in told.values() for minutes in found}) == 1, told

@@ -18,7 +18,10 @@ from shoestring.core.errors import UserError
 from shoestring.core.run import Run
 
 STAGES = ("tokenizer", "pretrain", "sft", "rl", "reject", "ask", "distill", "eval")
-VERBS = ("run", *STAGES, "plan", "check", "chat", "report", "runs", "runs show", "runs diff", "list", "check-part")
+VERBS = (
+    "run", *STAGES, "plan", "check", "chat", "serve", "keys", "report", "runs", "runs show", "runs diff", "list",
+    "check-part",
+)  # fmt: skip
 
 
 @pytest.fixture

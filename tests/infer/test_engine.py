@@ -12,8 +12,7 @@ import torch
 from shoestring.core.contracts import Generator
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Completion, Sampling
-from shoestring.infer import decode as decode_module
-from shoestring.infer import engine as engine_module
+from shoestring.infer import score as score_module
 from shoestring.infer.engine import Engine
 from shoestring.text.tokenizer import Tokenizer
 
@@ -99,58 +98,6 @@ def test_samples_of_a_group_and_of_a_repeated_prompt_differ(model: Any) -> None:
     assert len({tuple(ids) for ids in same}) == 8
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_dropping_finished_rows_changes_nothing(model: Any, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    """Never, rarely, and whenever a row ends: a row's draws do not depend on who else is decoded."""
-    sampling = Sampling(n=6, max_new_tokens=70, seed=1, stop_ids=tuple(range(0, V, 12)))
-    expected = ids_of(Engine(model).generate(PROMPTS, sampling))
-    monkeypatch.setattr(decode_module, "SHRINK", share)
-    assert ids_of(Engine(model).generate(PROMPTS, sampling)) == expected
-
-
-def test_finished_rows_are_really_dropped() -> None:
-    model = dense()
-    rows: list[int] = []
-    forward = model.forward
-    model.forward = lambda tokens, **k: (rows.append(tokens.shape[0]), forward(tokens, **k))[1]  # type: ignore[method-assign]
-    sampling = Sampling(n=16, max_new_tokens=40, seed=1, stop_ids=tuple(range(0, V, 8)))
-    Engine(model).generate(PROMPTS, sampling)
-    assert rows[0] == 4  # the distinct prompts, read once
-    assert rows[1] > 50
-    assert rows[-1] < 10
-
-
-def test_prefill_in_chunks_is_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    sampling = Sampling(temperature=0.0, max_new_tokens=6)
-    expected = Engine(model).generate(PROMPTS, sampling)
-    monkeypatch.setattr(decode_module, "PREFILL_TOKENS", 9)  # two positions at a time for four distinct prompts
-    chunked = Engine(model).generate(PROMPTS, sampling)
-    assert ids_of(chunked) == ids_of(expected)
-    for a, b in zip(chunked, expected, strict=True):
-        assert worst(a[0].logprobs, b[0].logprobs) < 1e-5
-
-
-def test_waves_are_small_when_memory_is(model: Any) -> None:
-    sampling = Sampling(n=3, temperature=0.0, max_new_tokens=6)
-    one = Engine(model, max_batch_tokens=1).generate(PROMPTS, sampling)  # a row at a time
-    assert ids_of(one) == ids_of(Engine(model).generate(PROMPTS, sampling))
-    peak = 0
-    engine = Engine(model, max_batch_tokens=40)
-    new_cache = model.new_cache
-
-    def watched(batch: int, capacity: int) -> Any:
-        nonlocal peak
-        peak = max(peak, batch * capacity)
-        return new_cache(batch, capacity)
-
-    model.new_cache = watched
-    try:
-        assert ids_of(engine.generate(PROMPTS, sampling)) == ids_of(one)
-    finally:
-        del model.new_cache
-    assert 0 < peak <= 40
-
-
 def test_text_and_the_default_stop_id(model: Any, tokenizer: Tokenizer) -> None:
     engine = Engine(model, tokenizer)
     groups = engine.generate(PROMPTS, Sampling(n=40, temperature=1.5, max_new_tokens=60, seed=2))
@@ -168,7 +115,7 @@ def test_text_and_the_default_stop_id(model: Any, tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_score_equals_the_plain_forward(model: Any, monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
     sequences = [*PROMPTS, list(range(60)), [4]]
-    monkeypatch.setattr(engine_module, "SCORE_TOKENS", 64)  # several batches
+    monkeypatch.setattr(score_module, "SCORE_TOKENS", 64)  # several batches
     scores = Engine(model).score(sequences, temperature=temperature)
     for ids, logprobs in zip(sequences, scores, strict=True):
         assert len(logprobs) == len(ids) - 1

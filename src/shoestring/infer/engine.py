@@ -1,57 +1,116 @@
-"""The engine: token ids in, completions with logprobs out; and logprobs of given ids.
+"""The engine: token ids in, completions with logprobs out; one at a time as events, or many at once.
 
-It runs the very module that is trained: sampler and trainer share weights, kernels and the fp32 log-softmax, so their
-logprobs agree to rounding. Generation goes in waves of rows whose cache fits `max_batch_tokens` positions
-(infer/decode.py); rows are ordered by prompt length, so a wave pads little. Left out here, for the serving package:
-continuous batching, prefix reuse across calls, speculation, quantised caches.
+`step` is schedule -> run -> sample (the words of nano-vllm): the scheduler says which tokens are computed, the runner
+computes them over the paged cache, the sampler draws the next tokens. `generate` is `add` for every prompt, steps
+until they are done, and the completions in order. The weights are prepared once (infer/layers.py) and again after
+`update_weights`; logprobs agree with the training module's to rounding.
+
+Not for several threads: a server calls `add`, `cancel` and `step` from one.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Completion, Event, Sampling
 from shoestring.infer.adjust import adjust
+from shoestring.infer.blocks import BlockManager
 from shoestring.infer.check import check_ids, check_sampling
-from shoestring.infer.decode import Decoded, decode, pad
 from shoestring.infer.detokenise import StopStrings, TextStream
+from shoestring.infer.prompts import read_prompt
+from shoestring.infer.runner import ModelRunner, Ran
 from shoestring.infer.sampler import sample
-from shoestring.infer.sequence import Request, Sequence, uniform
-from shoestring.nn.head import token_logprobs
+from shoestring.infer.scheduler import Scheduler, Work
+from shoestring.infer.score import score
+from shoestring.infer.sequence import Request, Sequence, Thinking
+from shoestring.infer.uniforms import uniforms
 
 if TYPE_CHECKING:
     from shoestring.text.tokenizer import Tokenizer
 
-SCORE_TOKENS = 1 << 14  # tokens in one forward pass of `score`
+# fp32: small blocks waste little; bf16: each block is a product of its own, which costs microseconds (LOG.md)
+BLOCK_SIZE = {"float32": 32, "bfloat16": 64}
+TILE = 16  # rows of every product when results must not depend on the batch
 
 
 class Engine:
-    """`core.contracts.Generator` over a model of this package.
+    """`core.contracts.Generator` over a model of this package, and a queue of requests with events.
 
-    model: has `config` (vocab_size, max_position_embeddings), `new_cache`, `unembed`, and a cached forward.
-    tokenizer: for `Completion.text` and the default stop id; without one, text is "" and only `stop_ids` stop.
-    max_batch_tokens: cache positions alive at once (rows x (prompt + new tokens)).
+    tokenizer: for text, stop strings and the default stop id; without one, text is "" and only `stop_ids` stop.
+    max_batch_tokens: tokens computed in one step; prompts are read in chunks of what decoding leaves of it.
+    block_size: positions in a block of the cache (None: by dtype, as measured). cache_tokens: positions in all. max_sequences: running at once.
+    deterministic: a request's tokens and logprobs do not depend, to the bit, on what else is answered; slower.
+    prefix_cache: prompts share what they have in common with earlier ones (of the same salt).
     """
 
-    def __init__(self, model: Any, tokenizer: Tokenizer | None = None, *, max_batch_tokens: int = 1 << 17):
-        if max_batch_tokens < 1:
-            raise UserError(f"max_batch_tokens is {max_batch_tokens}; it must be at least 1.")
+    def __init__(
+        self, model: Any, tokenizer: Tokenizer | None = None, *, max_batch_tokens: int = 2048, block_size: int | None = None,
+        cache_tokens: int = 1 << 17, max_sequences: int = 512, deterministic: bool = False, prefix_cache: bool = True,
+    ):  # fmt: skip
+        block_size = BLOCK_SIZE[model.kernels.dtype] if block_size is None else block_size
+        options = {
+            "max_batch_tokens": max_batch_tokens, "block_size": block_size, "cache_tokens": cache_tokens,
+            "max_sequences": max_sequences,
+        }  # fmt: skip
+        for name, value in options.items():
+            if value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1.")
+        if cache_tokens < block_size:
+            raise UserError(f"cache_tokens {cache_tokens} is less than block_size {block_size}; make it more.")
         if tokenizer is not None:
             tokenizer.check_vocab(model.config.vocab_size)
-        self.model = model
         self.tokenizer = tokenizer
-        self.max_batch_tokens = max_batch_tokens
-        self._waiting: list[Request] = []
-        self._running: list[Sequence] = []
+        self.deterministic = deterministic
+        self._blocks, self._size = cache_tokens // block_size, block_size
+        self._limits = (max_batch_tokens, min(max_sequences, max_batch_tokens), prefix_cache)
         self._events: list[Event] = []
+        self._requests: dict[str, Request] = {}
         self._names = itertools.count()
+        self._prepare(model)
+
+    def _prepare(self, model: Any) -> None:
+        """An empty cache and prepared weights for this model."""
+        self.model = model
+        tile = TILE if self.deterministic else 0
+        self._runner = ModelRunner(model, blocks=self._blocks, block_size=self._size, tile=tile)
+        self._scheduler = Scheduler(BlockManager(self._blocks, self._size), *self._limits)
+        self._seen = _state_of(model)
+
+    @property
+    def device(self) -> torch.device:
+        return self._runner.device
+
+    # ---- weights
+    def update_weights(self, model: Any) -> None:
+        """Generate and score with `model` from now on; no cached prefix is used again.
+
+        Requests under way go on: what they have sampled stays, with its logprobs, and is read again by the new
+        weights before the next token. Raises UserError, changing nothing, for a model that does not fit the tokenizer
+        or, while requests are under way, one of another architecture.
+        """
+        if self.tokenizer is not None:
+            self.tokenizer.check_vocab(model.config.vocab_size)
+        if model.config == self.model.config and model.kernels.torch_dtype == self._runner.dtype:
+            self._scheduler.preempt_all()
+            self._runner.load(model)
+            self.model, self._seen = model, _state_of(model)
+        elif self.has_work:
+            raise UserError(
+                "the new weights are of another architecture and requests are under way; finish them first."
+            )
+        else:
+            self._prepare(model)
+
+    def _refresh(self) -> None:
+        """A trainer changes its module in place: seen when the next request comes."""
+        if not self._scheduler.running and self._seen != _state_of(self.model):
+            self.update_weights(self.model)
 
     # ---- one request at a time
     def add(self, prompt_ids: Seq[int], sampling: Sampling, *, request_id: str | None = None, salt: str = "") -> str:
@@ -61,205 +120,194 @@ class Engine:
         be answered: an empty or over-long prompt, ids outside the vocabulary, options the model cannot follow, an id
         that is in use.
         """
+        self._refresh()
         name = f"request-{next(self._names)}" if request_id is None else request_id
-        if any(request.id == name for request in self._requests()):
+        if name in self._requests:
             raise UserError(f'request id "{name}" is in use; give each request its own.')
-        check_ids(self.model.config, prompt_ids, "the prompt", sampling.max_new_tokens)
-        check_sampling(
-            sampling, self.model.config, has_tokenizer=self.tokenizer is not None, routes=self.model.n_experts > 0
-        )
-        stop_ids = frozenset(self._stop_ids(sampling))
-        request = Request(name, list(prompt_ids), sampling, stop_ids, salt)
-        request.samples = [self._sequence(request, sample) for sample in range(sampling.n)]
-        self._waiting.append(request)
+        self._add(name, prompt_ids, sampling, what="the prompt", salt=salt)
         return name
 
     def cancel(self, request_id: str) -> None:
         """End every sample of a request; the next `step` returns their last events. Unknown or finished: nothing."""
-        for request in self._requests():
-            if request.id == request_id:
-                self._events += [s.cancel() for s in request.samples if s.finish_reason is None]
-                self._waiting = [r for r in self._waiting if r is not request]
-                self._running = [s for s in self._running if s.request is not request]
-                return
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            going = [sequence for sequence in request.samples if sequence.finish_reason is None]
+            self._events += [sequence.cancel() for sequence in going]
+            self._scheduler.drop(going)
 
-    @torch.inference_mode()
     def step(self) -> list[Event]:
         """Schedule, run, sample once; one event for each sample that went on. [] when there is nothing to do."""
         events, self._events = self._events, []
-        self._running += [sample for request in self._waiting for sample in request.samples]
-        self._waiting = []
-        for sequence in self._running:
-            logits_1V = adjust(self._logits(sequence), [sequence])
-            u = uniform(sequence.key, sequence.produced)
-            drawn = sample(logits_1V, torch.tensor([u], dtype=torch.float64, device=self.device), [sequence.sampling])
-            events.append(sequence.append(int(drawn.token_R), float(drawn.logprob_R), drawn.top.get(0)))
-        self._running = [sequence for sequence in self._running if sequence.finish_reason is None]
-        return events
+        return events + self._step()
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(self._waiting or self._running or self._events)
+        return bool(self._requests or self._events)
 
     def stats(self) -> dict[str, float]:
-        """What is going on: running and waiting sequences."""
-        return {"running": len(self._running), "waiting": sum(len(r.samples) for r in self._waiting)}
-
-    def _requests(self) -> list[Request]:
-        return [*self._waiting, *{id(s.request): s.request for s in self._running}.values()]
-
-    def _sequence(self, request: Request, sample: int) -> Sequence:
-        sequence = Sequence(request, sample)
-        if self.tokenizer is not None:
-            sequence.stream = TextStream(self.tokenizer)
-            sequence.stops = StopStrings(request.sampling.stop) if request.sampling.stop else None
-        return sequence
-
-    def _logits(self, sequence: Sequence) -> torch.Tensor:
-        """fp32 [1, V] after the sequence's last token; what was not read before is read now."""
-        if sequence.state is None:
-            sequence.state = self.model.new_cache(1, len(sequence.ids) + sequence.sampling.max_new_tokens)
-        fresh = torch.tensor([sequence.ids[sequence.state.used :]], device=self.device)
-        output = self.model(fresh, cache=sequence.state, logits=False)
-        logits: torch.Tensor = self.model.unembed(output.hidden_BTD[:, -1])
-        return logits
+        """What is going on (running, waiting, kv_used: fraction of the blocks) and counts since the beginning."""
+        scheduler, counts = self._scheduler, self._scheduler.counts
+        waiting = sum(1 for _ in scheduler.sequences()) - len(scheduler.running)
+        return {
+            "running": len(scheduler.running), "waiting": waiting,
+            "kv_used": scheduler.blocks.used / scheduler.blocks.count, "prompt_tokens": counts.prompt_tokens,
+            "cached_tokens": counts.cached_tokens, "computed_tokens": counts.computed_tokens,
+            "preemptions": counts.preemptions, "steps": counts.steps,
+            "cache_bytes_per_token": self._runner.store.bytes_per_token,
+        }  # fmt: skip
 
     # ---- many at once
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def update_weights(self, model: Any) -> None:
-        """Generate and score with `model` from now on. Nothing is kept between calls, so nothing goes stale."""
-        if self.tokenizer is not None:
-            self.tokenizer.check_vocab(model.config.vocab_size)
-        self.model = model
-
-    @torch.inference_mode()
     def generate(self, prompts: Seq[Seq[int]], sampling: Sampling | Seq[Sampling]) -> list[list[Completion]]:
         """`sampling.n` completions for each prompt, in order; logprobs are fp32 at the sampling temperature.
 
-        A completion ends at a stop id (`sampling.stop_ids`, or the tokenizer's end token when none are given), which
-        is its last id, or after `max_new_tokens`. `routed_experts` covers every token that was fed: the prompt, then
-        the completion without its last token. Raises UserError for an empty prompt, ids outside the vocabulary, or
-        prompt + new tokens beyond the model's positions, and FloatingPointError for NaN logits.
+        One Sampling for all, or one each. With one for all, a prompt's place in the list is part of its seed, so that
+        equal prompts get different samples. A completion ends at a stop id (`sampling.stop_ids`, or the tokenizer's
+        end token when none are given), which is its last id, at a stop string, or after `max_new_tokens`.
+        `routed_experts` covers every token that was fed: the prompt, then the completion without its last token.
+        Raises UserError as `add` does, before anything is computed, and FloatingPointError for NaN logits.
         """
-        if not isinstance(sampling, Sampling):
-            return self._one_by_one(prompts, sampling)
-        self._check(prompts, "prompt", sampling.max_new_tokens)
-        check_sampling(
-            sampling, self.model.config, has_tokenizer=self.tokenizer is not None, routes=self.model.n_experts > 0
-        )
-        old = ("n", "temperature", "top_k", "top_p", "max_new_tokens", "stop_ids", "seed", "routed_experts", "min_p")
-        if replace(Sampling(), **{name: getattr(sampling, name) for name in old}) != sampling:
-            return self._one_by_one(prompts, [sampling] * len(prompts))
-        stop_ids = self._stop_ids(sampling)
-        generator = torch.Generator()
-        if sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(sampling.seed)
-        done: list[list[Completion | None]] = [[None] * sampling.n for _ in prompts]
-        for wave in self._waves(prompts, sampling):
-            distinct = list(dict.fromkeys(tuple(prompts[index]) for index, _ in wave))
-            number = {prompt: row for row, prompt in enumerate(distinct)}
-            prompt_of_row = [number[tuple(prompts[index])] for index, _ in wave]
-            decoded = decode(self.model, distinct, prompt_of_row, sampling, stop_ids, generator, self.device)
-            lengths = [len(prompts[index]) for index, _ in wave]
-            for (index, number_of), completion in zip(wave, self._completions(decoded, lengths), strict=True):
-                done[index][number_of] = completion
-        return [[completion for completion in group if completion is not None] for group in done]
-
-    def _one_by_one(self, prompts: Seq[Seq[int]], samplings: Seq[Sampling]) -> list[list[Completion]]:
+        self._refresh()
+        shared = isinstance(sampling, Sampling)
+        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if len(samplings) != len(prompts):
             raise UserError(f"{len(prompts)} prompts but {len(samplings)} samplings; give one for all, or one each.")
-        names = [self.add(prompt, each) for prompt, each in zip(prompts, samplings, strict=True)]
-        done: dict[str, dict[int, Completion]] = {name: {} for name in names}
-        others: list[Event] = []
-        while any(len(done[name]) < each.n for name, each in zip(names, samplings, strict=True)):
-            for event in self.step():
-                if event.request_id not in done:
-                    others.append(event)
-                elif event.completion is not None:
-                    done[event.request_id][event.sample] = event.completion
-        self._events += others
-        return [[done[name][sample] for sample in range(each.n)] for name, each in zip(names, samplings, strict=True)]
+        pairs = list(zip(prompts, samplings, strict=True))
+        for index, (prompt, each) in enumerate(pairs):
+            self._check(prompt, each, f"prompt {index}")
+        requests = []
+        for index, (prompt, each) in enumerate(pairs):
+            stream = index if shared else 0
+            requests.append(self._add(f"generate-{next(self._names)}", prompt, each, stream=stream, silent=True))
+        try:
+            while any(request.id in self._requests for request in requests):
+                self._events += self._step()
+        finally:  # an error or an interrupt leaves nothing behind
+            for request in requests:
+                if self._requests.pop(request.id, None) is not None:
+                    self._scheduler.drop([s for s in request.samples if s.finish_reason is None])
+        return self._completions(requests)
 
-    @torch.inference_mode()
     def score(self, token_ids: Seq[Seq[int]], *, temperature: float = 1.0) -> list[list[float]]:
         """For each sequence of T ids its T-1 logprobs, at `temperature`. Logits exist only a chunk of rows at a time.
 
         Raises UserError as `generate` does, and for a temperature that is not positive.
         """
-        if not 0.0 < temperature < float("inf"):
-            raise UserError(f"the scoring temperature is {temperature}; it must be a positive number.")
-        self._check(token_ids, "sequence", 0)
-        logprobs: list[list[float]] = [[] for _ in token_ids]
-        order = sorted(range(len(token_ids)), key=lambda index: len(token_ids[index]))
-        for batch in _batches(order, [len(ids) for ids in token_ids]):
-            tokens_BT, length_B = pad([token_ids[index] for index in batch], self.device)
-            if tokens_BT.shape[1] == 1:
+        return score(self.model, token_ids, temperature=temperature)
+
+    # ---- inside
+    def _check(self, prompt_ids: Seq[int], sampling: Sampling, what: str) -> None:
+        config, tokenizer = self.model.config, self.tokenizer
+        check_ids(config, prompt_ids, what, sampling.max_new_tokens)
+        check_sampling(sampling, config, has_tokenizer=tokenizer is not None, routes=self.model.n_experts > 0)
+        room, wanted = self._blocks * self._size, len(prompt_ids) + sampling.max_new_tokens
+        if wanted > room:
+            raise UserError(
+                f"{what} has {len(prompt_ids)} tokens and asks for {sampling.max_new_tokens} new ones, but the cache "
+                f"holds {room}; shorten it or raise cache_tokens."
+            )
+
+    def _add(
+        self, name: str, prompt_ids: Seq[int], sampling: Sampling, *, what: str = "the prompt", salt: str = "",
+        stream: int = 0, silent: bool = False,
+    ) -> Request:  # fmt: skip
+        if not silent:
+            self._check(prompt_ids, sampling, what)
+        request = Request(name, list(prompt_ids), sampling, self._stop_ids(sampling), salt, stream, silent)
+        request.samples = [self._sequence(request, index) for index in range(sampling.n)]
+        self._requests[name] = request
+        self._scheduler.add(request.samples)
+        return request
+
+    def _stop_ids(self, sampling: Sampling) -> frozenset[int]:
+        end = None if self.tokenizer is None or sampling.ignore_eos else self.tokenizer.end_id
+        return frozenset(sampling.stop_ids or (() if end is None else (end,)))
+
+    def _sequence(self, request: Request, index: int) -> Sequence:
+        sequence, sampling, tokenizer = Sequence(request, index), request.sampling, self.tokenizer
+        if tokenizer is None:
+            return sequence
+        if sampling.stop or not request.silent:
+            sequence.stream = TextStream(tokenizer)
+            sequence.stops = StopStrings(sampling.stop) if sampling.stop else None
+        if sampling.thinking_budget is not None:
+            sequence.thinking = Thinking.of(tokenizer, request.prompt_ids)
+        return sequence
+
+    @torch.inference_mode()
+    def _step(self) -> list[Event]:
+        works = self._scheduler.schedule()
+        if not works:
+            return []
+        routed = any(work.sequence.sampling.routed_experts for work in works)
+        ran = self._runner.run(works, routed=routed)
+        self._scheduler.computed(works)
+        rows = self._rows(works, ran)
+        if not rows:
+            return []
+        index_R = torch.tensor([row for _, row in rows], device=self.device)
+        sequences = [sequence for sequence, _ in rows]
+        return self._sample(self._runner.logits(ran.hidden_ND.index_select(0, index_R)), sequences)
+
+    def _rows(self, works: list[Work], ran: Ran) -> list[tuple[Sequence, int]]:
+        """Who samples now, and from which row; followers of a prompt that is read take it over."""
+        rows, end = [], 0
+        for work in works:
+            start, end = end, end + work.end - work.start
+            sequence = work.sequence
+            if sequence.sampling.routed_experts and ran.routed_LNA is not None:
+                sequence.record(work.start, ran.routed_LNA[:, start:end].transpose(0, 1))
+            if sequence.sampling.prompt_logprobs is not None:
+                read_prompt(sequence.request, work.start, ran.hidden_ND[start:end], self._runner.logits)
+            if not work.ends:
                 continue
-            hidden_BTD = self.model(tokens_BT, logits=False).hidden_BTD[:, :-1]
-            real_BT = torch.arange(1, tokens_BT.shape[1], device=self.device) < length_B[:, None]
-            logp_N, _ = token_logprobs(
-                hidden_BTD[real_BT], self.model.head_weight, tokens_BT[:, 1:][real_BT], temperature=temperature
-            )
-            for index, row in zip(batch, logp_N.split((length_B - 1).tolist()), strict=True):
-                logprobs[index] = row.tolist()
-        return logprobs
+            rows.append((sequence, end - 1))
+            if sequence.followers:
+                forked, copies = self._scheduler.fork(sequence)
+                self._runner.copy_blocks(copies)
+                for follower in forked:
+                    follower.routed = list(sequence.routed)
+                    rows.append((follower, end - 1))
+        return rows
 
-    def _waves(self, prompts: Seq[Seq[int]], sampling: Sampling) -> Iterator[list[tuple[int, int]]]:
-        """(prompt, sample) pairs by descending prompt length, cut where the cache would grow too large."""
-        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        rows = [(index, sample) for index in order for sample in range(sampling.n)]
-        while rows:
-            capacity = len(prompts[rows[0][0]]) + sampling.max_new_tokens
-            count = max(1, self.max_batch_tokens // capacity)
-            yield rows[:count]
-            rows = rows[count:]
+    def _sample(self, logits_RV: Tensor, sequences: list[Sequence]) -> list[Event]:
+        u_R = uniforms([s.key for s in sequences], [len(s.logprobs) for s in sequences])
+        drawn = sample(
+            adjust(logits_RV, sequences), torch.from_numpy(u_R).to(self.device), [s.request.sampling for s in sequences]
+        )
+        tokens, logprobs = drawn.token_R.tolist(), drawn.logprob_R.tolist()
+        events, finished = [], []
+        for row, (sequence, token, logprob) in enumerate(zip(sequences, tokens, logprobs, strict=True)):
+            if sequence.plain:
+                sequence.take(token, logprob)
+            else:
+                event = sequence.append(token, logprob, drawn.top.get(row))
+                if not sequence.request.silent:
+                    events.append(event)
+            if sequence.finish_reason is not None:
+                finished.append(sequence)
+        if finished:
+            self._finish(finished)
+        return events
 
-    def _completions(self, decoded: Decoded, prompt_lengths: list[int]) -> list[Completion]:
-        tokens, logprobs = decoded.tokens_RT.tolist(), decoded.logprobs_RT.tolist()
-        lengths, stopped = decoded.length_R.tolist(), decoded.stopped_R.tolist()
-        ids = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
-        spoken = [row[:-1] if stop else row for row, stop in zip(ids, stopped, strict=True)]
-        texts = [""] * len(ids) if self.tokenizer is None else self.tokenizer.decode_batch(spoken)
-        routed: list[Any] = [None] * len(ids)
-        if decoded.routed_RSLA is not None:
-            fed = [prompt + length - 1 for prompt, length in zip(prompt_lengths, lengths, strict=True)]
-            routed = [row[:count].tolist() for row, count in zip(decoded.routed_RSLA, fed, strict=True)]
-        return [
-            Completion(
-                text=texts[row],
-                token_ids=ids[row],
-                logprobs=logprobs[row][: lengths[row]],
-                finish_reason="stop" if stopped[row] else "length",
-                routed_experts=routed[row],
-            )
-            for row in range(len(ids))
-        ]
+    def _finish(self, sequences: list[Sequence]) -> None:
+        self._scheduler.drop(sequences)
+        for request in {id(s.request): s.request for s in sequences}.values():
+            if all(sample.finish_reason is not None for sample in request.samples):
+                self._requests.pop(request.id, None)
 
-    def _stop_ids(self, sampling: Sampling) -> tuple[int, ...]:
-        nothing = self.tokenizer is None or self.tokenizer.end_id is None or sampling.ignore_eos
-        if sampling.stop_ids or nothing:
-            return sampling.stop_ids
-        assert self.tokenizer is not None and self.tokenizer.end_id is not None
-        return (self.tokenizer.end_id,)
-
-    def _check(self, sequences: Seq[Seq[int]], what: str, new_tokens: int) -> None:
-        for index, ids in enumerate(sequences):
-            check_ids(self.model.config, ids, f"{what} {index}", new_tokens)
+    def _completions(self, requests: list[Request]) -> list[list[Completion]]:
+        """Text of what nobody streamed is decoded here, all at once."""
+        samples = [sample for request in requests for sample in request.samples]
+        if self.tokenizer is not None:
+            plain = [sample for sample in samples if sample.stops is None]
+            spoken = [s.new_ids[: -1 if s.finish_reason == "stop" else None] for s in plain]
+            for sample, text in zip(plain, self.tokenizer.decode_batch(spoken), strict=True):
+                sample.text = text
+        return [[sample.completion() for sample in request.samples] for request in requests]
 
 
-def _batches(order: list[int], lengths: list[int]) -> Iterator[list[int]]:
-    """Consecutive runs of `order` (ascending lengths) whose padded size stays within SCORE_TOKENS."""
-    batch: list[int] = []
-    for index in order:
-        if batch and (len(batch) + 1) * lengths[index] > SCORE_TOKENS:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+def _state_of(model: Any) -> tuple[int, Any]:
+    """Changes when a parameter is changed in place, or the way products are computed."""
+    versions = sum(0 if p.is_inference() else p._version for p in model.parameters())
+    return versions, model.kernels

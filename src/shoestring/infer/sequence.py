@@ -7,15 +7,13 @@ however often it is preempted, the draw at a position stays the same. `stream` t
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
 from shoestring.core.nouns import Completion, Event, FinishReason, Sampling, TokenLogprobs
 from shoestring.infer.detokenise import StopStrings, TextStream
-
-_MASK = (1 << 64) - 1
+from shoestring.infer.uniforms import draw_key
 
 
 @dataclass(slots=True, eq=False)
@@ -28,27 +26,13 @@ class Request:
     stop_ids: frozenset[int]
     salt: str = ""
     stream: int = 0
-    wants_text: bool = True  # release text with every event, not only at the end
+    silent: bool = False  # nobody reads its events
     seed: int = 0  # the sampling's, or a fresh one
     samples: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(63) if self.sampling.seed is None else self.sampling.seed
-
-
-def draw_key(seed: int, stream: int, sample: int) -> int:
-    """64 bits that name a sample's stream of random numbers."""
-    digest = hashlib.blake2b(f"{seed}/{stream}/{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def uniform(key: int, position: int) -> float:
-    """The number in [0, 1) of a position: splitmix64 of a counter (Steele et al. 2014), 53 bits."""
-    z = (key + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return ((z ^ (z >> 31)) >> 11) * 2.0**-53
 
 
 @dataclass(slots=True)
@@ -59,6 +43,17 @@ class Thinking:
     close_id: int
     is_open: bool = False
     tokens: int = 0
+
+    @classmethod
+    def of(cls, tokenizer: Any, prompt_ids: list[int]) -> Thinking | None:
+        """As it stands after the prompt; None for a tokenizer without the tags."""
+        tags = tokenizer.specials
+        if "<think>" not in tags or "</think>" not in tags:
+            return None
+        thinking = cls(tags["<think>"], tags["</think>"])
+        for token in prompt_ids:
+            thinking.see(token)
+        return thinking
 
     def see(self, token: int) -> None:
         if token == self.open_id:
@@ -93,16 +88,50 @@ class Sequence:
     cached_tokens: int = 0
     thinking: Thinking | None = None
     grammar: Any = None  # infer/grammar.py, when the sampling asks for one
-    state: Any = None  # the runner's
+    blocks: list[int] | None = None  # of the cache; None while it waits
+    table: int = -1  # which state its block table is in
+    computed: int = 0  # tokens whose keys are in the cache
+    names: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they are known
+    followers: list[Sequence] = field(default_factory=list)  # samples that wait for this one to read the prompt
+    routed: list[Any] = field(default_factory=list)  # experts of the computed tokens, in pieces
+    _plain: bool = False
 
     def __post_init__(self) -> None:
         request = self.request
         self.ids = list(request.prompt_ids)
         self.key = draw_key(request.seed, request.stream, self.sample)
+        s = request.sampling
+        looks = s.stop or s.thinking_budget is not None or s.json_schema is not None or s.regex is not None
+        self._plain = request.silent and not looks and not s.top_logprobs and not s.min_new_tokens
 
     @property
     def sampling(self) -> Sampling:
         return self.request.sampling
+
+    @property
+    def plain(self) -> bool:
+        """Whether `take` is enough: silent, and no option looks at the tokens as they come."""
+        return self._plain
+
+    def record(self, start: int, routed_nLA: Any) -> None:
+        """Keep the experts of the tokens from `start` on; those that were computed before (preempted) are there."""
+        known = sum(map(len, self.routed))
+        if start + len(routed_nLA) > known:
+            self.routed.append(routed_nLA[known - start :])
+
+    def take(self, token: int, logprob: float) -> None:
+        """`append` for a sequence whose events nobody reads and that only ids can stop."""
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        if token in self.request.stop_ids:
+            self.finish_reason = "stop"
+        elif len(self.logprobs) >= self.request.sampling.max_new_tokens:
+            self.finish_reason = "length"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether only its newest token is not in the cache."""
+        return self.computed == len(self.ids) - 1
 
     @property
     def new_ids(self) -> list[int]:
@@ -177,10 +206,20 @@ class Sequence:
             return text
         return text + self.stops.flush()
 
+    def _routed(self) -> list[list[list[int]]] | None:
+        """Experts of every token that was fed: all but the last."""
+        if not self.sampling.routed_experts:
+            return None
+        pieces: list[list[list[int]]] = []
+        for piece_nLA in self.routed:
+            pieces += piece_nLA.tolist()
+        return pieces[: len(self.ids) - 1]
+
     def completion(self) -> Completion:
         assert self.finish_reason is not None
         return Completion(
             text=self.text, token_ids=self.new_ids, logprobs=self.logprobs, finish_reason=self.finish_reason,
             top_logprobs=self.top_logprobs if self.sampling.top_logprobs else None,
             prompt_logprobs=self.request.prompt_logprobs, cached_tokens=self.cached_tokens,
+            routed_experts=self._routed(),
         )  # fmt: skip

@@ -1,0 +1,75 @@
+"""Attention of a chunk of a prompt: new tokens against the sequence's history and each other.
+
+Without a history the chunk is expanded (keys and values of every head written out). With one, expanding costs
+d_c (d_n + d_v) products for every old position, and absorbing costs 2 d_c - d_n - d_v more for every pair of a query
+and a key; the cheaper one is taken: for V3 and long histories the border is at 171 new tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shoestring.infer.store import Store
+from shoestring.nn.attention import attend_fused
+
+SCORES = 1 << 22  # scores of an absorbed chunk alive at a time
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Tokens [start, start + count) of a sequence; `rows` are theirs among the step's chunk tokens."""
+
+    rows: slice
+    start: int
+    blocks: Tensor  # the sequence's block table
+
+    @property
+    def count(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    def history(self, store: Store, arena: Tensor, new_TGW: Tensor) -> Tensor:
+        """Everything the chunk may see, itself included: [G, start + count, width]."""
+        if self.start == 0:
+            return new_TGW.transpose(0, 1)
+        return store.read(arena, self.blocks, self.start + self.count)
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """-inf above the diagonal that begins at `start`: [count, start + count]."""
+        bias_TS = torch.full((self.count, self.start + self.count), float("-inf"), dtype=dtype)
+        return bias_TS.triu_(self.start + 1).to(self.blocks.device)
+
+
+def expands(chunk: Chunk, cost: int, saved: int) -> bool:
+    """Whether expanding is cheaper: `cost` per old position, `saved` per pair of query and key."""
+    pairs = chunk.count * chunk.start + chunk.count * (chunk.count + 1) // 2
+    return pairs * saved >= chunk.start * cost
+
+
+def attend_expanded(q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, chunk: Chunk, scale: float) -> Tensor:
+    """[T, H, V]: causal, keys and values with G heads."""
+    q, k, v = (y.transpose(0, 1).unsqueeze(0) for y in (q_THK, k_SGK, v_SGV))
+    bias = None if chunk.start == 0 else chunk.bias(q.dtype)[None, None]
+    return attend_fused(q, k, v, scale, bias)[0].transpose(0, 1)
+
+
+def attend_absorbed(q_THW: Tensor, latent_SW: Tensor, chunk: Chunk, scale: float) -> Tensor:
+    """[T, H, W] in the latent space: all heads share the keys, so they are rows of one product."""
+    T, H, W = q_THW.shape
+    bias_TS = chunk.bias(torch.float32)
+    rows = max(1, SCORES // (H * len(latent_SW)))
+    out = []
+    for start in range(0, T, rows):
+        q_XW = q_THW[start : start + rows].reshape(-1, W)
+        s_tHS = (q_XW @ latent_SW.t()).view(-1, H, len(latent_SW))
+        p_tHS = torch.add(bias_TS[start : start + rows, None], s_tHS, alpha=scale).softmax(-1).to(q_THW.dtype)
+        out.append((p_tHS.view(-1, len(latent_SW)) @ latent_SW).view(-1, H, W))
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def padded(chunks: list[Chunk], y_NX: Tensor, longest: int) -> Tensor:
+    """Chunks side by side, [B, longest, *], filled with zeros."""
+    return torch.stack([F.pad(y_NX[c.rows], (0, 0) * (y_NX.ndim - 1) + (0, longest - c.count)) for c in chunks])

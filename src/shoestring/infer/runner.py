@@ -1,0 +1,135 @@
+"""Runs one step's work through the prepared layers: tokens in, hidden states of the rows that need logits out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shoestring.infer.attend import Plan, make_plan
+from shoestring.infer.chunks import Chunk
+from shoestring.infer.layers import Making, PreparedGQA, PreparedMLA, PreparedSwiGLU, Step, norm
+from shoestring.infer.mixture import PreparedMoE
+from shoestring.infer.scheduler import Work
+from shoestring.infer.store import Store
+from shoestring.nn.decoder import Block, Decoder
+from shoestring.nn.gqa import GQA
+from shoestring.nn.mla import MLA
+from shoestring.nn.moe import MoE
+
+
+@dataclass(slots=True)
+class Ran:
+    """`hidden_ND` after the final norm, for every token; `routed_LNA` when asked for."""
+
+    hidden_ND: Tensor
+    routed_LNA: Tensor | None
+
+
+class PreparedBlock:
+    """One layer."""
+
+    def __init__(self, block: Block, make: Making):
+        self.block = block
+        attention, mlp = block.self_attn, block.mlp
+        self.attention = PreparedMLA(attention, make) if isinstance(attention, MLA) else PreparedGQA(attention, make)
+        self.mlp = PreparedMoE(mlp, make) if isinstance(mlp, MoE) else PreparedSwiGLU(mlp, make)
+
+    def __call__(self, x_ND: Tensor, step: Step, layer: int) -> tuple[Tensor, Tensor | None]:
+        x_ND = self.attention(norm(x_ND, self.block.input_layernorm), x_ND, step, layer)
+        h_ND = norm(x_ND, self.block.post_attention_layernorm)
+        if isinstance(self.mlp, PreparedMoE):
+            return self.mlp(h_ND, x_ND)
+        return self.mlp(h_ND, x_ND), None
+
+
+class ModelRunner:
+    """A model's weights prepared for inference, and the cache they fill. Raises TypeError for a foreign model."""
+
+    def __init__(self, model: Decoder, *, blocks: int, block_size: int, tile: int = 0):
+        self.tile = tile
+        self.dtype = model.kernels.torch_dtype
+        attention = next(block.self_attn for block in model.model.layers)
+        latent = isinstance(attention, MLA)
+        groups, width = (1, model.cache_width) if latent else _heads(attention)
+        self.store = Store(
+            len(model.model.layers), blocks, block_size, groups, width, latent=latent, dtype=self.dtype,
+            device=model.embedding.device,
+        )  # fmt: skip
+        self._tables: tuple[list[int], Plan] | None = None
+        self.load(model)
+
+    def load(self, model: Decoder) -> None:
+        """Prepare these weights; what is in the cache stays."""
+        make = Making(self.dtype, self.tile)
+        self.model, self.device = model, model.embedding.device
+        self.blocks = [PreparedBlock(block, make) for block in model.model.layers]  # type: ignore[arg-type]
+        self.table_VD = model.embedding.detach().to(self.dtype)
+        self.head = make(model.head_weight)
+
+    @torch.inference_mode()
+    def run(self, works: list[Work], *, routed: bool = False) -> Ran:
+        """One pass over the work, decoding rows first."""
+        step, tokens_N = self._step(works)
+        x_ND = F.embedding(tokens_N, self.table_VD)
+        chosen = []
+        for layer, block in enumerate(self.blocks):
+            x_ND, chosen_NA = block(x_ND, step, layer)
+            if routed and chosen_NA is not None:
+                chosen.append(chosen_NA)
+        return Ran(norm(x_ND, self.model.model.norm), torch.stack(chosen) if chosen else None)
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """fp32 [R, V]."""
+        return self.head(hidden_RD).float()
+
+    def _step(self, works: list[Work]) -> tuple[Step, Tensor]:
+        """Indices of the step; `works` has the rows that decode first."""
+        size, store = self.store.size, self.store
+        R = next((i for i, work in enumerate(works) if work.end - work.start > 1), len(works))
+        tokens: list[int] = []
+        positions: list[int] = []
+        homes: list[int] = []  # the block of each token
+        chunks = []
+        for work in works:
+            blocks = work.sequence.blocks
+            assert blocks is not None
+            begin = len(tokens)
+            if work.end - work.start == 1:
+                tokens.append(work.sequence.ids[work.start])
+                positions.append(work.start)
+                homes.append(blocks[work.start // size])
+                continue
+            tokens += work.sequence.ids[work.start : work.end]
+            positions += range(work.start, work.end)
+            homes += [blocks[position // size] for position in range(work.start, work.end)]
+            rows = slice(begin - R, len(tokens) - R)
+            chunks.append(Chunk(rows, work.start, torch.tensor(blocks, device=self.device)))
+        store.reserve(1 + max(max(work.sequence.blocks or [0]) for work in works))
+        position_N = torch.tensor(positions, device=self.device)
+        slot_M = store.slots(torch.tensor(homes, device=self.device), position_N % size)
+        plan = bias = None
+        if R:
+            plan = self._plan(works[:R])
+            bias = plan.bias(position_N[:R] + 1, size)
+        cis_N = self.model.rope.table(position_N)
+        step = Step(R, cis_N, slot_M, store, plan, bias, chunks)
+        return step, torch.tensor(tokens, device=self.device)
+
+    def _plan(self, works: list[Work]) -> Plan:
+        """The last step's plan while the same sequences have the same blocks."""
+        key = [work.sequence.table for work in works]
+        if self._tables is None or self._tables[0] != key:
+            self._tables = (key, make_plan([work.sequence.blocks or [] for work in works], self.device))
+        return self._tables[1]
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        self.store.copy(pairs)
+
+
+def _heads(gqa: Any) -> tuple[int, int]:
+    assert isinstance(gqa, GQA)
+    return gqa.kv_heads, gqa.head_dim

@@ -44,14 +44,16 @@ class Engine:
 
     tokenizer: for text, stop strings and the default stop id; without one, text is "" and only `stop_ids` stop.
     max_batch_tokens: tokens computed in one step; prompts are read in chunks of what decoding leaves of it.
-    block_size: positions in a block of the cache (None: by dtype, as measured). cache_tokens: positions in all. max_sequences: running at once.
+    block_size: positions in a block of the cache (None: by dtype, as measured). cache_tokens: positions in all.
+    max_sequences: running at once.
     deterministic: a request's tokens and logprobs do not depend, to the bit, on what else is answered; slower.
     prefix_cache: prompts share what they have in common with earlier ones (of the same salt).
     """
 
     def __init__(
-        self, model: Any, tokenizer: Tokenizer | None = None, *, max_batch_tokens: int = 2048, block_size: int | None = None,
-        cache_tokens: int = 1 << 17, max_sequences: int = 512, deterministic: bool = False, prefix_cache: bool = True,
+        self, model: Any, tokenizer: Tokenizer | None = None, *, max_batch_tokens: int = 2048,
+        block_size: int | None = None, cache_tokens: int = 1 << 17, max_sequences: int = 512,
+        deterministic: bool = False, prefix_cache: bool = True,
     ):  # fmt: skip
         block_size = BLOCK_SIZE[model.kernels.dtype] if block_size is None else block_size
         options = {

@@ -58,7 +58,7 @@ def _load(spec: EngineSpec) -> tuple[Any, dict[str, Any]]:
     torch.set_num_threads(max(1, spec.threads))
     began = time.perf_counter()
     model, tokenizer = load(spec.weights, dtype=spec.dtype, device=spec.device)
-    engine = Engine(model, tokenizer, max_batch_tokens=spec.max_engine_tokens)
+    engine = Engine(model, tokenizer, cache_tokens=spec.max_engine_tokens)
     facts = {
         "seconds": time.perf_counter() - began,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

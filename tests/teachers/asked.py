@@ -10,6 +10,11 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from shoestring.data.questions import source_of
+from shoestring.data.store import Budget
+from shoestring.teachers._job import Api
+from shoestring.teachers._session import Job
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tools'}", "NO_COLOR": "1"}
 
@@ -41,3 +46,13 @@ def write_questions(path: Path, texts: list[str], **more: Any) -> Path:
         "".join(json.dumps({"question": text, "id": str(i), **more}) + "\n" for i, text in enumerate(texts))
     )
     return path
+
+
+def job(server: Server, folder: Path, texts: list[str] | None = None, **options: Any) -> Job:
+    """A job that asks `texts` of `server`; `options` of Api, and of Job."""
+    if texts is not None:
+        write_questions(folder / "q.jsonl", texts)
+    whole = {name: options.pop(name) for name in [*options] if name in Job.__dataclass_fields__}
+    source, identity = source_of(str(folder / "q.jsonl"), skipped=whole.get("skipped"))
+    api = Api(server.url, "m", **{"name": "t", "max_tokens": 50, "price": "1,2,0.5", "start": 64} | options)
+    return Job(folder / "traces", source, identity, **{"apis": [api], "budget": Budget(10**14)} | whole)

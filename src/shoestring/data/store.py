@@ -169,8 +169,9 @@ class Store:
             add(
                 "INSERT INTO rows(trace, question, how, sample, job) "
                 "SELECT ?, id, ?, ?, ? FROM questions WHERE hash = ? "
-                "ON CONFLICT (trace) DO UPDATE SET job = excluded.job, how = excluded.how "
-                f"WHERE rows.state < {ANSWERED} AND (rows.job != excluded.job OR rows.how != excluded.how)",
+                "ON CONFLICT (trace) DO UPDATE SET job = excluded.job, "
+                f"how = CASE WHEN rows.state < {ANSWERED} THEN excluded.how ELSE rows.how END "
+                f"WHERE rows.job != excluded.job OR (rows.how != excluded.how AND rows.state < {ANSWERED})",
                 [(trace, how, i, job, p.hash) for p in planned for i, trace in enumerate(p.traces)],
             )
 

@@ -85,6 +85,7 @@ class Asking:
         self._tick, self._tick_s = tick, tick_s
         self._freed = asyncio.Event()
         self._random = random.Random()
+        self._error: Exception | None = None
         self._second, self._date = -1, ""
         self.journal: Journal
 
@@ -113,6 +114,8 @@ class Asking:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
             await self.journal.close()
+        if self._error is not None:
+            raise self._error
         if self._tick:
             self._tick(self)
         return self.told
@@ -124,11 +127,12 @@ class Asking:
 
     async def _work(self, lane: Lane) -> None:
         async with _closing(lane.sender):
-            while not self.stopping:
-                rows = self._take(lane)
-                if not rows:
-                    return
-                await self._put(lane, rows)
+            try:
+                while not self.stopping and (rows := self._take(lane)):
+                    await self._put(lane, rows)
+            except Exception as error:  # a full disk, or a fault of ours: what is in flight still comes in and is kept
+                self._error = self._error or error
+                self.stop(str(error))
 
     def _take(self, lane: Lane) -> list[Row]:
         """The next request's rows: open samples of one question, `lane.n` at most."""

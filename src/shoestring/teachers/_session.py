@@ -74,8 +74,10 @@ def run(job: Job, *, watch: Callable[[Asking], None] | None = None) -> Outcome:
     """Ask what is missing. Raises UserError for mistakes found before anything is sent, DiskFull."""
     for api in job.apis:
         api.check()
-    if job.budget.pico is None and any(api.rate().output or api.rate().input for api in job.apis):
-        raise UserError("asking a paid teacher needs a limit: --budget USD (over the whole life of --out).")
+    if job.budget == Budget() and any(api.rate().output or api.rate().input for api in job.apis):
+        raise UserError(
+            "asking a paid teacher needs a limit over the life of --out: --budget USD, --budget-tokens or --budget-answers."
+        )
     if job.out.exists() and not job.out.is_dir():
         raise UserError(f"{job.out} is a file; --out is a folder.")
     with Worker(job.out, share=job.share) as worker:

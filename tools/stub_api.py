@@ -1,7 +1,7 @@
 """A server that speaks the OpenAI-compatible wire, counts what it is asked, and misbehaves on request.
 
 `python tools/stub_api.py --port 0 [--latency S] [--remember]` prints its port and serves until killed. GET /stats
-tells the counts. `--remember` honours Idempotency-Key: a key it has seen is answered again and not billed again. A
+tells the counts. `--plain` is for benchmarks: it reads no question and answers at once. `--remember` honours Idempotency-Key: a key it has seen is answered again and not billed again. A
 question that begins with "!word" (see `FAULTS`) is answered accordingly; "!word*3 ..." the first three times only.
 The answer to a question is a function of it and of the seed, so that stored answers can be checked.
 """
@@ -33,6 +33,16 @@ FAULTS: dict[str, tuple[int, bytes, str]] = {  # word -> status, body, headers
 }
 COUNTS = {"wrongcounts": {"prompt_tokens": -5, "completion_tokens": "many"}, "nocounts": None,
           "hugecounts": {"prompt_tokens": 20, "completion_tokens": 10_000_000}}  # fmt: skip
+
+
+PLAIN_BODY = (
+    b'{"id":"chatcmpl-%08d","object":"chat.completion","created":1,"model":"stub","choices":[{"index":0,"message":{"role":'
+    b'"assistant","content":"answer %08d ' + b"word " * 40 + b'"},"finish_reason":"stop"}],"usage":{"prompt_tokens":20,'
+    b'"completion_tokens":40,"total_tokens":60}}'
+)
+PLAIN_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(PLAIN_BODY % (0, 0))
+)
 
 
 class Stub:
@@ -163,12 +173,28 @@ class Connection(asyncio.Protocol):
             if len(self.buffer) < end + 4 + length:
                 return
             body, self.buffer = self.buffer[end + 4 : end + 4 + length], self.buffer[end + 4 + length :]
+            if self.stub.options.plain and head.startswith("POST"):
+                self.plain(body)
+                continue
             if head.startswith("GET"):
                 self.transport.write(reply(200, json.dumps(self.stub.stats()).encode()))
                 continue
             task = asyncio.get_running_loop().create_task(self.put(json.loads(body), headers.get("idempotency-key")))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
+
+    def plain(self, body: bytes) -> None:
+        """Nothing read, everything answered alike but for a number: as fast as this can be, for benchmarks."""
+        self.stub.counts["requests"] += 1
+        number = self.stub.counts["requests"]
+        if b'"messages": []' in body or b'"messages":[]' in body:
+            self.transport.write(reply(400, b'{"error": {"message": "no messages"}}'))
+            return
+        data = PLAIN_HEAD + PLAIN_BODY % (number, number)
+        if self.stub.options.latency:
+            asyncio.get_running_loop().call_later(self.stub.options.latency, self.transport.write, data)
+        else:
+            self.transport.write(data)
 
     async def put(self, request: dict[str, Any], key: str | None) -> None:
         text = str(request["messages"][-1]["content"])
@@ -209,4 +235,5 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--latency", type=float, default=0.0)
     parser.add_argument("--remember", action="store_true")
+    parser.add_argument("--plain", action="store_true")
     asyncio.run(serve(parser.parse_args()))

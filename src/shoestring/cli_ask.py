@@ -92,8 +92,8 @@ def ask(
     if inputs:
         stage_verb("ask")(inputs, sets, runs, dry_run, again, json, quiet)
         return
+    from shoestring.data.claims import Budget
     from shoestring.data.questions import Skipped, source_of
-    from shoestring.data.store import Budget
     from shoestring.teachers._job import Api
     from shoestring.teachers._price import pico
     from shoestring.teachers._send import Limits
@@ -108,12 +108,7 @@ def ask(
         "patience_s": patience, "permission": i_have_permission, "limits": Limits(total_s=timeout), "price": price,
         "licence": licence, "decoding": _decoding(temperature, top_p, seed, extra),
     }  # fmt: skip
-    if teachers is not None:
-        apis = [Api(**shared | _with_key(given)) for given in _listed(teachers)]
-    elif teacher is None or model is None:
-        raise UserError("say whom to ask: --teacher URL --model NAME, --teachers FILE, or --from teacher=RUN.")
-    else:
-        apis = [Api(**shared | _with_key({"url": teacher, "model": model, "key": key, "name": name}))]
+    apis = [Api(**shared | given) for given in _whom(teacher, model, teachers, key, name)]
     skipped = Skipped() if skip_bad else None
     source, identity = source_of(questions, system=system, count=count, difficulty=difficulty, skipped=skipped)
     limits = Budget(None if budget is None else pico(budget), budget_tokens, budget_answers)
@@ -121,9 +116,17 @@ def ask(
     if skipped and skipped.count:
         typer.echo(f"{skipped.count} line(s) left out, the first: {skipped.first}.", err=True)
     _show(outcome, out, json)
-    if outcome.told.stopped:
-        typer.echo(f"Stopped: {outcome.told.stopped}.", err=True)
-        raise typer.Exit(2 if outcome.told.mistake else 1)
+
+
+def _whom(
+    teacher: str | None, model: str | None, teachers: Path | None, key: str | None, name: str | None
+) -> list[dict[str, Any]]:
+    """The teachers' own options."""
+    if teachers is not None:
+        return [_with_key(given) for given in _listed(teachers)]
+    if teacher is None or model is None:
+        raise UserError("say whom to ask: --teacher URL --model NAME, --teachers FILE, or --from teacher=RUN.")
+    return [_with_key({"url": teacher, "model": model, "key": key, "name": name})]
 
 
 def _decoding(temperature: float | None, top_p: float | None, seed: int | None, extra: str | None) -> dict[str, Any]:
@@ -172,10 +175,18 @@ def _listed(path: Path) -> list[dict[str, Any]]:
 
 
 def _show(outcome: Outcome, out: Path, json: bool) -> None:
-    report = outcome.report()
+    """What came of it; a session that was stopped exits with 2 for a mistake of the user's, else 1."""
     if json:
-        emit_json(report)
-        return
+        emit_json(outcome.report())
+    else:
+        _print(outcome, out)
+    if outcome.told.stopped:
+        typer.echo(f"Stopped: {outcome.told.stopped}.", err=True)
+        raise typer.Exit(2 if outcome.told.mistake else 1)
+
+
+def _print(outcome: Outcome, out: Path) -> None:
+    report = outcome.report()
     counts, purse = outcome.counts, outcome.purse
     rows = [
         {"what": state, "rows": counts[state]} for state in ("answered", "planned", "sent", "failed") if counts[state]

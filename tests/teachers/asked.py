@@ -10,8 +10,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from shoestring.data.claims import Budget
 from shoestring.data.questions import source_of
-from shoestring.data.store import Budget
 from shoestring.teachers._job import Api
 from shoestring.teachers._session import Job
 

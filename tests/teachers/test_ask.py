@@ -18,8 +18,9 @@ from asked import ENVIRONMENT, Server, job, write_questions
 from stub_api import said
 
 from shoestring.core.errors import UserError
+from shoestring.data.claims import Budget
 from shoestring.data.questions import Skipped, source_of
-from shoestring.data.store import Budget, Store
+from shoestring.data.store import Store
 from shoestring.data.traces import TraceStore
 from shoestring.teachers._job import Api
 from shoestring.teachers._session import Job, run

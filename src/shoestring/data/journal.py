@@ -16,7 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from shoestring.core.atomic import DiskFull
-from shoestring.data.store import Claim, Op, Purse, Returned, Settled, Store
+from shoestring.data.claims import Claim, Op, Purse, Returned, Settled
+from shoestring.data.store import Store
 
 LINGER = 0.002  # seconds between the starts of two transactions, so that a busy job's changes come together
 BALLAST = 16 << 20  # bytes kept aside beside the store

@@ -20,8 +20,9 @@ from typing import Any
 from shoestring.core.atomic import read_lines
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Trace
+from shoestring.data.claims import Answer
 from shoestring.data.schema import ANSWERED, FILE, PICO, file_of, open_file
-from shoestring.data.store import Answer, Store
+from shoestring.data.store import Store
 
 NOT_CONTENT = ("date", "cost_usd")  # when it was said and at what price: not part of what was said
 CHUNK = 1000

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from shoestring.data.claims import GRANTED, POOR, Answer, Claim, Returned, Row, Settled
 from shoestring.data.journal import Journal
-from shoestring.data.store import GRANTED, POOR, Answer, Claim, Returned, Row, Settled, Store
+from shoestring.data.store import Store
 from shoestring.teachers._pace import Pace
 from shoestring.teachers._price import Rate
 from shoestring.teachers._send import Sender

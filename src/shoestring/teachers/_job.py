@@ -11,8 +11,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from shoestring.core.errors import UserError
+from shoestring.data.claims import Planned
 from shoestring.data.questions import Asked, Skipped
-from shoestring.data.store import Planned, Store
+from shoestring.data.store import Store
 from shoestring.data.traces import TraceIds, canonical, question_hash, texts
 from shoestring.teachers._ask import Lane
 from shoestring.teachers._pace import Pace

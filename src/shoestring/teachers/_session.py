@@ -15,8 +15,9 @@ from typing import Any
 
 from shoestring.core.errors import UserError
 from shoestring.core.progress import Progress
+from shoestring.data.claims import Budget, Purse
 from shoestring.data.questions import Asked, Skipped
-from shoestring.data.store import Budget, Purse, Store
+from shoestring.data.store import Store
 from shoestring.data.workers import Worker
 from shoestring.teachers._ask import Asking, Lane, Told
 from shoestring.teachers._job import Api, plan, signature
@@ -76,7 +77,7 @@ def run(job: Job, *, watch: Callable[[Asking], None] | None = None) -> Outcome:
         api.check()
     if job.budget == Budget() and any(api.rate().output or api.rate().input for api in job.apis):
         raise UserError(
-            "asking a paid teacher needs a limit over the life of --out: --budget USD, --budget-tokens or --budget-answers."
+            "asking a paid teacher needs a limit over the life of --out: --budget USD (or of tokens or answers)."
         )
     if job.out.exists() and not job.out.is_dir():
         raise UserError(f"{job.out} is a file; --out is a folder.")

@@ -17,8 +17,9 @@ from typing import Any
 from shoestring.core.contracts import Question, Teacher
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Sampling, Trace
+from shoestring.data.claims import Budget
 from shoestring.data.questions import Asked
-from shoestring.data.store import Budget, Store
+from shoestring.data.store import Store
 from shoestring.data.traces import TraceIds, stored, texts
 from shoestring.data.workers import Worker
 from shoestring.teachers._ask import Asking

@@ -1,0 +1,110 @@
+"""What a traces store is told and answers: planned questions, rows, claims and what comes of them, purse and budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+
+class Planned(NamedTuple):
+    """A question to put: its hash, its messages as JSON, the user's id, the problem behind it as JSON, trace ids."""
+
+    hash: str
+    messages: str
+    ref: str | None
+    problem: str | None
+    traces: list[str]  # one a sample
+
+
+class Row(NamedTuple):
+    """A planned row, as it is handed out for sending."""
+
+    id: int
+    trace: str
+    sample: int
+    attempts: int
+    turn: int
+    question: int
+    messages: str
+
+
+class Claim(NamedTuple):
+    """Ask to send `ids` in one request that costs `pico` and takes `tokens` at worst."""
+
+    ids: tuple[int, ...]
+    pico: int
+    tokens: int
+
+
+class Answer(NamedTuple):
+    """One row's answer."""
+
+    row: int
+    finish: str
+    tokens_in: int
+    tokens_out: int
+    pico: int
+    date: str
+    body: str
+
+
+class Settled(NamedTuple):
+    """A claim came back: answers, what they cost, and rows that got none and are planned again."""
+
+    claim: Claim
+    answers: list[Answer]
+    back: tuple[int, ...]
+    pico: int
+    tokens: int
+
+
+class Returned(NamedTuple):
+    """A claim failed: perhaps billed (`doubt`), under a new key the next time (`turn`), for good (`final`)."""
+
+    claim: Claim
+    doubt: bool
+    turn: bool
+    final: bool
+    kind: str
+    told: str
+
+
+Op = Claim | Settled | Returned
+GRANTED, POOR, TAKEN = range(3)  # what a claim is answered
+
+
+@dataclass(slots=True)
+class Purse:
+    """Totals of the store. Money in pico-dollars. `doubt` is counted as spent wherever a limit is held."""
+
+    spent: int = 0
+    reserved: int = 0
+    doubt: int = 0
+    tokens: int = 0
+    tokens_reserved: int = 0
+    tokens_doubt: int = 0
+    answers: int = 0
+    in_flight: int = 0
+    sends: int = 0
+    doubts: int = 0  # rows that were perhaps billed without an answer, counted each time
+
+
+PURSE = tuple(field.name for field in fields(Purse))
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Limits over the store's whole life; None is none."""
+
+    pico: int | None = None
+    tokens: int | None = None
+    answers: int | None = None
+
+    def allows(self, purse: Purse, claim: Claim) -> bool:
+        """Whether everything spent, in doubt and in flight stays within the limits with `claim` on top."""
+        if self.pico is not None and purse.spent + purse.reserved + purse.doubt + claim.pico > self.pico:
+            return False
+        used = purse.tokens + purse.tokens_reserved + purse.tokens_doubt
+        if self.tokens is not None and used + claim.tokens > self.tokens:
+            return False
+        return self.answers is None or purse.answers + purse.in_flight + len(claim.ids) <= self.answers

@@ -51,7 +51,9 @@ def main() -> None:
     if options.million:
         print(json.dumps([million(1_000_000 if not options.small else 3000, options.concurrency)]))
         return
-    peers = [] if options.peers == "none" else [p for p in PEERS if options.peers == "all" or p in options.peers.split(",")]
+    peers = (
+        [] if options.peers == "none" else [p for p in PEERS if options.peers == "all" or p in options.peers.split(",")]
+    )
     print(json.dumps([compare(latency, options, peers) for latency in options.latency or (0.0, 0.05)]))
 
 
@@ -88,7 +90,13 @@ def compare(latency: float, options: Any, peers: list[str]) -> dict[str, Any]:
     )  # fmt: skip
 
 
-NAMES = {"raw": "server's limit", "bare": "bare loop", "ours": "shoestring ask", "curator": "curator 0.1.31", "distilabel": "distilabel 1.5.3"}
+NAMES = {
+    "raw": "server's limit",
+    "bare": "bare loop",
+    "ours": "shoestring ask",
+    "curator": "curator 0.1.31",
+    "distilabel": "distilabel 1.5.3",
+}
 
 
 def once(who: str, python: str, given: Mapping[str, Any]) -> float:
@@ -100,7 +108,7 @@ def once(who: str, python: str, given: Mapping[str, Any]) -> float:
     return float(given["questions"] / seconds)
 
 
-class serving:  # noqa: N801 (used as a function)
+class serving:
     """The server in a process of its own; its port."""
 
     def __init__(self, latency: float) -> None:
@@ -119,7 +127,12 @@ class serving:  # noqa: N801 (used as a function)
 def write_questions(path: Path, count: int) -> None:
     with open(path, "w") as file:
         for i in range(count):
-            file.write(json.dumps({"question": f"What is {i} plus {i * 7}? " + "Think about it step by step. " * 5, "id": str(i)}) + "\n")
+            file.write(
+                json.dumps(
+                    {"question": f"What is {i} plus {i * 7}? " + "Think about it step by step. " * 5, "id": str(i)}
+                )
+                + "\n"
+            )
 
 
 # ---- contestants, each in a process of its own -----------------------------------------------------------------------
@@ -175,7 +188,9 @@ def bare(given: Mapping[str, Any]) -> None:
                     for line in file:
                         question = json.loads(line)["question"]
                         body = {"model": "stub", "max_tokens": 100, "messages": [{"role": "user", "content": question}]}
-                        async with session.post(f"http://127.0.0.1:{given['port']}/v1/chat/completions", json=body) as response:
+                        async with session.post(
+                            f"http://127.0.0.1:{given['port']}/v1/chat/completions", json=body
+                        ) as response:
                             document = await response.json()
                             answers.append(document["choices"][0]["message"]["content"])
 
@@ -248,7 +263,11 @@ def curator(given: Mapping[str, Any]) -> None:
 
 
 def distilabel(given: Mapping[str, Any]) -> None:
-    os.environ |= {"DISTILABEL_CACHE_DIR": tempfile.mkdtemp(dir=given["folder"]), "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "x"}
+    os.environ |= {
+        "DISTILABEL_CACHE_DIR": tempfile.mkdtemp(dir=given["folder"]),
+        "HF_HUB_OFFLINE": "1",
+        "OPENAI_API_KEY": "x",
+    }
     from distilabel.models import OpenAILLM
     from distilabel.pipeline import Pipeline
     from distilabel.steps import LoadDataFromDicts, StepResources
@@ -281,6 +300,7 @@ CONTESTANTS = {"ours": ours, "bare": bare, "raw": raw, "curator": curator, "dist
 def million(count: int, concurrency: int) -> dict[str, Any]:
     """Ask `count` questions once; what memory, disk and time that takes, and what reopening and exporting take."""
     from shoestring.data.export import export
+
     from shoestring.teachers._session import run
 
     seen: list[tuple[int, float]] = []
@@ -306,7 +326,16 @@ def million(count: int, concurrency: int) -> dict[str, Any]:
         "mb_after_a_tenth": statistics.median(early) if early else None, "mb_at_the_end": statistics.median(late) if late else None,
     }  # fmt: skip
     print(table(("", ""), [[name, f"{value:,.1f}" if value else "-"] for name, value in facts.items()]))
-    return result("ask a million", "seconds", "s", seconds, {}, versions=versions("shoestring", "aiohttp"), small=count < 10**6, **facts)
+    return result(
+        "ask a million",
+        "seconds",
+        "s",
+        seconds,
+        {},
+        versions=versions("shoestring", "aiohttp"),
+        small=count < 10**6,
+        **facts,
+    )
 
 
 def _rss_mb() -> float:

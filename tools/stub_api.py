@@ -1,9 +1,10 @@
 """A server that speaks the OpenAI-compatible wire, counts what it is asked, and misbehaves on request.
 
-`python tools/stub_api.py --port 0 [--latency S] [--remember]` prints its port and serves until killed. GET /stats
-tells the counts. `--plain` is for benchmarks: it reads no question and answers at once. `--remember` honours Idempotency-Key: a key it has seen is answered again and not billed again. A
-question that begins with "!word" (see `FAULTS`) is answered accordingly; "!word*3 ..." the first three times only.
-The answer to a question is a function of it and of the seed, so that stored answers can be checked.
+`python tools/stub_api.py --port 0 [--latency S] [--remember] [--plain]` prints its port and serves until killed.
+GET /stats tells the counts. `--plain` is for benchmarks: it reads no question and answers at once. `--remember` honours
+Idempotency-Key: a key it has seen is answered again and not billed again. A question that begins with "!word" (see
+`FAULTS`) is answered accordingly; "!word*3 ..." the first three times only. The answer to a question is a function of it
+and of the seed, so that stored answers can be checked.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ PLAIN_BODY = (
     b'"assistant","content":"answer %08d ' + b"word " * 40 + b'"},"finish_reason":"stop"}],"usage":{"prompt_tokens":20,'
     b'"completion_tokens":40,"total_tokens":60}}'
 )
-PLAIN_HEAD = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(PLAIN_BODY % (0, 0))
+PLAIN_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(
+    PLAIN_BODY % (0, 0)
 )
 
 

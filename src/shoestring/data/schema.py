@@ -7,6 +7,7 @@ answers    what came back, with its bill in pico-dollars (whole numbers: 1 $/M t
 purse      what is spent, what is reserved for requests in flight, and what is in doubt
 troubles   errors by kind; marks: what curation says of an answer
 
+No index beside the keys: every change of state would pay for it, and a session reads the rows once, in order.
 WAL with synchronous=FULL: a commit that returned survives a kill and a power cut.
 """
 
@@ -36,8 +37,6 @@ CREATE TABLE rows(
   worker INTEGER NOT NULL DEFAULT 0, reserved INTEGER NOT NULL DEFAULT 0,
   reserved_tokens INTEGER NOT NULL DEFAULT 0, attempts INTEGER NOT NULL DEFAULT 0,
   turn INTEGER NOT NULL DEFAULT 0, doubts INTEGER NOT NULL DEFAULT 0, kind TEXT, told TEXT);
-CREATE INDEX rows_planned ON rows(job, how, id) WHERE state = 0;
-CREATE INDEX rows_sent ON rows(worker) WHERE state = 1;
 CREATE TABLE answers(
   row INTEGER PRIMARY KEY, finish TEXT NOT NULL, tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL,
   pico INTEGER NOT NULL, date TEXT NOT NULL, body TEXT NOT NULL, correct INTEGER);

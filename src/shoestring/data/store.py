@@ -138,7 +138,7 @@ class Store:
         """The next planned rows of a job in the order of planning, at most `size` characters of them but one."""
         cursor = self.base.execute(
             "SELECT r.id, r.trace, r.sample, r.attempts, r.turn, r.question, q.messages FROM rows r "
-            "INDEXED BY rows_planned JOIN questions q ON q.id = r.question "
+            "JOIN questions q ON q.id = r.question "
             "WHERE r.state = 0 AND r.job = ? AND r.how = ? AND r.id > ? ORDER BY r.id LIMIT ?",
             (job, how, after, rows),
         )

@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))  # for what only these tests share
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 import torch  # noqa: E402
+from provider import provider as running_provider  # noqa: E402
 
 from shoestring.models.checkpoint import save  # noqa: E402
 from shoestring.models.deepseek import Deepseek, DeepseekConfig  # noqa: E402
@@ -111,7 +113,7 @@ def started(*arguments: str, folder: Path, store: Path | None = None, seconds: f
     environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
     with open(log, "w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "shoestring.cli", "serve", *arguments, "--port", "0", "--threads", "1", *more],
+            [sys.executable, "-m", "shoestring.cli", "serve", "--port", "0", "--threads", "1", *arguments, *more],
             stdout=out, stderr=subprocess.STDOUT, text=True, env=environment,
         )  # fmt: skip
     try:
@@ -136,6 +138,13 @@ def _address(log: Path, process: subprocess.Popen[str], seconds: float) -> str:
             break
         time.sleep(0.05)
     raise AssertionError(f"the server did not start:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def provider() -> Iterator[str]:
+    """The address of a provider with written answers."""
+    with running_provider() as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

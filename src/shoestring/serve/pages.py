@@ -34,6 +34,10 @@ def mount(app: FastAPI, service: Service) -> None:
     async def index() -> Response:
         return _file("index.html")
 
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        return _file("icon.svg")
+
     @app.get("/page/about.json", include_in_schema=False)
     async def about(request: Request) -> Response:
         return JSONResponse(_about(service), headers={"cache-control": "no-cache"})

@@ -78,6 +78,9 @@ class Upstream:
         fresh = (prompt - cached) * spec.usd_per_million_prompt + cached * spec.usd_per_million_cached
         return (fresh + completion * spec.usd_per_million_completion) / 1e6
 
+    def _cost(self, call: Call) -> float:
+        return self._usd(call.tally.prompt, call.tally.cached, call.tally.completion)
+
     async def complete(self, endpoint: str, raw: Mapping[str, Any], call: Call, account: Account | None) -> Reply:
         """Send a request on. Raises ApiError with what the upstream said."""
         body = dict(raw)
@@ -140,7 +143,7 @@ class Upstream:
         except (ValueError, TypeError, AttributeError):
             message = "the upstream's answer is not whole JSON; try again."
             raise ApiError(502, message, code="upstream_broken", retry_after=1) from None
-        usd = self._usd(call.tally.prompt, call.tally.cached, call.tally.completion)
+        usd = self._cost(call)
         if isinstance(document.get("usage"), dict):
             document["usage"]["cost_usd"] = round(usd, 10)
         await self._meter.finish(call, 200, usd, held, _texts(document))
@@ -169,7 +172,9 @@ class Upstream:
                     done = True
                 if not shown:
                     document.pop("usage", None)
-                yield event + b"\n\n" if shown else frame(document)
+                elif isinstance(document.get("usage"), dict):
+                    document["usage"]["cost_usd"] = round(self._cost(call), 10)
+                yield event + b"\n\n" if call.endpoint == "/v1/responses" else frame(document)
             if not done:
                 raise ApiError(502, "the upstream broke off in the middle of its answer.", code="upstream_broken")
             status = 200
@@ -186,7 +191,7 @@ class Upstream:
                 await response.aclose()
             if not call.tally.completion:  # it never said: what was seen is what is billed
                 call.tally.completion = int(len(texts[0]) / CHARACTERS)
-            usd = self._usd(call.tally.prompt, call.tally.cached, call.tally.completion)
+            usd = self._cost(call)
             await self._meter.finish(call, status, usd, held, (texts[0],))
 
     def _take(self, document: dict[str, Any], call: Call, texts: list[str]) -> bool:

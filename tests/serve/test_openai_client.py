@@ -11,7 +11,6 @@ import pytest
 from shoestring.text.tokenizer import Tokenizer
 
 openai = pytest.importorskip("openai")
-COMING = pytest.mark.xfail(reason="the engine does not do this yet", strict=False)
 QUESTION = [{"role": "user", "content": "last digit of 3 + 8 + 4 ?"}]
 ADD = {
     "type": "function",
@@ -181,7 +180,6 @@ def test_thinking_switch(client: Any):
     assert off.choices[0].message.content and off.usage.completion_tokens_details.reasoning_tokens == 0
 
 
-@COMING
 def test_a_thinking_budget_leaves_room_for_the_answer(client: Any):
     answer = client.chat.completions.create(
         model="tiny", messages=QUESTION, max_tokens=20, seed=1,
@@ -204,7 +202,6 @@ def test_completions(client: Any, tokenizer: Tokenizer):
     assert "".join(chunk.choices[0].text for chunk in chunks) == text.choices[0].text
 
 
-@COMING
 def test_legacy_logprobs(client: Any):
     answer = client.completions.create(
         model="tiny", prompt="last digit", max_tokens=3, temperature=0, logprobs=2, echo=True
@@ -216,7 +213,6 @@ def test_legacy_logprobs(client: Any):
         assert logprob == max(top.values())  # greedy, and the very same number
 
 
-@COMING
 def test_token_ids_and_prompt_logprobs(client: Any, tokenizer: Tokenizer):
     extra = {"return_token_ids": True, "prompt_logprobs": 1}
     answer = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=5, extra_body=extra)

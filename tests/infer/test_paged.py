@@ -161,7 +161,7 @@ def test_a_group_reads_its_prompt_once(model: Any) -> None:
     (group,) = engine.generate([IDS[:21]], Sampling(n=16, max_new_tokens=5, seed=1))
     stats = engine.stats()
     assert stats["computed_tokens"] == 21 + 16 * 4  # the last token of each is never fed
-    assert stats["prompt_tokens"] == 16 * 21 and stats["cached_tokens"] == 15 * 21
+    assert stats["prefix_cache_queries"] == 16 * 21 and stats["prefix_cache_hits"] == 15 * 21
     assert [c.cached_tokens for c in group] == [0] + [21] * 15
     assert len({tuple(c.token_ids) for c in group}) == 16
     singles = Engine(model, prefix_cache=False).generate([IDS[:21]], Sampling(n=1, max_new_tokens=5, seed=1))
@@ -199,7 +199,7 @@ def test_little_memory_means_preemption_and_the_same_answers(model: Any) -> None
     expected = Engine(model).generate(prompts, sampling)
     engine = Engine(model, block_size=4, cache_tokens=64)
     assert ids_of(engine.generate(prompts, sampling)) == ids_of(expected)
-    assert engine.stats()["preemptions"] > 0 and engine.stats()["kv_used"] == 0
+    assert engine.stats()["num_preemptions"] > 0 and engine.stats()["kv_used"] == 0
 
 
 def test_more_requests_than_memory_are_queued(model: Any) -> None:

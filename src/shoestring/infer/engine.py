@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from shoestring.infer.prompts import read_prompt
 from shoestring.infer.runner import ModelRunner, Ran
 from shoestring.infer.sampler import sample
 from shoestring.infer.scheduler import Scheduler, Work
-from shoestring.infer.score import score
+from shoestring.infer.score import Scored, score
 from shoestring.infer.sequence import Request, Sequence, Thinking
 from shoestring.infer.uniforms import uniforms
 
@@ -148,14 +148,17 @@ class Engine:
         return bool(self._requests or self._events)
 
     def stats(self) -> dict[str, float]:
-        """What is going on (running, waiting, kv_used: fraction of the blocks) and counts since the beginning."""
+        """What is going on (running, waiting, kv_used: fraction of the blocks) and counts since the beginning.
+
+        `prefix_cache_queries`: prompt tokens started; `prefix_cache_hits`: of those, not computed.
+        """
         scheduler, counts = self._scheduler, self._scheduler.counts
         waiting = sum(1 for _ in scheduler.sequences()) - len(scheduler.running)
         return {
             "running": len(scheduler.running), "waiting": waiting,
-            "kv_used": scheduler.blocks.used / scheduler.blocks.count, "prompt_tokens": counts.prompt_tokens,
-            "cached_tokens": counts.cached_tokens, "computed_tokens": counts.computed_tokens,
-            "preemptions": counts.preemptions, "steps": counts.steps,
+            "kv_used": scheduler.blocks.used / scheduler.blocks.count, "steps": counts.steps,
+            "computed_tokens": counts.computed_tokens, "num_preemptions": counts.preemptions,
+            "prefix_cache_queries": counts.prompt_tokens, "prefix_cache_hits": counts.cached_tokens,
             "cache_bytes_per_token": self._runner.store.bytes_per_token,
         }  # fmt: skip
 
@@ -190,12 +193,23 @@ class Engine:
                     self._scheduler.drop([s for s in request.samples if s.finish_reason is None])
         return self._completions(requests)
 
-    def score(self, token_ids: Seq[Seq[int]], *, temperature: float = 1.0) -> list[list[float]]:
-        """For each sequence of T ids its T-1 logprobs, at `temperature`. Logits exist only a chunk of rows at a time.
+    @overload
+    def score(self, token_ids: Seq[Seq[int]], *, temperature: float = 1.0) -> list[list[float]]: ...
+    @overload
+    def score(
+        self, token_ids: Seq[Seq[int]], *, temperature: float = 1.0, top_k: int = 0, hidden: bool = False
+    ) -> list[list[float]] | list[Scored]: ...
 
-        Raises UserError as `generate` does, and for a temperature that is not positive.
+    def score(
+        self, token_ids: Seq[Seq[int]], *, temperature: float = 1.0, top_k: int = 0, hidden: bool = False
+    ) -> list[list[float]] | list[Scored]:
+        """For each sequence of T ids its T-1 logprobs, at `temperature`.
+
+        With `top_k` (the likeliest tokens, and the mass of the others) or `hidden` (the states before the head) a
+        `Scored` for each. Logits exist only a chunk of positions at a time. Raises UserError as `generate` does, and
+        for a temperature that is not positive.
         """
-        return score(self.model, token_ids, temperature=temperature)
+        return score(self.model, token_ids, temperature=temperature, top_k=top_k, hidden=hidden)
 
     # ---- inside
     def _check(self, prompt_ids: Seq[int], sampling: Sampling, what: str) -> None:

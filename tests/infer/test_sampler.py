@@ -40,7 +40,7 @@ def test_frequencies_are_the_probabilities(options: dict[str, float]) -> None:
     expected_V[chosen] = torch.softmax(logits_V[chosen] / sampling.temperature, dim=-1)
     n = 40_000
     drawn = sample(logits_V.expand(n, -1), uniforms(n), [sampling] * n)
-    token_N, logprob_N = drawn.token_R, drawn.logprob_R
+    token_N, logprob_N = torch.tensor(drawn.tokens), torch.tensor(drawn.logprobs)
     observed_V = token_N.bincount(minlength=6) / n
     assert (observed_V - expected_V).abs().max() < 5 * 0.5 / n**0.5  # five standard errors
     assert torch.allclose(logprob_N, expected_V.log()[token_N], atol=1e-6)
@@ -68,21 +68,21 @@ def test_an_impossible_token_is_never_drawn() -> None:
     logits_RV = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(4, -1)
     edges_R = torch.tensor([0.0, 0.5, 0.5 - 1e-12, 1 - 2**-53], dtype=torch.float64)
     drawn = sample(logits_RV, edges_R, [Sampling()] * 4)
-    assert drawn.token_R.tolist() == [1, 3, 1, 3]
-    assert torch.allclose(drawn.logprob_R, torch.tensor(0.5).log())
+    assert drawn.tokens == [1, 3, 1, 3]
+    assert torch.allclose(torch.tensor(drawn.logprobs), torch.tensor(0.5).log())
 
 
 def test_greedy() -> None:
     logits_RV = torch.tensor([[0.0, 3.0, 1.0], [2.0, 1.0, 0.0]])
     drawn = sample(logits_RV, uniforms(2), [Sampling(temperature=0.0)] * 2)
-    token_R, logprob_R = drawn.token_R, drawn.logprob_R
+    token_R, logprob_R = torch.tensor(drawn.tokens), torch.tensor(drawn.logprobs)
     assert token_R.tolist() == [1, 0]
     assert torch.allclose(logprob_R, logits_RV.log_softmax(-1).gather(1, token_R[:, None]).squeeze(1))
 
 
 def test_a_low_temperature_is_nearly_greedy() -> None:
     drawn = sample(torch.tensor([[0.0, 1.0]]).expand(100, -1), uniforms(100), [Sampling(temperature=0.01)] * 100)
-    assert drawn.token_R.tolist() == [1] * 100
+    assert drawn.tokens == [1] * 100
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.5}, {"temperature": 0.5}])

@@ -162,3 +162,44 @@ def attend_gathered(
         s_GhS = (q_HK.unflatten(0, (G, -1)) @ k_GSK.transpose(1, 2)).float() * scale
         rows.append((s_GhS.softmax(-1).to(v_GSV.dtype) @ v_GSV).flatten(0, 1))
     return torch.stack(rows)
+
+
+PAIRS = 16  # (block, row) pairs in one product when results must not depend on the batch
+
+
+class FixedPlan:
+    """Attention whose every product and sum has the same shape whoever else is in the batch: slow, to the bit equal.
+
+    Pairs are multiplied PAIRS at a time, block by block in the order of positions; sums over blocks go from the first
+    to the last, and adding the zeros of blocks that a row does not have changes no bit.
+    """
+
+    def __init__(self, tables: list[list[int]], length_R: Tensor, size: int, device: torch.device):
+        self.R, self.J, self.size, self.length_R = len(tables), max(map(len, tables)), size, length_R
+        pairs = [(j, row, block) for row, table in enumerate(tables) for j, block in enumerate(table)]
+        pairs.sort()
+        pairs += [(0, self.R, pairs[0][2])] * (-len(pairs) % PAIRS)  # row R: what fills up
+        self.tiles = [torch.tensor(pairs[i : i + PAIRS], device=device).unbind(1) for i in range(0, len(pairs), PAIRS)]
+
+    def attend(self, q_RHK: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """As `attend_blocks`."""
+        R, J, H, size = self.R, self.J, q_RHK.shape[1], self.size
+        q_XHK = torch.cat([q_RHK, q_RHK[:1]])
+        s_XJHS = torch.full((R + 1, J, H, size), float("-inf"), device=q_RHK.device)
+        for j_P, row_P, block_P in self.tiles:
+            s_XJHS[row_P, j_P] = _scores(q_XHK[row_P], keys[block_P], 1).float() * scale
+        position_JS = torch.arange(J * size, device=q_RHK.device).view(J, 1, size)
+        s_RJHS = s_XJHS[:R].masked_fill(position_JS >= self.length_R[:, None, None, None], float("-inf"))
+        e_RJHS = (s_RJHS - s_RJHS.amax((1, 3), keepdim=True)).exp()
+        mass_RJH = e_RJHS.sum(-1)
+        total_RH = mass_RJH[:, 0].clone()
+        for j in range(1, J):
+            total_RH += mass_RJH[:, j]
+        p_RJHS = (e_RJHS / total_RH[:, None, :, None]).to(q_RHK.dtype)
+        p_XJHS = torch.cat([p_RJHS, p_RJHS.new_zeros(1, J, H, size)])
+        out_XHV = torch.zeros(R + 1, H, values.shape[-1], device=q_RHK.device)
+        for j_P, row_P, block_P in self.tiles:
+            o_PHV = _values(p_XJHS[row_P, j_P], values[block_P], 1).float()
+            for row, o_HV in zip(row_P.tolist(), o_PHV, strict=True):  # a tile may hold two blocks of one row
+                out_XHV[row] += o_HV
+        return out_XHV[:R].to(q_RHK.dtype)

@@ -291,9 +291,8 @@ class Engine:
         drawn = sample(
             adjust(logits_RV, sequences), torch.from_numpy(u_R).to(self.device), [s.request.sampling for s in sequences]
         )
-        tokens, logprobs = drawn.token_R.tolist(), drawn.logprob_R.tolist()
         events, finished = [], []
-        for row, (sequence, token, logprob) in enumerate(zip(sequences, tokens, logprobs, strict=True)):
+        for row, (sequence, token, logprob) in enumerate(zip(sequences, drawn.tokens, drawn.logprobs, strict=True)):
             if sequence.plain:
                 sequence.take(token, logprob)
             else:

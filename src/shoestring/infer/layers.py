@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoestring.infer.attend import Plan, attend_blocks
+from shoestring.infer.attend import FixedPlan, Plan, attend_blocks
 from shoestring.infer.chunks import Chunk, attend_absorbed, attend_expanded, expands
 from shoestring.infer.products import Product
 from shoestring.infer.store import Store
@@ -39,9 +39,17 @@ class Step:
     cis_N: Tensor  # RoPE's table [N, 1, Rope/2]
     slot_M: Tensor  # where each token's heads go in the flat arena
     store: Store
-    plan: Plan | None
+    plan: Plan | FixedPlan | None
     bias_R1S: Tensor | None
     chunks: list[Chunk]
+
+    def attend(self, q_RHK: Tensor, layer: int, scale: float) -> Tensor:
+        """The decoding rows against their blocks."""
+        keys, values = self.store.keys[layer], self.store.values[layer]
+        if isinstance(self.plan, FixedPlan):
+            return self.plan.attend(q_RHK, keys, values, scale)
+        assert self.plan is not None and self.bias_R1S is not None
+        return attend_blocks(q_RHK, keys, values, self.plan, self.bias_R1S, scale)
 
 
 def norm(x: Tensor, layer: RMSNorm) -> Tensor:
@@ -129,9 +137,7 @@ class PreparedMLA:
         mla, H, C, rope = self.mla, self.mla.heads, self.mla.kv_lora, self.mla.rope
         q_RHW, entry_RW = self._absorbed_queries(h_RD, step, rows)
         self._write(entry_RW, step, layer, rows)
-        assert step.plan is not None and step.bias_R1S is not None
-        arena = step.store.keys[layer]
-        o_RHW = attend_blocks(q_RHW, arena, arena, step.plan, step.bias_R1S, self.scale)
+        o_RHW = step.attend(q_RHW, layer, self.scale)
         if self.o_absorbed is not None:
             return self.o_absorbed(o_RHW.reshape(-1, H * (C + rope)), x_RD)
         return self.o_proj(self._expand_values(o_RHW[..., :C]).reshape(-1, H * mla.v), x_RD)
@@ -216,8 +222,7 @@ class PreparedGQA:
         step.store.write(values, step.slot_M, v_NGK)
         out = []
         if R:
-            assert step.plan is not None and step.bias_R1S is not None
-            out.append(attend_blocks(q_NHK[:R].contiguous(), keys, values, step.plan, step.bias_R1S, self.scale))
+            out.append(step.attend(q_NHK[:R].contiguous(), layer, self.scale))
         for chunk in step.chunks:
             here = slice(R + chunk.rows.start, R + chunk.rows.stop)
             k_GSK = chunk.history(step.store, keys, k_NGK[here])

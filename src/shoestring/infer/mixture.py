@@ -47,7 +47,7 @@ class PreparedMoE:
             x_ND = self.shared(h_ND, x_ND)
         if self.all_gate_up is not None and self._dense_flops(len(h_ND)) <= DENSE_FLOPS:
             return self._dense(h_ND, x_ND, chosen_NA, weight_NA), chosen_NA
-        if len(h_ND) == 1:
+        if len(h_ND) == 1 and not self.tile:
             return self._one(h_ND, x_ND, chosen_NA, weight_NA), chosen_NA
         return x_ND + self._each(h_ND, chosen_NA, weight_NA), chosen_NA
 

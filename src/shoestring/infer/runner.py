@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoestring.infer.attend import Plan, make_plan
+from shoestring.infer.attend import FixedPlan, Plan, make_plan
 from shoestring.infer.chunks import Chunk
 from shoestring.infer.layers import Making, PreparedGQA, PreparedMLA, PreparedSwiGLU, Step, norm
 from shoestring.infer.mixture import PreparedMoE
@@ -73,6 +73,18 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, works: list[Work], *, routed: bool = False) -> Ran:
         """One pass over the work, decoding rows first."""
+        if not self.tile:
+            return self._pass(works, routed)
+        # Every token a row of its own, so that chunks have no borders, and always as many rows: the last tile is
+        # filled up with its first row, which writes the same numbers to the same place.
+        singles = [Work(work.sequence, at, at + 1) for work in works for at in range(work.start, work.end)]
+        tiles = [singles[i : i + self.tile] for i in range(0, len(singles), self.tile)]
+        ran = [self._pass([*tile, *[tile[0]] * (self.tile - len(tile))], routed) for tile in tiles]
+        hidden_ND = torch.cat([each.hidden_ND for each in ran])[: len(singles)]
+        chosen = [each.routed_LNA for each in ran if each.routed_LNA is not None]
+        return Ran(hidden_ND, torch.cat(chosen, dim=1)[:, : len(singles)] if chosen else None)
+
+    def _pass(self, works: list[Work], routed: bool) -> Ran:
         step, tokens_N = self._step(works)
         x_ND = F.embedding(tokens_N, self.table_VD)
         chosen = []
@@ -111,9 +123,14 @@ class ModelRunner:
         store.reserve(1 + max(max(work.sequence.blocks or [0]) for work in works))
         position_N = torch.tensor(positions, device=self.device)
         slot_M = store.slots(torch.tensor(homes, device=self.device), position_N % size)
-        plan = bias = None
-        if R:
+        plan: Plan | FixedPlan | None = None
+        bias = None
+        if self.tile:
+            tables = [(w.sequence.blocks or [])[: w.start // size + 1] for w in works]
+            plan = FixedPlan(tables, position_N + 1, size, self.device)
+        elif R:
             plan = self._plan(works[:R])
+            assert isinstance(plan, Plan)
             bias = plan.bias(position_N[:R] + 1, size)
         cis_N = self.model.rope.table(position_N)
         step = Step(R, cis_N, slot_M, store, plan, bias, chunks)

@@ -13,6 +13,7 @@ sorted distribution. Rows may differ in all of this: what a row gets does not de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,10 +27,10 @@ FIRST_WIDTH = 256  # likeliest tokens looked at before more are
 
 @dataclass(slots=True)
 class Drawn:
-    """Token ids [R] and fp32 logprobs [R]; for rows with `top_logprobs`, the best of their distribution."""
+    """Token ids and logprobs of the rows; for rows with `top_logprobs`, the best of their distribution."""
 
-    token_R: Tensor
-    logprob_R: Tensor
+    tokens: list[int]
+    logprobs: list[float]
     top: dict[int, TokenLogprobs]
 
 
@@ -43,14 +44,14 @@ def sample(logits_RV: Tensor, u_R: Tensor, samplings: Sequence[Sampling]) -> Dra
     greedy = [row for row, s in enumerate(samplings) if s.temperature == 0.0]
     cut = [row for row, s in enumerate(samplings) if s.temperature > 0.0 and restricts(s)]
     if len(greedy) == len(samplings):
-        best_R = p_RV.max(dim=-1)
-        drawn = Drawn(best_R.indices, best_R.values, {})
+        mass_R, token_R = p_RV.max(dim=-1)
     elif not greedy and not cut:
-        drawn = Drawn(*_draw(p_RV, u_R), {})
+        token_R, mass_R = _draw(p_RV, u_R)
     else:
-        drawn = _draw_mixed(p_RV, u_R, samplings, greedy, cut)
-    _check_finite(drawn.logprob_R)
-    drawn.logprob_R = drawn.logprob_R.log()
+        token_R, mass_R = _draw_mixed(p_RV, u_R, samplings, greedy, cut)
+    _check_finite(mass_R)
+    # not torch's log: its last few elements take another code path than the others, and may differ in a bit
+    drawn = Drawn(token_R.tolist(), [math.log(mass) for mass in mass_R.tolist()], {})
     wanted = [row for row, s in enumerate(samplings) if s.top_logprobs]
     if wanted:
         drawn.top = _top(p_RV, samplings, wanted)
@@ -69,7 +70,9 @@ def _at_temperature(logits_RV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     return logits_RV / torch.tensor(temperatures, device=logits_RV.device)[:, None]
 
 
-def _draw_mixed(p_RV: Tensor, u_R: Tensor, samplings: Sequence[Sampling], greedy: list[int], cut: list[int]) -> Drawn:
+def _draw_mixed(
+    p_RV: Tensor, u_R: Tensor, samplings: Sequence[Sampling], greedy: list[int], cut: list[int]
+) -> tuple[Tensor, Tensor]:
     token_R, mass_R = torch.empty_like(u_R, dtype=torch.int64), torch.empty_like(p_RV[:, 0])
     if greedy:
         best_r = p_RV[greedy].max(dim=-1)
@@ -81,7 +84,7 @@ def _draw_mixed(p_RV: Tensor, u_R: Tensor, samplings: Sequence[Sampling], greedy
     taken = {*greedy, *cut}
     if free := [row for row in range(len(samplings)) if row not in taken]:
         token_R[free], mass_R[free] = _draw(p_RV[free], u_R[free])
-    return Drawn(token_R, mass_R, {})
+    return token_R, mass_R
 
 
 def kept(p_RV: Tensor, samplings: Sequence[Sampling]) -> tuple[Tensor, Tensor]:
@@ -101,7 +104,7 @@ def kept(p_RV: Tensor, samplings: Sequence[Sampling]) -> tuple[Tensor, Tensor]:
         inside_RS = rank_S < k_R1
         cumulative_RS = (p_RS * inside_RS).cumsum(-1, dtype=torch.float64)
         # top-p counts within what top-k left; without top-k that is everything, seen or not
-        total_R1 = torch.where(k_R1 < V, cumulative_RS[:, -1:], p_RV.sum(-1, keepdim=True, dtype=torch.float64))
+        total_R1 = torch.where(k_R1 < V, cumulative_RS[:, -1:], 1.0)
         before_RS = cumulative_RS - p_RS
         inside_RS &= (before_RS < top_p_R1 * total_R1) & (p_RS >= min_p_R1 * p_RS[:, :1])
         if width == V or not bool(inside_RS[:, -1].any()):
@@ -151,10 +154,9 @@ def _top(p_RV: Tensor, samplings: Sequence[Sampling], wanted: list[int]) -> dict
 def _fill(
     found: dict[int, TokenLogprobs], rows: list[int], samplings: Sequence[Sampling], p_rS: Tensor, ids_rS: Tensor
 ) -> None:
-    logps, ids = p_rS.log().tolist(), ids_rS.tolist()
-    for row, row_logps, row_ids in zip(rows, logps, ids, strict=True):
-        pairs = zip(row_ids, row_logps, strict=True)
-        best = [(token, logp) for token, logp in pairs if logp > float("-inf")]
+    best_rS, best_ids_rS = p_rS[:, : max(s.top_logprobs for s in samplings)].tolist(), ids_rS.tolist()
+    for row, masses, ids in zip(rows, best_rS, best_ids_rS, strict=True):
+        best = [(token, math.log(mass)) for token, mass in zip(ids, masses, strict=False) if mass > 0.0]
         found[row] = best[: samplings[row].top_logprobs]
 
 

@@ -125,3 +125,19 @@ def test_a_tokenizer_stage_alone(tmp_path: Path) -> None:
     stage = TokenizerStage(name="t", corpus=Textbook(mix=(TaskMix(task="questions"),)), documents=50)
     result = run_recipe(Recipe(name="tiny", stages=(stage,)), tmp_path, quiet=True)
     assert result.report_path is None and result.rows[0]["value"] > 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_study_at_smoke_size(tmp_path: Path) -> None:
+    """Its arms too; what was sampled for the rejection arm is inside the budget it shares with RL."""
+    recipe = resolve_recipe("study-quickstart", ["size=smoke", "seeds=1"])
+    result = run_recipe(recipe, tmp_path, quiet=True)
+    cost = {name: run.manifest["cost"]["train_flops"] for name, run in result.runs.items()}
+    spent = [row["flops"] for row in result.runs["teacher-reject-sft"].metrics()]
+    budget = cost["teacher-rl"] - cost["teacher-reject"]
+    assert 0 < cost["teacher-reject"] < cost["teacher-rl"]
+    assert spent[-1] >= budget and all(flops < budget for flops in spent[:-1])
+    rows = {row["label"]: row for row in result.tables["accuracy"] if row["of"] == "teacher"}
+    after_rl, rejected = (rows[label]["train flops"] for label in ("after RL", "SFT on its own verified answers"))
+    assert rejected == pytest.approx(after_rl, rel=0.3)  # the last step goes a little over

@@ -17,8 +17,8 @@ from shoestring.road import run_recipe
 from shoestring.train import step as step_module
 from shoestring.train.configs import Recipe
 
-TRAINED = ("teacher-pretrain", "teacher-sft", "teacher-rl", "student-pretrain", "student-base", "ask",
-           "student-distilled", "student-more-textbook", "student-rl")  # fmt: skip
+KILLED_IN = ("teacher-pretrain", "teacher-sft", "teacher-rl", "teacher-more-sft", "student-pretrain", "student-base",
+             "ask", "student-distilled", "student-more-textbook", "student-rl", "eval-teacher-rl")  # fmt: skip
 
 
 def _hashes(root: Path) -> dict[str, dict[str, str]]:
@@ -27,7 +27,8 @@ def _hashes(root: Path) -> dict[str, dict[str, str]]:
     for run in runs_tree(root):
         assert run.finished, run.name
         files = {o["path"].split("checkpoints/")[-1]: o["sha256"] for o in run.manifest["outputs"]}
-        found[run.manifest["stage"]] = {k: v for k, v in files.items() if k.endswith(".safetensors")}
+        exact = (".safetensors", "result.json")
+        found[run.manifest["stage"]] = {k: v for k, v in files.items() if k.endswith(exact)}
     return found
 
 
@@ -83,7 +84,7 @@ def test_kill_9_inside_every_stage_ends_with_the_same_bits(tmp_path: Path) -> No
 
     assert start(tmp_path / "whole").wait() == 0
     killed_in = []
-    for stage in TRAINED:
+    for stage in KILLED_IN:
         process = start(tmp_path / "killed")
         while process.poll() is None:
             if any((tmp_path / "killed").glob(f"{stage}-quickstart-smoke-*/metrics.jsonl")):
@@ -93,7 +94,7 @@ def test_kill_9_inside_every_stage_ends_with_the_same_bits(tmp_path: Path) -> No
             time.sleep(0.01)
         process.wait()
     assert start(tmp_path / "killed").wait() == 0
-    assert len(killed_in) >= len(TRAINED) - 1, "the road ran ahead of the killer"
+    assert len(killed_in) >= len(KILLED_IN) - 1, "the road ran ahead of the killer"
     assert _hashes(tmp_path / "killed") == _hashes(tmp_path / "whole")
     attempts = [run.manifest["attempts"] for run in runs_tree(tmp_path / "killed")]
     assert sum(attempts) >= len(attempts) + len(killed_in)

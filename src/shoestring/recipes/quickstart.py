@@ -61,6 +61,7 @@ class Size:
     curate: tuple[str, ...] = ("correct", "dedup")
     rewards: tuple[str, ...] = ("correct", "format")
     minimum_mixed: float = 0.05
+    reject_problems: int = 3000  # of the study's arm; its sampling comes off its budget
     checkpoint_every: int = 20  # the shortest stage has 60 steps
 
 
@@ -68,7 +69,8 @@ SIZES = {
     "full": Size(900, 900, 60, 80, 3000, 100, 300, 4, 3_000_000),
     "smoke": Size(
         12, 12, 4, 3, 24, 4, 8, 2, 40_000, tokens_per_step=1024, problems_per_step=4, group_size=4,
-        preflight_problems=4, minimum_mixed=0.0, checkpoint_every=2, curate=("dedup",), rewards=("repetition",),
+        preflight_problems=4, minimum_mixed=0.0, reject_problems=4, checkpoint_every=2, curate=("dedup",),
+        rewards=("repetition",),
     ),
 }  # fmt: skip
 LONG_SHARE = 0.3

@@ -55,7 +55,7 @@ def arms(size: quickstart.Size, seed: int, suffix: str) -> list[Stage]:
     sft, rl, base = f"teacher-sft{suffix}", f"teacher-rl{suffix}", f"student-base{suffix}"
     return [
         RejectStage(
-            name=f"teacher-reject{suffix}", inputs={"model": sft}, mix=quickstart.EXAM, problems=size.ask_problems,
+            name=f"teacher-reject{suffix}", inputs={"model": sft}, mix=quickstart.EXAM, problems=size.reject_problems,
             samples=4, curate=size.curate, decoding=quickstart.DECODING, seed=seed, compute=quickstart.COMPUTE,
             headline=False,
         ),

@@ -204,7 +204,8 @@ def result_rows(recipe: Recipe, runs: Mapping[str, Run]) -> list[dict[str, Any]]
         rows.append({
             "stage": stage.name, "status": made["status"], "metric": metric.get("name"), "value": metric.get("value"),
             "stderr": metric.get("stderr"), "seconds": cost["seconds"], "tokens": cost["tokens"],
-            "flops": cost["flops"], "peak_share": cost["peak_share"], "usd": cost["usd"], "headline": made["headline"],
+            "sampled_tokens": cost.get("sampled_tokens"), "flops": cost["flops"],
+            "peak_share": cost["peak_share"], "usd": cost["usd"], "headline": made["headline"],
         })  # fmt: skip
     return rows
 

@@ -169,7 +169,9 @@ def finish(run: Run, kind: str, seconds: float, steps: int, result: EvalResult |
             outputs.append(run.path / "result.json")
             write_json(outputs[0], result.to_dict())
             run.save_samples("answers", result.rows)
-        cost = {"seconds": seconds, "tokens": steps * 8192, "flops": flops, "train_flops": flops, "peak_flops": PEAK,
+        sampled = steps * 8192 if kind in ("ask", "eval") else steps * 4096 if kind == "rl" else 0
+        cost = {"seconds": seconds, "tokens": steps * 8192, "sampled_tokens": sampled, "flops": flops,
+                "train_flops": flops, "peak_flops": PEAK,
                 "usd": seconds / 3600 * RATE, "usd_per_hour": RATE, "peak_share": flops / seconds / PEAK}  # fmt: skip
         run.finish(outputs=outputs, headline_metric={"name": "loss", "value": 0.9, "stderr": 0.01}, cost=cost)
 

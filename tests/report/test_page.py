@@ -77,6 +77,7 @@ def test_everything_the_recipe_asks_for_is_on_it(road):
         assert stage.name in text
     for heading in ("Claims", "The road", "Results", "Curves", "Answers, side by side", "The bill", "How it was made"):
         assert f"<h2>{heading}</h2>" in text
+    assert '<th scope="col">of them sampled</th>' in text
     assert "Pass rate in training" in text and "Before “teacher RL”: right of 16 samples" in text
     assert text.count("<b class=\"yes\">✓ reached</b>") + text.count("<b class=\"no\">✗ missed</b>") == 5
     assert recipe.report["note"] in text and "{teacher" not in text

@@ -98,7 +98,7 @@ def test_the_bill_adds_up(road):
     rows = bill_table(recipe, runs, root)
     stages, totals = [r for r in rows if r["kind"] != "total"], {r["stage"]: r for r in rows if r["kind"] == "total"}
     assert [row["stage"] for row in stages] == [stage.name for stage in recipe.stages]
-    for key in ("seconds", "tokens", "flops", "usd"):
+    for key in ("seconds", "tokens", "sampled_tokens", "flops", "usd"):
         assert totals["headline"][key] == pytest.approx(sum(row[key] for row in stages if row["headline"]))
         assert totals["everything"][key] == pytest.approx(sum(row[key] for row in stages))
 

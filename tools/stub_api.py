@@ -3,8 +3,8 @@
 `python tools/stub_api.py --port 0 [--latency S] [--remember] [--plain]` prints its port and serves until killed.
 GET /stats tells the counts. `--plain` is for benchmarks: it reads no question and answers at once. `--remember` honours
 Idempotency-Key: a key it has seen is answered again and not billed again. A question that begins with "!word" (see
-`FAULTS`) is answered accordingly; "!word*3 ..." the first three times only. The answer to a question is a function of it
-and of the seed, so that stored answers can be checked.
+`FAULTS`) is answered accordingly; "!word*3 ..." the first three times only. The answer to a question is a function of
+it and of the seed, so that stored answers can be checked.
 """
 
 from __future__ import annotations

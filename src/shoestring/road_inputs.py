@@ -13,9 +13,11 @@ from shoestring.core import hub
 from shoestring.core.errors import UserError, did_you_mean
 from shoestring.core.registry import part_hash, part_path
 from shoestring.core.run import Run
+from shoestring.data.traces import TraceStore
 from shoestring.train.configs import Recipe, Stage, TaskMix, Textbook, TextFiles
 
 MODELS = ("model", "teacher")  # roles that hand weights on
+TRACES = "traces.db"  # the file of a store of traces (data/traces.py)
 Found = Run | Path
 
 
@@ -51,7 +53,13 @@ def _check_kind(stage: Stage, role: str, value: str, found: Found) -> None:
             raise UserError(f"input run {found.name} is not finished; run its command again first.")
         if role in (*MODELS, "tokenizer") and found.latest_checkpoint() is None:
             raise UserError(f'stage "{stage.name}": input "{role}" is {found.name}, a run that made no checkpoint.')
-    elif role == "traces" or role in getattr(stage, "match_flops", ()):
+    elif role == "traces" and found.is_file():
+        return
+    elif role == "traces" and not (found / TRACES).exists():
+        raise UserError(f'stage "{stage.name}": input "traces" is "{value}", a folder without {TRACES}; give a run.')
+    elif role == "logits" and not (found / "store.json").exists():
+        raise UserError(f'stage "{stage.name}": input "logits" is "{value}", which holds no logits store.')
+    elif role != "traces" and role in getattr(stage, "match_flops", ()):
         raise UserError(f'stage "{stage.name}": input "{role}" is "{value}", a folder; it must be a finished run.')
 
 
@@ -62,6 +70,8 @@ def find_input(
     folder = next((path for path in (Path(value), runs_dir / value) if path.is_dir()), None)
     if folder is not None:
         return Run.load(folder) if (folder / "manifest.json").exists() else folder
+    if Path(value).suffix in (".jsonl", ".db") and Path(value).is_file():
+        return Path(value)  # traces
     return hub.checkpoint_folder(value, files=files, download=download) if hub.is_id(value) else None
 
 
@@ -77,9 +87,11 @@ def checkpoint_of(found: Found) -> Path | None:
 
 
 def digest_of_input(found: Found) -> str:
-    """A run's own digest, or 12 hex digits of a folder's weights and configs."""
+    """A run's own digest, or 12 hex digits of a folder's weights and configs, or of what a store of traces says."""
     if isinstance(found, Run):
         return found.digest
+    if found.is_file() or (found / TRACES).exists():
+        return TraceStore(found).digest()
     hashed = hashlib.sha256()
     for path in sorted(found.glob("*.json")) + sorted(found.glob("*.safetensors")):
         hashed.update(path.name.encode())

@@ -26,9 +26,10 @@ class Example:
 
     ids: Sequence[int]
     weight: Sequence[float]
-    advantage: float | None = None  # the same for every token of a completion
+    advantage: float | Sequence[float] | None = None  # one for every token of a completion, or one each
     old: Sequence[float] | None = None
     ref: Sequence[float] | None = None
+    entry: Sequence[int] | None = None  # where a store, or whoever fills `Batch.teacher`, keeps what it needs
 
 
 @dataclass(slots=True)
@@ -46,6 +47,8 @@ class Batch:
     advantage_BT: Tensor | None = None
     old_BT: Tensor | None = None
     ref_BT: Tensor | None = None
+    entry_BT: Tensor | None = None  # int64, 0 where there is none
+    teacher: Any = None  # the teacher's side of the target tokens that carry weight, in their order (losses/_teacher)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
@@ -91,7 +94,7 @@ def packed_batch(examples: Sequence[Example], rows: Sequence[Sequence[int]], cap
     tokens, segments = np.full(shape, pad_id, np.int64), np.full(shape, PADDING, np.int64)
     positions, weight = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
     has = {name: any(getattr(examples[i], name) is not None for row in rows for i in row) for name in _ALIGNED}
-    aligned = {name: np.zeros(shape, np.float32) for name, present in has.items() if present}
+    aligned = {name: np.zeros(shape, _ALIGNED[name]) for name, present in has.items() if present}
     for b, row in enumerate(rows):
         start = 0
         for segment, index in enumerate(row):
@@ -105,7 +108,7 @@ def packed_batch(examples: Sequence[Example], rows: Sequence[Sequence[int]], cap
     return _shifted(tokens, weight, segments, positions, aligned)
 
 
-_ALIGNED = ("advantage", "old", "ref")
+_ALIGNED = {"advantage": np.float32, "old": np.float32, "ref": np.float32, "entry": np.int64}
 
 
 def _ahead(array: np.ndarray, by: int) -> np.ndarray:

@@ -8,7 +8,8 @@ Three kinds of record, all of fixed size so that shards are memory-mapped and a 
 A shard is written whole (temporary, fsync, rename) and then named in `store.json`, replaced atomically with its
 SHA-256: after a kill at any moment the store is a prefix of what it will be, and the writer goes on behind it. A
 sequence is found by a hash of its ids and weights, so the order of use does not matter and foreign traces are seen.
-Left out: compression beyond the packing (zstd gains little on packed bits); two writers at once (a run directory is locked by its attempt).
+Left out: compression beyond the packing (zstd gains little on packed bits); two writers at once (the run directory
+they write into is locked).
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from shoestring.core.errors import UserError, did_you_mean
 from shoestring.recipes import quickstart
 from shoestring.train.configs import (
     AskStage,
+    CaptureStage,
     DistillStage,
     EvalStage,
     Optim,
@@ -34,12 +35,14 @@ def recipe(kind: str, inputs: dict[str, str] | None = None) -> Recipe:
     if kind not in MAKERS:
         raise UserError(f'there is no stage "{kind}".{did_you_mean(kind, MAKERS)}')
     given = inputs or {}
-    needed = {"pretrain": {"tokenizer", "model"}, "ask": {"teacher"}, "tokenizer": set()}.get(kind, {"model"})
+    needed = {
+        "pretrain": {"tokenizer", "model"}, "ask": {"teacher"}, "capture": {"teacher"}, "tokenizer": set(),
+    }.get(kind, {"model"})  # fmt: skip
     if needed and not needed & set(given):
-        example = "teacher" if kind == "ask" else "tokenizer" if kind == "pretrain" else "model"
+        example = "teacher" if kind in ("ask", "capture") else "tokenizer" if kind == "pretrain" else "model"
         raise UserError(f"{kind} needs an input: --from {example}=RUN (one of: {', '.join(sorted(needed))}).")
-    if kind == "distill" and "traces" not in given:
-        raise UserError("distill needs the teacher's answers: --from traces=RUN, a run of `shoestring ask`.")
+    if "traces" not in given and (kind == "capture" or (kind == "distill" and "teacher" not in given)):
+        raise UserError(f"{kind} needs the teacher's answers: --from traces=RUN, a run of `shoestring ask`.")
     return Recipe(name="mine", stages=(MAKERS[kind](given),))
 
 
@@ -69,7 +72,20 @@ def _ask(inputs: dict[str, str]) -> Stage:
 
 
 def _distill(inputs: dict[str, str]) -> Stage:
-    return DistillStage(name="distill", inputs=inputs, steps=SIZE.distill_steps, optim=Optim(lr=1e-3))
+    """The way that the inputs suggest: stored logits; a teacher beside the student, with traces or without; text."""
+    way = "offline" if "logits" in inputs else "text"
+    more: dict[str, Any] = {}
+    if "teacher" in inputs and way == "text":
+        way = "forward_kl" if "traces" in inputs else "on_policy"
+    if way == "on_policy":
+        more = {"mix": quickstart.EXAM, "decoding": quickstart.DECODING}
+    return DistillStage(
+        name="distill", inputs=inputs, steps=SIZE.distill_steps, optim=Optim(lr=1e-3), way=way, **more
+    )  # fmt: skip
+
+
+def _capture(inputs: dict[str, str]) -> Stage:
+    return CaptureStage(name="capture", inputs=inputs)
 
 
 def _eval(inputs: dict[str, str]) -> Stage:
@@ -82,5 +98,5 @@ def _tokenizer(inputs: dict[str, str]) -> Stage:
 
 MAKERS = {
     "tokenizer": _tokenizer, "pretrain": _pretrain, "sft": _sft, "rl": _rl, "reject": _reject, "ask": _ask,
-    "distill": _distill, "eval": _eval,
+    "capture": _capture, "distill": _distill, "eval": _eval,
 }  # fmt: skip

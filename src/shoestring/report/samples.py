@@ -19,6 +19,7 @@ from shoestring.text.chat import split_thinking
 LONG = 400  # characters of thinking that are folded away
 Answers = dict[str, dict[str, Any]]
 
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """Two evaluations side by side, and which problems are shown: one a family where (left right, right right) is

@@ -148,6 +148,11 @@ class Tokenizer:
         """An id to fill rows with; what it is never matters, for filled places carry no weight."""
         return self.end if self.pad_id is None else self.pad_id
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token as spelt in the vocabulary, with its id."""
+        return dict(self._full.get_vocab(with_added_tokens=True))
+
     def digest(self) -> str:
         """12 hex digits of what the tokenizer does to text: equal digests give equal ids."""
         return hashlib.sha256(self._full.to_str().encode("utf-8")).hexdigest()[:12]

@@ -68,6 +68,13 @@ class Context:
             raise UserError(f'{self.run.name}: input "{role}" ({found.name}) holds no checkpoint.')
         return latest[1]
 
+    def folder_of(self, role: str, name: str) -> Path:
+        """The folder `name` that a run left, or a folder as given."""
+        found = self.inputs.get(role)
+        if found is None:
+            raise UserError(f'{self.run.name}: input "{role}" is missing; name a stage, a run or a folder.')
+        return found if isinstance(found, Path) else found.path / name
+
     def budget_flops(self, roles: tuple[str, ...]) -> float:
         """Training FLOPs that the named inputs spent together."""
         return sum(float(self.input_run(role).manifest["cost"]["train_flops"]) for role in roles)

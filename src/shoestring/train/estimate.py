@@ -15,6 +15,7 @@ from shoestring.train.configs import PretrainStage, Recipe, Stage, TrainBase
 
 ASSUMED_FLOPS = 3.0e10  # FLOP/s that training of a 0.3M-parameter model reaches on two cores (docs/benchmarks.md)
 ASSUMED_VOCAB = 320
+CAPTURED = 1000  # answers in a capture, where nothing better is known
 PROMPT_TOKENS = 16  # of a short problem
 ANSWER_TOKENS = 48  # tokens of a worked answer with its question, where nothing better is known
 
@@ -29,6 +30,7 @@ def estimate(
     for stage in recipe.stages:
         shape = shapes[stage.name]
         tokens, flops = _work(stage, shape, spent)
+        flops += _teachers(stage, tokens, shapes)
         spent[stage.name] = flops
         seconds = flops / ASSUMED_FLOPS
         rows.append({
@@ -52,7 +54,8 @@ def _shape(stage: Stage, shapes: dict[str, ModelShape | None]) -> ModelShape | N
     if isinstance(stage, PretrainStage) and stage.model is not None:
         defaults = {"model_type": "deepseek_v3" if stage.model.family == "deepseek" else "qwen2"}
         return shape_from_hf({**defaults, "vocab_size": ASSUMED_VOCAB, **stage.model.config}, f"stage {stage.name}")
-    return next((shapes[v] for r, v in stage.inputs.items() if r in ("model", "teacher") and v in shapes), None)
+    role = next((role for role in ("model", "teacher") if role in stage.inputs), "")
+    return shapes.get(stage.inputs.get(role, ""))
 
 
 def _work(stage: Stage, shape: ModelShape | None, spent: dict[str, float]) -> tuple[float, float]:
@@ -74,12 +77,24 @@ def _work(stage: Stage, shape: ModelShape | None, spent: dict[str, float]) -> tu
     if isinstance(stage, TrainBase):
         tokens = float((stage.steps or 0) * getattr(stage, "examples_per_step", 1) * ANSWER_TOKENS)
         return tokens, tokens * train
+    if kind == "capture":
+        return float(CAPTURED * ANSWER_TOKENS), CAPTURED * ANSWER_TOKENS * forward
     if kind in ("eval", "ask", "reject"):
         s = stage
         entries = len(s.mix) if kind == "eval" else 1
         tokens = float(entries * s.problems * s.samples * ANSWER_TOKENS)
         return tokens, tokens * forward
     return 0.0, 0.0
+
+
+def _teachers(stage: Stage, tokens: float, shapes: Mapping[str, ModelShape | None]) -> float:
+    """FLOPs of a teacher that reads along, and of a student that writes what it learns from."""
+    if stage.stage != "distill" or stage.match_flops or "teacher" not in stage.roles:
+        return 0.0
+    read = [shapes.get(stage.inputs["teacher"])]
+    if stage.way == "on_policy":
+        read.append(shapes.get(stage.inputs["model"]))
+    return sum(tokens * shape.flops_per_token(64, backward=False) for shape in read if shape is not None)
 
 
 def _sum(stage: Stage, roles: tuple[str, ...], spent: Mapping[str, float]) -> float:

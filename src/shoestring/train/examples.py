@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
@@ -53,11 +54,14 @@ def trace_example(trace: Trace, tokenizer: Tokenizer, *, exact: bool) -> Example
 
 def trace_examples(ctx: Context, tokenizer: Tokenizer) -> tuple[list[Trace], list[Example]]:
     """The traces of input "traces" and their examples. Raises UserError when nothing was kept."""
-    run = ctx.input_run("traces")
-    traces = TraceStore(run.path).read()
+    source = ctx.inputs.get("traces")
+    if source is None:
+        raise UserError(f'{ctx.run.name}: input "traces" is missing; name a run of `shoestring ask`, or a store.')
+    traces = TraceStore(source if isinstance(source, Path) else source.path).read()
     if not traces:
-        raise UserError(f"{ctx.run.name}: {run.name} kept no traces; ask more, or see why nothing was verified.")
-    exact = run.manifest["facts"].get("tokenizer") == tokenizer.digest()
+        raise UserError(f"{ctx.run.name}: {source.name} kept no traces; ask more, or see why nothing was verified.")
+    facts = {} if isinstance(source, Path) else source.manifest["facts"]
+    exact = facts.get("tokenizer") == tokenizer.digest()
     return traces, [trace_example(trace, tokenizer, exact=exact) for trace in traces]
 
 

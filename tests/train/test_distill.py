@@ -1,0 +1,321 @@
+"""Distillation: every way learns, resumes with the same bits, counts the teacher, and says what does not fit."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shoestring.core.errors import UserError
+from shoestring.core.nouns import Trace
+from shoestring.core.run import Run
+from shoestring.data.logits import LogitsStore
+from shoestring.data.textbook import problems, solved
+from shoestring.data.traces import TraceStore
+from shoestring.models import checkpoint
+from shoestring.models.dense import Dense, DenseConfig
+from shoestring.recipes import quickstart
+from shoestring.road import plan_rows, run_recipe
+from shoestring.text.tokenizer import Tokenizer
+from shoestring.train import distill_checks
+from shoestring.train.configs import CaptureStage, Compute, Decoding, DistillStage, Optim, Recipe
+
+COMPUTE = Compute(dtype="float32", experts="bmm")
+OPTIM = Optim(lr=3e-3, warmup_steps=0, schedule="constant", weight_decay=0.0)
+
+
+def _trace(number: int, problem: Any, voice: str = "long", **changes: Any) -> Trace:
+    solution = problem.voices[voice]
+    trace = Trace(
+        id=f"t{number}", teacher="book", teacher_reported="book",
+        messages=[{"role": "user", "content": problem.prompt}],
+        thinking=solution.thinking, answer=solution.answer, prompt_ids=None, token_ids=None, finish_reason="stop",
+        task=problem.task, problem_id=problem.id, correct=True, decoding={"temperature": 1.0, "sample": number},
+        usage={"prompt_tokens": 1, "completion_tokens": 1}, cost_usd=0.0,
+        licence="MIT", date="2026-01-01T00:00:00+00:00",
+    )  # fmt: skip
+    return replace(trace, **changes)
+
+
+@pytest.fixture
+def traces(tmp_path: Path) -> Path:
+    store = TraceStore(tmp_path / "book")
+    store.append([_trace(i, p, v) for i, (p, v) in enumerate(islice(solved(quickstart.LEARN, 5, 1.0), 12))])
+    return tmp_path / "book"
+
+
+@pytest.fixture
+def student(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    """A Qwen2-shaped student whose tables are padded beyond the tokenizer."""
+    config = DenseConfig(
+        model_type="qwen2", vocab_size=tokenizer.vocab_size + 5, hidden_size=24, intermediate_size=32,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.1,
+    )  # fmt: skip
+    return checkpoint.save(Dense(config, generator=torch.Generator().manual_seed(1)), tokenizer, tmp_path / "student")
+
+
+def _stage(student: Path, **given: Any) -> DistillStage:
+    inputs = {"model": str(student)} | {role: str(path) for role, path in given.pop("inputs").items()}
+    common: dict[str, Any] = {"steps": 4, "optim": OPTIM, "row_tokens": 192, "examples_per_step": 4,
+                              "compute": COMPUTE, "checkpoint_every": 2}  # fmt: skip
+    return DistillStage(name="distilled", inputs=inputs, **common | given)
+
+
+def _run(stage: Any, root: Path, *before: Any) -> Run:
+    return run_recipe(Recipe(name="x", stages=(*before, stage)), root, quiet=True).runs[stage.name]
+
+
+def _weights(run: Run) -> dict[str, torch.Tensor]:
+    latest = run.latest_checkpoint()
+    assert latest is not None
+    return load_file(latest[1] / "model.safetensors")
+
+
+SHORT = Decoding(max_new_tokens=12)
+WAYS: list[tuple[str, dict[str, Any]]] = [
+    ("text", {}),
+    ("forward_kl", {"temperature": 2.0}),
+    ("jsd", {"loss_options": {"beta": 0.3}, "text_weight": 0.5}),
+    ("on_policy", {"decoding": SHORT, "mix": quickstart.EXAM}),
+    ("on_policy", {"decoding": SHORT, "on_policy_share": 0.5}),
+    ("on_policy", {"decoding": SHORT, "policy_gradient": True}),
+]
+
+
+@pytest.mark.parametrize(("way", "options"), WAYS, ids=[f"{w} {' '.join(map(str, o))}" for w, o in WAYS])
+def test_every_way_learns_and_resumes_with_the_same_bits(
+    way: str, options: dict[str, Any], student: Path, folder: Path, traces: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    inputs = {"traces": traces} | ({} if way == "text" else {"teacher": folder})
+    stage = _stage(student, way=way, inputs=inputs, **options)
+    whole = _run(stage, tmp_path / "whole")
+    rows = whole.metrics()
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    if way in ("text", "forward_kl", "jsd"):
+        assert rows[-1]["loss"] < rows[0]["loss"]
+    from shoestring.train import distill
+
+    real, count = distill.train_step, 0
+
+    class Killed(BaseException):
+        pass
+
+    def dying(*args: Any, **more: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count in (4, 5):
+            raise Killed
+        return real(*args, **more)
+
+    monkeypatch.setattr(distill, "train_step", dying)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            _run(stage, tmp_path / "killed")
+    again = _run(stage, tmp_path / "killed")
+    one, other = _weights(whole), _weights(again)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [row["loss"] for row in again.metrics()] == [row["loss"] for row in rows]
+    assert again.manifest["cost"]["flops"] == whole.manifest["cost"]["flops"]
+
+
+def test_the_teachers_reading_is_on_the_bill(student: Path, folder: Path, traces: Path, tmp_path: Path) -> None:
+    text = _run(_stage(student, way="text", inputs={"traces": traces}, steps=2), tmp_path / "a").manifest
+    beside = _run(
+        _stage(student, way="reverse_kl", inputs={"traces": traces, "teacher": folder}, steps=2), tmp_path / "b"
+    )
+    extra = beside.manifest["cost"]["train_flops"] - text["cost"]["train_flops"]
+    teacher, _ = checkpoint.load(folder)
+    tokens = beside.manifest["cost"]["tokens"]
+    assert extra == pytest.approx(2 * teacher.config.shape().matmul_params() * tokens, rel=0.4)
+    assert beside.manifest["facts"]["licences"] == ["MIT"] and beside.manifest["facts"]["teachers"] == ["book"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "close"),
+    [
+        ("hidden", {"number": "float16"}, 1e-3),
+        ("hidden", {"number": "int8"}, 0.05),
+        ("topk", {"k": 200}, 0.15),
+        ("sampled", {"k": 2000}, 0.1),
+    ],
+)
+def test_offline_learns_what_online_learns(
+    kind: str, options: dict[str, Any], close: float, student: Path, folder: Path, traces: Path, tmp_path: Path
+) -> None:
+    """The gradient's size from a store against that with the teacher beside the student, and so the divergence."""
+    capture = CaptureStage(
+        name="logits", inputs={"teacher": str(folder), "traces": str(traces)}, kind=kind, row_tokens=192,
+        compute=COMPUTE, tokens_per_microbatch=400, shard_tokens=100, **options,
+    )  # fmt: skip
+    offline = _stage(student, way="offline", inputs={"traces": traces, "logits": "logits"}, steps=1)
+    made = run_recipe(Recipe(name="x", stages=(capture, offline)), tmp_path / "runs", quiet=True).runs
+    inputs = {"traces": traces, "teacher": folder}
+    (beside,) = _run(_stage(student, way="forward_kl", inputs=inputs, steps=1), tmp_path / "b").metrics()
+    (stored,) = made["distilled"].metrics()
+    assert stored["grad_norm"] == pytest.approx(beside["grad_norm"], rel=close)
+    if kind == "topk":
+        assert stored["divergence"] <= beside["divergence"]  # outcomes merged never tell more apart
+    if kind != "sampled":
+        assert stored["divergence"] == pytest.approx(beside["divergence"], rel=2 * close)
+    store = LogitsStore(made["logits"].path / "store")
+    metric = made["logits"].manifest["headline_metric"]
+    assert metric["value"] == pytest.approx(store.nbytes / store.tokens)
+    assert metric["value"] > store.spec.record
+    assert len(list(store.folder.glob("*.bin"))) > 1
+
+
+def test_a_capture_killed_on_its_way_goes_on_to_the_same_bytes(
+    folder: Path, traces: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    stage = CaptureStage(
+        name="logits", inputs={"teacher": str(folder), "traces": str(traces)}, kind="sampled", k=8, row_tokens=192,
+        compute=COMPUTE, tokens_per_microbatch=600, shard_tokens=200,
+    )  # fmt: skip
+    whole = _run(stage, tmp_path / "whole")
+    from shoestring.train import capture
+
+    real, count = capture._captured, 0
+
+    def dying(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(capture, "_captured", dying)
+    with pytest.raises(KeyboardInterrupt):
+        _run(stage, tmp_path / "killed")
+    again = _run(stage, tmp_path / "killed")
+    assert again.manifest["attempts"] == 2
+    assert [o["sha256"] for o in again.manifest["outputs"]] == [o["sha256"] for o in whole.manifest["outputs"]]
+
+
+# ---- what does not fit --------------------------------------------------------------------------------------------
+
+
+def _says(words: str, stage: Any, root: Path) -> None:
+    with pytest.raises(UserError, match=words) as told:
+        _run(stage, root)
+    assert "\n" not in told.value.args[0]
+
+
+def test_another_vocabulary_names_the_way_across(student: Path, folder: Path, traces: Path, tmp_path: Path) -> None:
+    other = Tokenizer.train([p.prompt for p in islice(problems(quickstart.LEARN, 1), 50)], 300)
+    model, _ = checkpoint.load(folder)
+    foreign = checkpoint.save(model, other, tmp_path / "foreign")
+    _says(
+        "universal_logit",
+        _stage(student, way="forward_kl", inputs={"traces": traces, "teacher": foreign}),
+        tmp_path / "r",
+    )
+    shutil.rmtree(tmp_path / "r")
+    _says(
+        "universal_logit",
+        _stage(student, way="on_policy", inputs={"traces": traces, "teacher": foreign}),
+        tmp_path / "r",
+    )
+
+
+def test_another_template_or_end_token_is_said(student: Path, folder: Path, traces: Path, tmp_path: Path) -> None:
+    model, tokenizer = checkpoint.load(folder)
+    assert tokenizer is not None and tokenizer.chat_template is not None
+    stage = _stage(student, way="on_policy", inputs={"traces": traces, "teacher": tmp_path / "foreign"}, decoding=SHORT)
+    tokenizer.chat_template = tokenizer.chat_template.replace("'<|user|>'", "'<|user|> '")
+    checkpoint.save(model, tokenizer, tmp_path / "foreign")
+    _says("chat templates", stage, tmp_path / "a")
+    tokenizer = Tokenizer.load(folder)
+    tokenizer.config["eos_token"] = "<|pad|>"
+    checkpoint.save(model, tokenizer, tmp_path / "foreign")
+    _says("end a turn with different tokens", stage, tmp_path / "b")
+
+
+def test_a_store_of_other_traces_teacher_or_temperature(
+    student: Path, folder: Path, traces: Path, tmp_path: Path
+) -> None:
+    capture = CaptureStage(
+        name="logits", inputs={"teacher": str(folder), "traces": str(traces)}, row_tokens=192, compute=COMPUTE
+    )  # fmt: skip
+    made = _run(capture, tmp_path / "runs")
+    inputs = {"traces": traces, "logits": made.path}
+    _says(
+        "captured at temperature 1", _stage(student, way="offline", inputs=inputs, temperature=2.0), tmp_path / "runs"
+    )
+    _says("of teacher", _stage(student, way="offline", inputs=inputs | {"teacher": student}), tmp_path / "runs")
+    TraceStore(tmp_path / "others").append([_trace(0, next(problems(quickstart.EXAM, 77)))])
+    others = {"traces": tmp_path / "others", "logits": made.path}
+    _says("captured from other traces", _stage(student, way="offline", inputs=others), tmp_path / "runs")
+    shard = next((made.path / "store").glob("*.bin"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    _says("checksum", _stage(student, way="offline", inputs=inputs), tmp_path / "runs")
+
+
+def test_nan_of_the_teacher_is_said_and_not_learnt(student: Path, folder: Path, traces: Path, tmp_path: Path) -> None:
+    model, tokenizer = checkpoint.load(folder)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3e38)  # finite on disk, infinite once multiplied
+    loud = checkpoint.save(model, tokenizer, tmp_path / "loud")
+    _says(
+        "NaN or infinite", _stage(student, way="reverse_kl", inputs={"traces": traces, "teacher": loud}), tmp_path / "a"
+    )
+    capture = CaptureStage(name="logits", inputs={"teacher": str(loud), "traces": str(traces)}, row_tokens=192)
+    _says("not finite", capture.model_copy(update={"compute": COMPUTE}), tmp_path / "b")
+
+
+def test_no_traces_empty_traces_and_a_run_that_goes_on_once_mended(student: Path, tmp_path: Path) -> None:
+    store = TraceStore(tmp_path / "book")
+    first = next(problems(quickstart.LEARN, 5))
+    store.append([_trace(0, first, answer="", thinking=None)])
+    stage = _stage(student, inputs={"traces": tmp_path / "book"}, steps=1)
+    _says("hold no answer", stage, tmp_path / "runs")
+    (tmp_path / "book" / "traces.db").unlink()
+    store = TraceStore(tmp_path / "book")
+    store.append([])
+    _says("kept no traces", stage, tmp_path / "runs")
+    store.append([_trace(1, first)])
+    assert _run(stage, tmp_path / "runs").finished
+
+
+def test_a_student_larger_than_memory_is_said_before_it_is_loaded(
+    student: Path, folder: Path, traces: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("shoestring.train.state.checkpoint.load", lambda *_, **__: pytest.fail("loaded"))
+    stage = _stage(student, inputs={"traces": traces})
+    for free, words in ((1e7, "tokens_per_microbatch="), (8.9e5, "optim.kind=muon"), (50e3, "at most about")):
+        monkeypatch.setattr(distill_checks, "available_bytes", lambda free=free: free)
+        _says(words, stage, tmp_path / f"{free}")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"way": "forward"}, "did you mean"),
+        ({"way": "forward_kl", "divergence": "jsd"}, "is its own"),
+        ({"way": "on_policy"}, 'needs the input "teacher"'),
+        ({"policy_gradient": True}, "belong to way=on_policy"),
+    ],
+)
+def test_settings_that_do_not_fit_together(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=f"(?i){words}"):
+        DistillStage(name="d", inputs={"model": "m", "traces": "t"}, steps=1, optim=OPTIM, **given)
+
+
+def test_an_option_out_of_range_is_said_before_work(student: Path, folder: Path, traces: Path, tmp_path: Path) -> None:
+    inputs = {"traces": traces, "teacher": folder}
+    _says("must lie between", _stage(student, way="jsd", inputs=inputs, loss_options={"beta": 1.0}), tmp_path / "a")
+    _says("has no option", _stage(student, way="jsd", inputs=inputs, loss_options={"bet": 0.5}), tmp_path / "b")
+
+
+def test_a_dry_run_prices_the_teacher(student: Path, folder: Path, traces: Path, tmp_path: Path) -> None:
+    def flops(way: str, **more: Any) -> float:
+        inputs = {"traces": traces, "teacher": folder}
+        (row,) = plan_rows(Recipe(name="x", stages=(_stage(student, way=way, inputs=inputs, **more),)), tmp_path)
+        return float(row["about_flops"])
+
+    assert flops("text") < flops("forward_kl") < flops("on_policy", decoding=SHORT)

@@ -17,7 +17,7 @@ from shoestring.core.config import Config
 from shoestring.core.errors import UserError
 from shoestring.core.run import Run
 
-STAGES = ("tokenizer", "pretrain", "sft", "rl", "reject", "ask", "distill", "eval")
+STAGES = ("tokenizer", "pretrain", "sft", "rl", "reject", "ask", "capture", "distill", "eval")
 VERBS = (
     "run", *STAGES, "plan", "check", "chat", "serve", "keys", "report", "runs", "runs show", "runs diff", "list",
     "check-part",

@@ -32,7 +32,7 @@ STAGES = {
     "tokenizer": (
         "Train a tokenizer (byte-level BPE) on the corpus to come.",
         "shoestring tokenizer --set vocab_size=512",
-        "shoestring tokenizer --set 'corpus={\"files\": [\"some/text.jsonl\"]}'",
+        'shoestring tokenizer --set \'corpus={"files": ["some/text.jsonl"]}\'',
     ),
     "pretrain": (
         "Train a model from nothing on text: next-token prediction.",
@@ -59,11 +59,12 @@ STAGES = {
         "shoestring ask --from teacher=runs/rl-mine-0123",
         "shoestring ask --from teacher=runs/rl-mine-0123 --set problems=2000 --dry-run",
     ),
-    "distill": (
-        "Train a student on a teacher's traces.",
-        "shoestring distill --from model=runs/pretrain-student-0123 --from traces=runs/ask-mine-0123",
-        "shoestring distill --from model=some/hf-folder --from traces=runs/ask-mine-0123 --set steps=300",
+    "capture": (
+        "Keep what a teacher says at every token of its traces: a store of logits.",
+        "shoestring capture --from teacher=runs/rl-mine-0123 --from traces=runs/ask-mine-0123",
+        "shoestring capture --from teacher=some/hf-folder --from traces=runs/ask-mine-0123 --set kind=hidden",
     ),
+    "distill": ("Train a student on a teacher.", ""),  # its options: cli_distill.py
     "eval": (
         "Measure a model on unseen problems: pass@1, pass@k, cons@k with standard errors.",
         "shoestring eval --from model=runs/rl-mine-0123",
@@ -79,8 +80,9 @@ Inputs = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add `run` and the stage verbs."""
-    from shoestring import cli_ask  # here, for it uses this file's options
+    from shoestring import cli_ask, cli_distill  # here, for they use this file's options
 
+    own = {"ask": cli_ask, "distill": cli_distill}
     text = described(
         "Run a recipe: the whole road, or any part of it. Killed, the same command goes on.",
         "shoestring run quickstart",
@@ -88,8 +90,8 @@ def register(app: typer.Typer) -> None:
     )
     app.command("run", help=text, rich_help_panel=ROAD)(run)
     for kind, (summary, *examples) in STAGES.items():
-        if kind == "ask":  # it also asks over HTTP
-            cli_ask.register(app)
+        if kind in own:  # verbs with options of their own
+            own[kind].register(app)
             continue
         app.command(kind, help=described(summary, *examples), rich_help_panel=ROAD)(stage_verb(kind))
 
@@ -106,7 +108,7 @@ def run(
     """Resolve a recipe by name or path and run it."""
     from shoestring.road import resolve_recipe
 
-    _go(resolve_recipe(recipe, sets or []), runs, dry_run, again, json, quiet)
+    go(resolve_recipe(recipe, sets or []), runs, dry_run, again, json, quiet)
 
 
 def stage_verb(kind: str) -> Callable[..., None]:
@@ -123,13 +125,13 @@ def stage_verb(kind: str) -> Callable[..., None]:
     ) -> None:
         from shoestring.road import stage_recipe
 
-        _go(stage_recipe(kind, sets or [], _roles(inputs or [])), runs, dry_run, again, json, quiet)
+        go(stage_recipe(kind, sets or [], roles(inputs or [])), runs, dry_run, again, json, quiet)
 
     verb.__doc__ = STAGES[kind][0]
     return verb
 
 
-def _roles(inputs: list[str]) -> dict[str, str]:
+def roles(inputs: list[str]) -> dict[str, str]:
     """["model=runs/x"] as {"model": "runs/x"}."""
     roles: dict[str, str] = {}
     for text in inputs:
@@ -142,7 +144,7 @@ def _roles(inputs: list[str]) -> dict[str, str]:
     return roles
 
 
-def _go(recipe: Recipe, runs: Path, dry_run: bool, again: bool, json: bool, quiet: bool) -> None:
+def go(recipe: Recipe, runs: Path, dry_run: bool, again: bool, json: bool, quiet: bool) -> None:
     """Print the plan of a recipe, or run it and print what came of it."""
     from shoestring.road import plan_rows, run_recipe
 

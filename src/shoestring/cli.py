@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from shoestring import __version__, cli_chat, cli_parts, cli_plan, cli_report, cli_road, cli_runs, cli_serve
+from shoestring import __version__, cli_chat, cli_export, cli_parts, cli_plan, cli_report, cli_road, cli_runs, cli_serve
 from shoestring.core.errors import UserError
 
 DONE, FAILED, MISTAKE = 0, 1, 2
@@ -44,7 +44,7 @@ def _root(
     pass
 
 
-for _verbs in (cli_road, cli_plan, cli_chat, cli_serve, cli_report, cli_runs, cli_parts):
+for _verbs in (cli_road, cli_plan, cli_chat, cli_serve, cli_report, cli_export, cli_runs, cli_parts):
     _verbs.register(app)
 
 

@@ -197,6 +197,29 @@ def test_a_capture_killed_on_its_way_goes_on_to_the_same_bytes(
     assert [o["sha256"] for o in again.manifest["outputs"]] == [o["sha256"] for o in whole.manifest["outputs"]]
 
 
+def test_a_student_of_transformers_learns_resumes_and_is_loaded_by_it(
+    folder: Path, traces: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(
+        "olmo2", vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "olmo")
+    tokenizer.save(tmp_path / "olmo")
+    inputs = {"traces": traces, "teacher": folder}
+    run = _run(_stage(tmp_path / "olmo", way="forward_kl", inputs=inputs), tmp_path / "runs")
+    rows = run.metrics()
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    latest = run.latest_checkpoint()
+    assert latest is not None
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(latest[1])
+    ours, _ = checkpoint.load(latest[1])
+    ids = torch.randint(0, tokenizer.vocab_size, (1, 8))
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 # ---- what does not fit --------------------------------------------------------------------------------------------
 
 

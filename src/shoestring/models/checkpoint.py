@@ -49,8 +49,13 @@ def load(
         raise UserError(f'dtype "{dtype}" is not known.{did_you_mean(dtype, (*DTYPES, "auto"))}')
     if kernels is None:
         kernels = Kernels(dtype="float32" if chosen == "float32" else "bfloat16")
-    model = build(raw, files.names, kernels=kernels, dtype=DTYPES[chosen], device=device)
-    _fill(model, files, raw)
+    model: Decoder
+    if (other := _other(raw.get("model_type", ""))) is not None:
+        model = other.load(folder, dtype=DTYPES[chosen], device=device)
+        model.kernels = kernels
+    else:
+        model = build(raw, files.names, kernels=kernels, dtype=DTYPES[chosen], device=device)
+        _fill(model, files, raw)
     tokenizer = None
     if (folder / "tokenizer.json").exists():
         tokenizer = Tokenizer.load(folder)
@@ -69,6 +74,12 @@ def save(
         tokenizer.check_vocab(raw["vocab_size"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
+    theirs: Any = model
+    if hasattr(theirs, "save_weights"):  # of transformers: its layout, its config.json
+        theirs.save_weights(folder, max_shard_bytes, None if dtype is None else DTYPES[dtype])
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        return folder
     tensors = disk_tensors(model) | mtp_copies(model)
     if dtype is not None:
         tensors = {name: _cast(name, tensor, DTYPES[dtype]) for name, tensor in tensors.items()}
@@ -99,6 +110,13 @@ def load_state(model: Decoder, path: str | Path) -> None:
         tensor = file.get_tensor(name)
         _same_shape(name, tensor, target, path)
         target.copy_(tensor)
+
+
+def _other(model_type: str) -> Any:
+    """The module that takes models of transformers, for a type that no family of ours declares; else None."""
+    module = load_part("models", "any")
+    ours = (getattr(load_part("models", name), "MODEL_TYPES", ()) for name in list_parts("models"))
+    return module if not any(model_type in types for types in ours) and module.knows(model_type) else None
 
 
 def family(model_type: str) -> Any:

@@ -91,6 +91,8 @@ class Machine:
         attention: Any = "blocks" if compute.device == "cpu" else "sdpa"
         if not free:
             return Kernels(**fixed, attention=attention)  # type: ignore[arg-type]
+        if not hasattr(config, "probe"):  # a model of transformers has its own kernels: only the dtype is a choice
+            return Kernels(dtype="bfloat16" if compute.dtype == "bfloat16" else "float32", attention=attention)
         asked = json.dumps([config.to_json(), compute.to_json(), tokens, seq_len], sort_keys=True)
         name = "kernels " + hashlib.sha256(asked.encode()).hexdigest()[:12]
         found = self._facts().get(self.key, {}).get(name)

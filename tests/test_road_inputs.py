@@ -129,6 +129,12 @@ def test_what_is_nowhere_is_said_before_any_work(
     assert len(runs_tree("runs")) == 1
 
 
+def test_a_run_is_no_hub_id_before_there_are_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="neither an earlier stage, a run"):
+        plan_rows(stage_recipe("eval", [], {"model": "runs/rl-mine-0123"}), Path("runs"))
+
+
 def test_without_the_package_the_sentence_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"pip install 'shoestring\[hf\]'"):

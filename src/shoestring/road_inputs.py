@@ -72,7 +72,9 @@ def find_input(
         return Run.load(folder) if (folder / "manifest.json").exists() else folder
     if Path(value).suffix in (".jsonl", ".db") and Path(value).is_file():
         return Path(value)  # traces
-    return hub.checkpoint_folder(value, files=files, download=download) if hub.is_id(value) else None
+    if not hub.is_id(value) or Path(value).parent == Path(runs_dir):  # a run's name, before there are any runs
+        return None
+    return hub.checkpoint_folder(value, files=files, download=download)
 
 
 def checkpoint_of(found: Found) -> Path | None:

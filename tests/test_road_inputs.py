@@ -163,7 +163,7 @@ def test_a_dry_run_checks_its_inputs(hugging_face: Path, tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds no config\.json"):
         plan_rows(stage_recipe("sft", [], {"model": str(tmp_path / "empty")}), tmp_path)
-    with pytest.raises(UserError, match=r'input "traces" is .* a folder; it must be a finished run'):
+    with pytest.raises(UserError, match=r'input "traces" is .* a folder without traces\.db; give a run'):
         plan_rows(stage_recipe("sft", [], {"model": str(hugging_face), "traces": str(hugging_face)}), tmp_path)
     begun = Run.open(tmp_path, stage="t", recipe="tiny", config=BOOK)
     with pytest.raises(UserError, match="is not finished; run its command again first"):

@@ -1,4 +1,4 @@
-"""`ask` and `curate`: questions to a teacher, and the sieve behind it."""
+"""`ask`: questions to a teacher, every answer kept."""
 
 # ruff: noqa: E501 (options and tables, one a line)
 from __future__ import annotations

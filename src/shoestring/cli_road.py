@@ -80,7 +80,7 @@ Inputs = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add `run` and the stage verbs."""
-    from shoestring import cli_ask, cli_distill  # here, for they use this file's options
+    from shoestring import cli_ask, cli_curate, cli_distill  # here, for they use this file's options
 
     own = {"ask": cli_ask, "distill": cli_distill}
     text = described(
@@ -92,6 +92,8 @@ def register(app: typer.Typer) -> None:
     for kind, (summary, *examples) in STAGES.items():
         if kind in own:  # verbs with options of their own
             own[kind].register(app)
+            if kind == "ask":
+                cli_curate.register(app)
             continue
         app.command(kind, help=described(summary, *examples), rich_help_panel=ROAD)(stage_verb(kind))
 

@@ -1,1 +1,1 @@
-"""Which traces are kept: filters, one a file, each `keep(traces) -> list[Trace]`."""
+"""Which traces are kept: filters, one a file, each `judge(traces)`: a reason to drop, or none, for each."""

@@ -1,7 +1,9 @@
 """What every filter promises, checked on any filter module; each breach is one sentence.
 
-`keep(traces)` returns some of the traces it was given, each at most once and in order, the same when asked again,
-alters none, and takes whatever a trace may hold: nothing at all, an ungraded answer, an answer cut off.
+`judge(traces, **options)` yields one reason for each trace, in order: "" lets it through. It decides the same when
+asked again, alters no trace, and takes whatever a trace may hold: nothing at all, no verdict, an answer cut off.
+`traces` may be iterated more than once. STATELESS says whether each trace is judged by itself: then judging them in two
+parts says the same.
 """
 
 from __future__ import annotations
@@ -44,28 +46,32 @@ def check(module: ModuleType, path: Path) -> list[str]:
     failures = []
     if not (module.__doc__ or "").strip():
         failures.append("it has no docstring; its first line is the filter's help text.")
-    if not callable(getattr(module, "keep", None)):
-        failures.append("keep(traces) is missing.")
+    if not callable(getattr(module, "judge", None)):
+        failures.append("judge(traces) is missing.")
+    elif not isinstance(getattr(module, "STATELESS", None), bool):
+        failures.append("STATELESS is missing: True when each trace is judged by itself, else False.")
     else:
-        failures += [*_check_keep(module, []), *_check_keep(module, traces())]
+        failures += [*_check_judge(module, []), *_check_judge(module, traces())]
     return [f"{path.name}: {failure}" for failure in failures]
 
 
-def _check_keep(module: ModuleType, given: Sequence[Trace]) -> list[str]:
+def _check_judge(module: ModuleType, given: Sequence[Trace]) -> list[str]:
     before = copy.deepcopy(list(given))
     try:
-        kept = module.keep(given)
-        again = module.keep(given)
+        reasons = list(module.judge(given))
+        again = list(module.judge(given))
+        parts = [*module.judge(given[:3]), *module.judge(given[3:])] if module.STATELESS else reasons
     except Exception as error:
-        return [f"keep raises {type(error).__name__} on {len(given)} traces: {error}"]
-    if not isinstance(kept, list) or any(not isinstance(trace, Trace) for trace in kept):
-        return [f"keep must return a list of traces, not {kept!r:.80}."]
+        return [f"judge raises {type(error).__name__} on {len(given)} traces: {error}"]
     failures = []
-    places = [next((i for i, trace in enumerate(given) if trace is one), -1) for one in kept]
-    if -1 in places or places != sorted(set(places)):
-        failures.append("keep must return traces it was given, each at most once and in order.")
-    if again != kept:
-        failures.append("keep decides differently when asked again.")
+    if len(reasons) != len(given) or any(not isinstance(why, str) for why in reasons):
+        failures.append(
+            f'judge must yield one reason ("" to keep) for each of {len(given)} traces, not {reasons!r:.80}.'
+        )
+    if again != reasons:
+        failures.append("judge decides differently when asked again.")
+    if parts != reasons:
+        failures.append("STATELESS is True, and judging in two parts decides differently.")
     if list(given) != before:
-        failures.append("keep alters the traces; it may only choose among them.")
+        failures.append("judge alters the traces; it may only choose among them.")
     return failures

@@ -6,11 +6,19 @@ is dropped; so is a correct answer that hit the length limit, since it would tea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 
 from shoestring.core.nouns import Trace
 
+STATELESS = True
 
-def keep(traces: Sequence[Trace]) -> list[Trace]:
-    """The verified, finished ones, in order."""
-    return [trace for trace in traces if trace.correct is True and trace.finish_reason == "stop"]
+
+def judge(traces: Iterable[Trace]) -> Iterator[str]:
+    """Yield "" for a verified, finished answer, else why not."""
+    for trace in traces:
+        if trace.correct is None:
+            yield "not verified"
+        elif not trace.correct:
+            yield "wrong"
+        else:
+            yield "" if trace.finish_reason == "stop" else "cut off"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from shoestring.core.contracts import Question, Teacher
 from shoestring.core.nouns import Problem, Trace
 from shoestring.core.registry import load_part
+from shoestring.curate._sieve import keep as keep_by
 from shoestring.data.textbook import conversation, distinct_problems
 from shoestring.data.traces import TraceStore
 from shoestring.tasks.grading import Grader, check_golds, gradable, own_tasks
@@ -86,7 +87,7 @@ def curation(filters: Sequence[str]) -> Keep:
     def keep(traces: Sequence[Trace]) -> list[Trace]:
         kept = list(traces)
         for part in parts:
-            kept = part.keep(kept)
+            kept = keep_by(part, kept)
         return kept
 
     return keep

@@ -106,7 +106,7 @@ def _tokens(app: FastAPI, service: Service) -> None:
     async def tokenize(request: Request) -> Response:
         await service.meter.authenticate(request.headers.get("authorization"))
         asked = read(TokenizeRequest, parse_json(await _body(request, service.config.max_body_bytes)))
-        served = service.find(asked.model)
+        served = service.tokens_of(asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise bad("give either `prompt` or `messages`.", "prompt")
 
@@ -127,7 +127,7 @@ def _tokens(app: FastAPI, service: Service) -> None:
     async def detokenize(request: Request) -> Response:
         await service.meter.authenticate(request.headers.get("authorization"))
         asked = read(DetokenizeRequest, parse_json(await _body(request, service.config.max_body_bytes)))
-        served = service.find(asked.model)
+        served = service.tokens_of(asked.model)
         if any(not 0 <= index < served.vocab_size for index in asked.tokens):
             raise bad(f"`tokens` holds ids that are no tokens (0 to {served.vocab_size - 1}).", "tokens")
         return JSONResponse({"prompt": await asyncio.to_thread(served.tokenizer.decode, asked.tokens)})
@@ -135,7 +135,7 @@ def _tokens(app: FastAPI, service: Service) -> None:
     @app.get("/tokenizer_info", **described("/tokenizer_info"))
     async def tokenizer_info(request: Request) -> Response:
         await service.meter.authenticate(request.headers.get("authorization"))
-        tokenizer = service.find(request.query_params.get("model")).tokenizer
+        tokenizer = service.tokens_of(request.query_params.get("model")).tokenizer
         special = tokenizer.special_tokens
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         return JSONResponse(

@@ -137,6 +137,12 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found", retry=False)
         return self.models[name]
 
+    def tokens_of(self, name: str | None) -> Served:
+        """The model whose tokenizer is asked for; without a name, any when all have the same. Raises ApiError 404."""
+        if name is None and len({served.tokenizer.digest() for served in self.models.values()}) == 1:
+            return next(iter(self.models.values()))
+        return self.find(name)
+
     # ---- the endpoints that generate
     async def complete(self, endpoint: str, asked: Asked) -> Reply:
         """/v1/chat/completions, /v1/completions, /v1/responses. Raises ApiError."""

@@ -5,7 +5,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # One thread for each test process: two processes share two cores better than two pools of threads do.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help install quickstart test test-fast test-all check bench peers clean
+.PHONY: help install quickstart test test-fast test-all check bench peers clients clean
 
 help:  ## these words
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -55,5 +55,13 @@ bench: .venv/.dev-stamp  ## every benchmark, ours against what is installed
 
 peers: .venv-peers/.stamp  ## the environment with the libraries we compare with
 
+# Clients of the API that nobody here wrote: they want versions of their own of what we use too.
+.venv-clients/.stamp: tests/serve/clients-requirements.txt constraints.txt
+	test -x .venv-clients/bin/pip || $(PYTHON) -m venv --clear .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r tests/serve/clients-requirements.txt
+	touch $@
+
+clients: .venv-clients/.stamp  ## the environment with clients of the API, for their tests
+
 clean:  ## remove the environments and caches (never runs/)
-	rm -rf .venv .venv-peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-clients build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -144,6 +144,8 @@ class EngineClient:
             self._become("ready")
         elif kind == "failed":
             self.reason = message[1]
+            if message[1].startswith("UserError") and self.state == "starting":
+                return  # a mistake, not a fault: `start` tells it
             _log.error("the engine of %s failed:\n%s", self.spec.name, message[2])
 
     def _deliver(self, event: Event) -> None:
@@ -167,7 +169,10 @@ class EngineClient:
         for stream, _part in lost.values():
             stream.fail(self._gone(again))
         self.stats = {}
-        _log.error("the engine of %s died: %s%s", self.spec.name, self.reason, "; starting it again" if again else "")
+        if self.state != "starting":
+            _log.error(
+                "the engine of %s died: %s%s", self.spec.name, self.reason, "; starting it again" if again else ""
+            )
         if again:
             self.restarts += 1
             self._become("restarting")

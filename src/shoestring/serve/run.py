@@ -84,8 +84,14 @@ def serve(config: ServeConfig) -> int:
     server = Server(settings, app, config.drain_seconds)
     failure: list[BaseException] = []
     _keep_reason(app, failure)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(server.serve(sockets=[listener]))
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(server.serve(sockets=[listener]))
+    except SystemExit:  # how uvicorn ends when the start fails
+        if not failure:
+            raise
+    finally:
+        listener.close()
     if failure:
         raise failure[0]
     return 0 if server.started else 1

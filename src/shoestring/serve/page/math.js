@@ -111,6 +111,8 @@ class Parser {
     if (named.has(name)) return el("mi", name, { mathvariant: "normal" });
     if (name in SPACES) return el("mspace", [], { width: SPACES[name] });
     if (/^[dt]?frac$/.test(name)) return el("mfrac", [this.argument(), this.argument()]);
+    if (name === "bmod") return el("mo", "mod", { lspace: "0.3em", rspace: "0.3em" });
+    if (name === "pmod") return el("mrow", [el("mspace", [], { width: "0.6em" }), el("mo", "("), el("mi", "mod"), el("mspace", [], { width: "0.3em" }), this.argument(), el("mo", ")")]);
     if (name === "binom") return el("mrow", [el("mo", "("), el("mfrac", [this.argument(), this.argument()], { linethickness: "0" }), el("mo", ")")]);
     if (name === "sqrt") return this.root();
     if (name in ACCENTS) return el("mover", [this.argument(), el("mo", ACCENTS[name])], { accent: "true" });

@@ -182,7 +182,7 @@ def test_memory_is_a_chunk_not_the_batch() -> None:
                     self.seen = max(self.seen, x.numel())
             return out
 
-    n, v = 640, 9_000
+    n, v = 1400, 9_000
     hidden, table = torch.randn(n, 8).requires_grad_(), torch.randn(v, 8).requires_grad_()
     tokens = Tokens(torch.zeros(n).long(), torch.ones(n), teacher=Hidden(torch.randn(n, 4), torch.randn(v, 4)))
     with Largest() as largest:

@@ -9,7 +9,7 @@ import torch
 
 from shoestring.core.registry import list_parts, load_part
 from shoestring.losses import policy
-from shoestring.losses._teacher import Hidden
+from shoestring.losses._teacher import Hidden, Spans
 from shoestring.losses._tokens import Tokens
 
 OPTIONS = {"policy": {"kl_beta": 0.1, "temperature": 0.8}}
@@ -36,14 +36,18 @@ def objective(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
     part = load_part("losses", request.param)
     objective = partial(part.loss, **OPTIONS.get(request.param, {}))
     objective.detached = getattr(part, "DETACHED", None)
+    objective.spans = request.param == "span_likelihood"
     return objective
 
 
 @pytest.fixture
-def case() -> tuple[torch.Tensor, torch.Tensor, Tokens]:
+def case(objective) -> tuple[torch.Tensor, torch.Tensor, Tokens]:  # type: ignore[no-untyped-def]
+    tokens = _tokens()
+    if objective.spans:  # each token a span of its own, so that any split keeps them whole
+        tokens.teacher = Spans(torch.arange(12) * 3, -torch.rand(12).double())
     torch.manual_seed(2)
     hidden = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
-    return hidden, torch.randn(7, 5, dtype=torch.float64, requires_grad=True), _tokens()
+    return hidden, torch.randn(7, 5, dtype=torch.float64, requires_grad=True), tokens
 
 
 def test_masked_tokens_give_no_gradient(objective, case) -> None:  # type: ignore[no-untyped-def]
@@ -112,8 +116,8 @@ def test_kl_golden_values(gap: float, k3: float) -> None:
     assert loss.item() == pytest.approx(k3, abs=1e-6) and metrics["kl"].item() == pytest.approx(k3, abs=1e-6)
 
 
-def test_missing_logprobs_raise_instead_of_falling_back(case) -> None:  # type: ignore[no-untyped-def]
-    hidden, table, tokens = case
+def test_missing_logprobs_raise_instead_of_falling_back() -> None:
+    hidden, table, tokens = torch.randn(12, 5).double(), torch.randn(7, 5).double(), _tokens()
     tokens.ref_N = None
     with pytest.raises(ValueError, match="ref_N"):
         policy.loss(hidden, table, tokens, kl_beta=0.1)

@@ -1,6 +1,7 @@
 """The fused head-to-head divergence: student hidden states against a teacher's, with no logits for all tokens.
 
-For N tokens and vocabulary V the logits of student and teacher exist only a chunk of rows at a time. The gradients are
+For N tokens and vocabulary V the logits of student and teacher exist only a chunk of rows at a time, and what is
+computed of them in fp32 only a few rows at a time, small enough for a core's cache. The gradients are
 made in the forward pass, chunk by chunk (as `nn/head.py` does for cross-entropy); the backward only scales them:
 
     z = U h / τ,  t = U_T h_T / τ;   value and dz from the form;   dh = w/τ · dz U,   dU += dzᵀ (w/τ · h)
@@ -19,16 +20,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoestring.losses._teacher import Buffers, Form, Targets, product
+from shoestring.losses._teacher import Buffers, Form, Targets, accurate_rows, product
 from shoestring.losses._tokens import Tokens
 
-CHUNK_ELEMENTS = 1 << 21  # logits of one model alive at a time: 8 MB in fp32
-MIN_ROWS = 64  # fewer rows a chunk, and the pass over dU costs more than the products
+CHUNK_ELEMENTS = 1 << 22  # logits of one model alive at a time, in the dtype of products
+MIN_ROWS = 256  # fewer rows a chunk, and the products are slow and the pass over dU costs more than they do
+BLOCK_ELEMENTS = 1 << 17  # logits in fp32 at a time: 512 KB a buffer, so that a form's passes stay in a core's cache
 
 
 def chunk_rows(vocab: int) -> int:
-    """Rows of a chunk for logits of this width."""
+    """Rows of a chunk, the unit of products, for logits of this width."""
     return max(MIN_ROWS, CHUNK_ELEMENTS // vocab)
+
+
+def block_rows(vocab: int) -> int:
+    """Rows of a block, the unit of everything between products."""
+    return max(1, BLOCK_ELEMENTS // vocab)
 
 
 class _DivergenceSum(torch.autograd.Function):
@@ -44,14 +51,18 @@ class _DivergenceSum(torch.autograd.Function):
         value_N = torch.zeros(N, dtype=accurate, device=hidden_ND.device)
         grad_ND = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
-        buffers = Buffers()
+        buffers, block = Buffers(), block_rows(targets.width(vocab))
         for start in range(0, N, chunk):
             rows = slice(start, min(start + chunk, N))
             hidden_nD = hidden_ND[rows] if temperature == 1 else hidden_ND[rows] / temperature
-            z_nV = product("student", hidden_nD, table_VD, accurate, buffers)
-            value_N[rows] = targets.divergence(rows, z_nV, form, temperature, buffers)
-            if dtype != accurate:
-                z_nV = buffers.get("student rough", hidden_nD, vocab).copy_(z_nV)
+            z_nV = product("student chunk", hidden_nD, table_VD, buffers)
+            divergence = targets.open(rows, temperature, buffers)
+            for first in range(0, len(z_nV), block):
+                some = slice(first, min(first + block, len(z_nV)))
+                z_bV = accurate_rows("student", z_nV, some, buffers)
+                value_N[start + some.start : start + some.stop] = divergence(some, z_bV, form)
+                if dtype != accurate:
+                    z_nV[some] = z_bV
             if grad_ND is not None:
                 grad_ND[rows] = torch.mm(z_nV, table_VD) * scale_N1[rows]
             if grad_VD is not None:
@@ -77,7 +88,7 @@ def divergence_sum(
     """
     targets = _teacher(tokens)
     vocab = weight_VD.shape[0] if vocab is None else vocab
-    rows = chunk or chunk_rows(targets.width(vocab))
+    rows = chunk or min(chunk_rows(targets.width(vocab)), max(1, len(tokens.ids_N)))
     total, value_N = _DivergenceSum.apply(
         hidden_ND, weight_VD, tokens.weight_N, targets, form, temperature, vocab, rows
     )

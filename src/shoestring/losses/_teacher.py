@@ -1,7 +1,7 @@
 """What a teacher says about N target positions, in the three forms it can be kept: hidden states, top-k, samples.
 
-Each form turns a chunk of student logits into values and gradients (`divergence`): the fused loop in `_fused.py` knows
-none of them. `index_select` and `to` are what batches need. Source of the sparse forms: facts of Megatron-LM's and
+Each kind turns rows of student logits into values and gradients (`open`): the fused loop in `_fused.py` knows none of
+them. `index_select` and `to` are what batches need. Source of the sparse forms: facts of Megatron-LM's and
 DistillKit's stores, and Random Sampling KD (arXiv 2503.16870).
 """
 
@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# form(z, t, work, work2) -> value_n. z [n, V] and t [n, V]: student and teacher logits at the temperature, both may be
-# overwritten; d value / d z is left in z. The works are scratch of the same shape.
+# form(z, t, buffers) -> value_n. z [n, V] and t [n, V]: student and teacher logits at the temperature, both may be
+# overwritten; d value / d z is left in z.
 Form = Callable[[Tensor, Tensor, "Buffers"], Tensor]
+# What `open` gives: (rows of the chunk, their student logits, form) -> values, gradient in place of the logits.
+Opened = Callable[[slice, Tensor, Form], Tensor]
 
 
 class Buffers:
@@ -25,6 +27,13 @@ class Buffers:
 
     def __init__(self) -> None:
         self._made: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._once: dict[str, Tensor] = {}
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, made for the first chunk and kept for the others."""
+        if name not in self._once:
+            self._once[name] = make()
+        return self._once[name]
 
     def get(self, name: str, like: Tensor, columns: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """A buffer [n, columns] for the n rows of `like` (its own columns and dtype when not given)."""
@@ -35,13 +44,16 @@ class Buffers:
         return kept[:n]
 
 
-def product(name: str, hidden_nD: Tensor, head_VD: Tensor, accurate: torch.dtype, buffers: Buffers) -> Tensor:
-    """Logits [n, V] of a chunk in `accurate`; the product runs in the dtype of `hidden_nD`."""
-    V = head_VD.shape[0]
-    if hidden_nD.dtype == accurate:
-        return torch.mm(hidden_nD, head_VD.t(), out=buffers.get(name, hidden_nD, V))
-    rough = torch.mm(hidden_nD, head_VD.t(), out=buffers.get(f"{name} rough", hidden_nD, V))
-    return buffers.get(name, hidden_nD, V, accurate).copy_(rough)
+def product(name: str, hidden_nD: Tensor, head_VD: Tensor, buffers: Buffers) -> Tensor:
+    """Logits [n, V] of a chunk, in the dtype of `hidden_nD`."""
+    return torch.mm(hidden_nD, head_VD.t(), out=buffers.get(name, hidden_nD, head_VD.shape[0]))
+
+
+def accurate_rows(name: str, logits_nV: Tensor, rows: slice, buffers: Buffers) -> Tensor:
+    """Some rows of a chunk's logits in fp32 (or fp64): themselves when they are so already, else a copy in a buffer."""
+    some_nV = logits_nV[rows]
+    accurate = torch.promote_types(some_nV.dtype, torch.float32)
+    return some_nV if some_nV.dtype == accurate else buffers.get(name, some_nV, dtype=accurate).copy_(some_nV)
 
 
 class Targets(Protocol):
@@ -57,8 +69,8 @@ class Targets(Protocol):
         """Rows of the widest logits that exist for a chunk."""
         ...
 
-    def divergence(self, rows: slice, z_nV: Tensor, form: Form, temperature: float, buffers: Buffers) -> Tensor:
-        """The values [n] of a chunk; their gradient with respect to `z_nV` takes its place."""
+    def open(self, chunk: slice, temperature: float, buffers: Buffers) -> Opened:
+        """The chunk's side of the teacher, ready for blocks of its rows."""
         ...
 
     def plain(self, logq_NV: Tensor, value: Callable[[Tensor, Tensor], Tensor], temperature: float) -> Tensor:
@@ -104,9 +116,14 @@ class Hidden(_Rows):
     def _head(self) -> Tensor:
         return self.head_VC[: self.vocab].to(self.hidden_NC.dtype)
 
-    def divergence(self, rows: slice, z_nV: Tensor, form: Form, temperature: float, buffers: Buffers) -> Tensor:
-        hidden_nC = self.hidden_NC[rows] if temperature == 1 else self.hidden_NC[rows] / temperature
-        return form(z_nV, product("teacher", hidden_nC, self._head(), z_nV.dtype, buffers), buffers)
+    def open(self, chunk: slice, temperature: float, buffers: Buffers) -> Opened:
+        hidden_nC = self.hidden_NC[chunk] if temperature == 1 else self.hidden_NC[chunk] / temperature
+        logits_nV = product("teacher chunk", hidden_nC, buffers.once("head", self._head), buffers)
+
+        def divergence(rows: slice, z_nV: Tensor, form: Form) -> Tensor:
+            return form(z_nV, accurate_rows("teacher", logits_nV, rows, buffers).to(z_nV.dtype), buffers)
+
+        return divergence
 
     def plain(self, logq_NV: Tensor, value: Callable[[Tensor, Tensor], Tensor], temperature: float) -> Tensor:
         logits_NV = F.linear(self.hidden_NC, self._head()).to(logq_NV.dtype) / temperature
@@ -133,18 +150,25 @@ class TopK(_Rows):
         joined = torch.cat([self.logp_NK[rows].to(dtype), self.tail_N[rows, None].to(dtype)], dim=1)
         return torch.log_softmax(joined, dim=-1)
 
-    def divergence(self, rows: slice, z_nV: Tensor, form: Form, temperature: float, buffers: Buffers) -> Tensor:
-        ids_nK = self.ids_NK[rows]
-        head_nK = z_nV.gather(1, ids_nK)
-        rest_nV = z_nV.scatter_(1, ids_nK, float("-inf"))
-        share_nV = torch._softmax(rest_nV, 1, False, out=buffers.get("share", z_nV))  # of each id in the tail
-        tail_n1 = rest_nV.amax(1, keepdim=True) - share_nV.amax(1, keepdim=True).log_()
-        z_nk = torch.log_softmax(torch.cat([head_nK, tail_n1], dim=1), dim=-1)
-        value_n = form(z_nk, self._outcomes(rows, z_nk.dtype), Buffers())
-        # d/dz = G_i on the k ids and G_tail · q_i/q_tail elsewhere: the G sum to zero, so the normaliser drops out
-        torch.mul(share_nV, z_nk[:, -1:], out=z_nV)
-        z_nV.scatter_(1, ids_nK, z_nk[:, :-1])
-        return value_n
+    def open(self, chunk: slice, temperature: float, buffers: Buffers) -> Opened:
+        ids_cK = self.ids_NK[chunk]
+
+        def divergence(rows: slice, z_nV: Tensor, form: Form) -> Tensor:
+            ids_nK = ids_cK[rows]
+            head_nK = z_nV.gather(1, ids_nK)
+            rest_nV = z_nV.scatter_(1, ids_nK, float("-inf"))
+            share_nV = torch._softmax(rest_nV, 1, False, out=buffers.get("share", z_nV))  # of each id in the tail
+            tail_n1 = rest_nV.amax(1, keepdim=True) - share_nV.amax(1, keepdim=True).log_()
+            z_nk = torch.log_softmax(torch.cat([head_nK, tail_n1], dim=1), dim=-1)
+            start = chunk.start + rows.start
+            told_nk = self._outcomes(slice(start, start + len(z_nk)), z_nk.dtype)
+            value_n = form(z_nk, told_nk, Buffers())
+            # d/dz = G_i on the k ids, G_tail · q_i/q_tail elsewhere: the G sum to zero, so the normaliser drops out
+            torch.mul(share_nV, z_nk[:, -1:], out=z_nV)
+            z_nV.scatter_(1, ids_nK, z_nk[:, :-1])
+            return value_n
+
+        return divergence
 
     def plain(self, logq_NV: Tensor, value: Callable[[Tensor, Tensor], Tensor], temperature: float) -> Tensor:
         mask_NV = torch.zeros_like(logq_NV).scatter_(1, self.ids_NK, float("-inf"))
@@ -166,15 +190,37 @@ class Sampled(_Rows):
     def width(self, vocab: int) -> int:
         return vocab
 
-    def divergence(self, rows: slice, z_nV: Tensor, form: Form, temperature: float, buffers: Buffers) -> Tensor:
-        if not getattr(form, "linear_in_teacher", False):
-            raise ValueError("sampled teacher tokens are unbiased for forward_kl only")
-        ids_nK, share_nK = self.ids_NK[rows], self.share_NK[rows].to(z_nV.dtype)
-        said_n = (z_nV.gather(1, ids_nK) * share_nK).sum(1)
-        q_nV = torch._softmax(z_nV, 1, False, out=buffers.get("share", z_nV))
-        lse_n = z_nV.amax(1) - q_nV.amax(1).log_()
-        z_nV.copy_(q_nV).scatter_add_(1, ids_nK, -share_nK)
-        return lse_n - said_n
+    def open(self, chunk: slice, temperature: float, buffers: Buffers) -> Opened:
+        ids_cK, share_cK = self.ids_NK[chunk], self.share_NK[chunk]
+
+        def divergence(rows: slice, z_nV: Tensor, form: Form) -> Tensor:
+            if not getattr(form, "linear_in_teacher", False):
+                raise ValueError("sampled teacher tokens are unbiased for forward_kl only")
+            ids_nK, share_nK = ids_cK[rows], share_cK[rows].to(z_nV.dtype)
+            said_n = (z_nV.gather(1, ids_nK) * share_nK).sum(1)
+            q_nV = torch._softmax(z_nV, 1, False, out=buffers.get("share", z_nV))
+            lse_n = z_nV.amax(1) - q_nV.amax(1).log_()
+            z_nV.copy_(q_nV).scatter_add_(1, ids_nK, -share_nK)
+            return lse_n - said_n
+
+        return divergence
 
     def plain(self, logq_NV: Tensor, value: Callable[[Tensor, Tensor], Tensor], temperature: float) -> Tensor:
         return -(logq_NV.gather(1, self.ids_NK) * self.share_NK.to(logq_NV.dtype)).sum(1)
+
+
+@dataclass(slots=True)
+class Spans(_Rows):
+    """For each student token the span of text it belongs to, and the teacher's log-probability of that whole span."""
+
+    span_N: Tensor  # int64; equal numbers are one span, wherever they stand
+    logp_N: Tensor
+
+    def width(self, vocab: int) -> int:
+        return vocab
+
+    def open(self, chunk: slice, temperature: float, buffers: Buffers) -> Opened:
+        raise ValueError("spans carry likelihoods, not distributions: use span_likelihood")
+
+    def plain(self, logq_NV: Tensor, value: Callable[[Tensor, Tensor], Tensor], temperature: float) -> Tensor:
+        raise ValueError("spans carry likelihoods, not distributions: use span_likelihood")

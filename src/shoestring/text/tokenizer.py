@@ -148,6 +148,10 @@ class Tokenizer:
         """An id to fill rows with; what it is never matters, for filled places carry no weight."""
         return self.end if self.pad_id is None else self.pad_id
 
+    def backend(self) -> str:
+        """The contents of tokenizer.json."""
+        return str(self._full.to_str())
+
     @property
     def vocabulary(self) -> dict[str, int]:
         """Every token as spelt in the vocabulary, with its id."""

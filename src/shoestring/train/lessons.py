@@ -169,6 +169,10 @@ def make_lesson(stage: DistillStage, ctx: Context, student: Any, tokenizer: Toke
         from shoestring.train.on_policy import OnPolicyLesson
 
         return OnPolicyLesson(stage, ctx, student, tokenizer)
+    if stage.way in ("universal_logit", "span_likelihood"):
+        from shoestring.train.across import AcrossLesson
+
+        return AcrossLesson(stage, ctx, student, tokenizer)
     return OnlineLesson(stage, ctx, student, tokenizer)
 
 

@@ -229,6 +229,22 @@ def _says(words: str, stage: Any, root: Path) -> None:
     assert "\n" not in told.value.args[0]
 
 
+@pytest.mark.parametrize(("way", "options"), [("universal_logit", {"text_weight": 0.1}), ("span_likelihood", {})])
+def test_a_teacher_of_another_tokenizer_teaches(
+    way: str, options: dict[str, Any], student: Path, folder: Path, traces: Path, tmp_path: Path
+) -> None:
+    """A teacher that reads nearly bytes, a student that reads words: the loss falls, and the run repeats."""
+    small = Tokenizer.train(["0123456789 abc"], 256)
+    model, _ = checkpoint.load(folder)
+    near_bytes = checkpoint.save(model, small, tmp_path / "bytes")
+    inputs = {"traces": traces, "teacher": near_bytes}
+    stage = _stage(student, way=way, inputs=inputs, steps=8, row_tokens=400, **options)
+    run = _run(stage, tmp_path / "a")
+    rows = run.metrics()
+    assert rows[-1]["loss"] < rows[0]["loss"] and rows[0]["groups"] > 10
+    assert [row["loss"] for row in _run(stage, tmp_path / "b").metrics()] == [row["loss"] for row in rows]
+
+
 def test_another_vocabulary_names_the_way_across(student: Path, folder: Path, traces: Path, tmp_path: Path) -> None:
     other = Tokenizer.train([p.prompt for p in islice(problems(quickstart.LEARN, 1), 50)], 300)
     model, _ = checkpoint.load(folder)

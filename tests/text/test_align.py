@@ -1,0 +1,55 @@
+"""Two tokenizations of one text: groups cover both, agree in bytes, and are as small as can be."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoestring.core.errors import UserError
+from shoestring.text.align import align, bytes_of_tokens
+from shoestring.text.tokenizer import Tokenizer
+
+BOOK = "the quick brown fox said: 12 + 34 = 46, naïve café — 日本 🦊"
+BYTES = Tokenizer.train([BOOK], 252)  # nearly one token a byte
+WORDS = Tokenizer.train([BOOK] * 4, 600)
+
+
+def _spell(tokenizer: Tokenizer, text: str) -> list[bytes]:
+    table = bytes_of_tokens(tokenizer)
+    return [table[i] for i in tokenizer.encode(text)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet=st.sampled_from("the quickbrown 1234+=é日🦊\n"), max_size=40))
+def test_groups_are_whole_equal_and_smallest(text: str) -> None:
+    ours, theirs = _spell(BYTES, text), _spell(WORDS, text)
+    assert b"".join(ours) == b"".join(theirs) == text.encode()
+    groups = align(ours, theirs)
+    assert [i for a, _ in groups for i in a] == list(range(len(ours)))
+    assert [j for _, b in groups for j in b] == list(range(len(theirs)))
+    for a, b in groups:
+        assert b"".join(ours[i] for i in a) == b"".join(theirs[j] for j in b)
+        inner = {len(b"".join(ours[a.start : i])) for i in a[1:]} & {len(b"".join(theirs[b.start : j])) for j in b[1:]}
+        assert not inner  # no common end within a group
+
+
+def test_one_to_many() -> None:
+    assert align([b"ab", b"c", b"de"], [b"a", b"b", b"cd", b"e"]) == [
+        (range(0, 1), range(0, 2)), (range(1, 3), range(2, 4)),
+    ]  # fmt: skip
+
+
+def test_different_texts_are_said() -> None:
+    with pytest.raises(UserError, match="different text"):
+        align([b"ab"], [b"ac"])
+
+
+def test_sentencepiece_spelling() -> None:
+    from tokenizers import AddedToken, decoders, models
+    from tokenizers import Tokenizer as Matcher
+
+    matcher = Matcher(models.BPE(vocab={"▁a": 0, "<0x0A>": 1, "b": 2}, merges=[]))
+    matcher.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    matcher.add_tokens([AddedToken("<s>", special=True)])
+    assert bytes_of_tokens(Tokenizer(matcher, config={}, chat_template=None)) == [b" a", b"\n", b"b", b"<s>"]

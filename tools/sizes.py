@@ -18,6 +18,7 @@ STEP_FILES, STEP_LINES = 8, 1500  # what one RL step should be readable in, abou
 # What a step runs through. Below it lie the model and the nouns, which are read for themselves; beside it lies what
 # happens before the first step and after the last: configuration, measuring the machine, reading and writing state.
 STEP_START = f"{PACKAGE}.train.rl"
+ENGINE = f"{PACKAGE}.infer.engine"  # behind a contract (core/contracts.py): what stands behind it is a read of its own
 STEP_PACKAGES = ("train", "infer", "losses")
 BESIDE_STEP = ("train.configs", "train.context", "train.machine", "train.state", "train.preflight")
 
@@ -33,14 +34,16 @@ def functions(path: Path) -> Iterator[tuple[int, str]]:
             yield (node.end_lineno or node.lineno) - node.lineno + 1, f"{node.name}:{node.lineno}"
 
 
-def closure(start: str, known: dict[str, Path]) -> list[str]:
-    """The modules that one step runs through, in the order in which reading meets them."""
+def closure(start: str, known: dict[str, Path], stop: str = "") -> list[str]:
+    """The modules that one step runs through, in the order in which reading meets them; `stop` is not looked behind."""
     found, queue = [], [start]
     while queue:
         name = queue.pop(0)
         inner = name.removeprefix(f"{PACKAGE}.")
         if name not in found and inner.partition(".")[0] in STEP_PACKAGES and inner not in BESIDE_STEP and "." in inner:
             found.append(name)
+            if name == stop:
+                continue
             queue += [module for module, _ in imports(name, known)]
     return found
 
@@ -55,6 +58,14 @@ def show(title: str, rows: list[tuple[int, str]], limit: int) -> int:
     return over
 
 
+def read(title: str, names: list[str], known: dict[str, Path], limits: str = "") -> None:
+    """Print what has to be read, and how much it is."""
+    lines = [lines_of(known[name]) for name in names]
+    print(f"\n{title}: {len(names)} files, {sum(lines)} lines{limits}")
+    for name, count in zip(names, lines, strict=True):
+        print(f"  {count:5d}  {name}")
+
+
 def main() -> int:
     known = modules()
     files = [(lines_of(path), path.as_posix().rpartition("/src/")[2]) for path in known.values()]
@@ -66,11 +77,8 @@ def main() -> int:
     ]
     over += show("longest functions", named, FUNCTION_LIMIT)
     if STEP_START in known:
-        step = closure(STEP_START, known)
-        lines = [lines_of(known[name]) for name in step]
-        print(f"\none RL step: {len(step)} files, {sum(lines)} lines (about {STEP_FILES} and {STEP_LINES} at most)")
-        for name, count in zip(step, lines, strict=True):
-            print(f"  {count:5d}  {name}")
+        read("one RL step", closure(STEP_START, known, ENGINE), known, f" (about {STEP_FILES} and {STEP_LINES} at most)")
+        read("the engine behind its contract", closure(ENGINE, known), known)
     print(f"\nin all: {len(files)} files, {sum(lines for lines, _ in files)} lines")
     return 1 if over else 0
 

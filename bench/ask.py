@@ -300,7 +300,6 @@ CONTESTANTS = {"ours": ours, "bare": bare, "raw": raw, "curator": curator, "dist
 def million(count: int, concurrency: int) -> dict[str, Any]:
     """Ask `count` questions once; what memory, disk and time that takes, and what reopening and exporting take."""
     from shoestring.data.export import export
-
     from shoestring.teachers._session import run
 
     seen: list[tuple[int, float]] = []

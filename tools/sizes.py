@@ -77,7 +77,8 @@ def main() -> int:
     ]
     over += show("longest functions", named, FUNCTION_LIMIT)
     if STEP_START in known:
-        read("one RL step", closure(STEP_START, known, ENGINE), known, f" (about {STEP_FILES} and {STEP_LINES} at most)")
+        most = f" (about {STEP_FILES} and {STEP_LINES} at most)"
+        read("one RL step", closure(STEP_START, known, ENGINE), known, most)
         read("the engine behind its contract", closure(ENGINE, known), known)
     print(f"\nin all: {len(files)} files, {sum(lines for lines, _ in files)} lines")
     return 1 if over else 0

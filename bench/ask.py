@@ -30,7 +30,7 @@ from typing import Any
 from _bench import ROOT, Channel, Contestant, Failed, parser, peak_mb, result, spread, table, versions
 
 PEERS = ("curator", "distilabel")
-PEER_QUESTIONS = 4000  # theirs is timed on fewer, in steady state it is a rate all the same
+PEER_QUESTIONS = 2000  # theirs is timed on fewer, in steady state it is a rate all the same
 
 
 def main() -> None:
@@ -75,7 +75,9 @@ def compare(latency: float, options: Any, peers: list[str]) -> dict[str, Any]:
         for peer in peers:
             fewer = given | {"questions": min(PEER_QUESTIONS, options.questions)}
             try:
-                rates[peer] = [once(peer, pythons[peer], fewer) for _ in range(1 if options.small else 2)]
+                rates[peer] = [
+                    once(peer, pythons[peer], fewer) for _ in range(1 if options.small else options.repeats // 2 or 1)
+                ]
             except Failed as reason:
                 reasons[peer] = str(reason)
     rows = [[NAMES[who], spread(values, 0)] for who, values in rates.items()]

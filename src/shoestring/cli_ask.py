@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,6 +26,8 @@ from shoestring.cli_road import Inputs, stage_verb
 from shoestring.core.errors import UserError
 
 if TYPE_CHECKING:
+    from shoestring.data.claims import Budget
+    from shoestring.teachers._job import Api
     from shoestring.teachers._session import Outcome
 
 KEYS = {  # host -> the environment variable its users know
@@ -47,7 +50,7 @@ def register(app: typer.Typer) -> None:
 
 
 def ask(
-    teacher: Annotated[str | None, typer.Option(help="The address of an OpenAI-compatible API.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="An OpenAI-compatible API's address; or a checkpoint, a run, recorded traces.")] = None,
     model: Annotated[str | None, typer.Option(help="The model's name there.")] = None,
     teachers: Annotated[Path | None, typer.Option(help="Several teachers: a JSON or YAML list of their options.")] = None,
     questions: Annotated[str | None, typer.Option(help="A .jsonl, .jsonl.gz or .txt file, a task, or hf:NAME.")] = None,
@@ -92,30 +95,66 @@ def ask(
     if inputs:
         stage_verb("ask")(inputs, sets, runs, dry_run, again, json, quiet)
         return
-    from shoestring.data.claims import Budget
+    _ask(SimpleNamespace(**locals()))
+
+
+def _ask(given: SimpleNamespace) -> None:
+    """Ask as the options of `ask` say."""
     from shoestring.data.questions import Skipped, source_of
-    from shoestring.teachers._job import Api
-    from shoestring.teachers._price import pico
-    from shoestring.teachers._send import Limits
+    from shoestring.teachers._local import is_local
     from shoestring.teachers._session import Job, run
 
-    if questions is None:
+    if given.questions is None:
         raise UserError("say what to ask: --questions FILE, or the name of a task (`shoestring list tasks`).")
-    if samples < 1:
-        raise UserError(f"--samples is {samples}; it must be at least 1.")
-    shared = {
-        "max_tokens": max_tokens, "n": n, "stream": stream, "most": concurrency, "rpm": rpm, "tpm": tpm, "tries": tries,
-        "patience_s": patience, "permission": i_have_permission, "limits": Limits(total_s=timeout), "price": price,
-        "licence": licence, "decoding": _decoding(temperature, top_p, seed, extra),
-    }  # fmt: skip
-    apis = [Api(**shared | given) for given in _whom(teacher, model, teachers, key, name)]
-    skipped = Skipped() if skip_bad else None
-    source, identity = source_of(questions, system=system, count=count, difficulty=difficulty, skipped=skipped)
-    limits = Budget(None if budget is None else pico(budget), budget_tokens, budget_answers)
-    outcome = run(Job(out, source, identity, apis, samples, limits, share, retry_failed, dry_run, skipped, quiet))
+    if given.samples < 1:
+        raise UserError(f"--samples is {given.samples}; it must be at least 1.")
+    skipped = Skipped() if given.skip_bad else None
+    source, identity = source_of(
+        given.questions, system=given.system, count=given.count, difficulty=given.difficulty, skipped=skipped
+    )
+    if given.teacher is not None and is_local(given.teacher):
+        outcome = _ask_here(given, source, identity)
+    else:
+        outcome = run(Job(
+            given.out, source, identity, _apis(given), given.samples, _budget(given), given.share, given.retry_failed,
+            given.dry_run, skipped, given.quiet,
+        ))  # fmt: skip
     if skipped and skipped.count:
         typer.echo(f"{skipped.count} line(s) left out, the first: {skipped.first}.", err=True)
-    _show(outcome, out, json)
+    _show(outcome, given.out, given.json)
+
+
+def _ask_here(given: SimpleNamespace, source: Any, identity: str) -> Outcome:
+    """Ask a model in this process, or recorded answers."""
+    from shoestring.core.nouns import Sampling
+    from shoestring.teachers._local import load_local, run_local
+
+    whom = load_local(given.teacher, name=given.name, licence=given.licence)
+    decoding = Sampling(
+        max_new_tokens=given.max_tokens, temperature=1.0 if given.temperature is None else given.temperature,
+        top_p=1.0 if given.top_p is None else given.top_p, seed=given.seed or 0,
+    )  # fmt: skip
+    return run_local(given.out, whom, source, identity, given.samples, decoding, quiet=given.quiet)
+
+
+def _budget(given: SimpleNamespace) -> Budget:
+    from shoestring.data.claims import Budget
+    from shoestring.teachers._price import pico
+
+    return Budget(None if given.budget is None else pico(given.budget), given.budget_tokens, given.budget_answers)
+
+
+def _apis(given: SimpleNamespace) -> list[Api]:
+    from shoestring.teachers._job import Api
+    from shoestring.teachers._send import Limits
+
+    shared = {
+        "max_tokens": given.max_tokens, "n": given.n, "stream": given.stream, "most": given.concurrency,
+        "rpm": given.rpm, "tpm": given.tpm, "tries": given.tries, "patience_s": given.patience,
+        "permission": given.i_have_permission, "limits": Limits(total_s=given.timeout), "price": given.price,
+        "licence": given.licence, "decoding": _decoding(given.temperature, given.top_p, given.seed, given.extra),
+    }  # fmt: skip
+    return [Api(**shared | own) for own in _whom(given.teacher, given.model, given.teachers, given.key, given.name)]
 
 
 def _whom(

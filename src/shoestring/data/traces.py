@@ -26,6 +26,9 @@ from shoestring.data.store import Store
 
 NOT_CONTENT = ("date", "cost_usd")  # when it was said and at what price: not part of what was said
 CHUNK = 1000
+_BODY = (
+    "thinking", "answer", "prompt_ids", "token_ids", "task", "problem_id", "decoding", "usage", "cost_usd", "source",
+)  # fmt: skip
 
 _READ = """
 SELECT a.row, r.trace, r.sample, h.fields, q.messages, q.ref, q.problem, a.finish, a.tokens_in, a.tokens_out, a.pico,
@@ -200,28 +203,18 @@ def _insert(store: Store, traces: Sequence[Trace]) -> int:
         if found:
             answer = Answer(
                 found[0], trace.finish_reason, trace.usage.get("prompt_tokens", 0),
-                trace.usage.get("completion_tokens", 0), round(trace.cost_usd * PICO), trace.date, _body(trace),
+                trace.usage.get("completion_tokens", 0), round(trace.cost_usd * PICO), trace.date, body_of(trace),
             )  # fmt: skip
             store.base.execute("INSERT INTO answers VALUES (?,?,?,?,?,?,?,?)", (*answer, trace.correct))
     after = store.base.execute("SELECT count(*) FROM answers").fetchone()[0]
     return int(after - before)
 
 
-def _body(trace: Trace) -> str:
+def body_of(trace: Trace, *, without: Sequence[str] = ()) -> str:
+    """What a row keeps of a whole trace beside the columns."""
     row = trace.to_dict()
-    names = (
-        "thinking",
-        "answer",
-        "prompt_ids",
-        "token_ids",
-        "task",
-        "problem_id",
-        "decoding",
-        "usage",
-        "cost_usd",
-        "source",
-    )
-    return json.dumps({"model": trace.teacher_reported} | {name: row[name] for name in names})
+    kept = [name for name in _BODY if name not in without]
+    return json.dumps({"model": trace.teacher_reported} | {name: row[name] for name in kept})
 
 
 def question_hash(messages: str) -> str:

@@ -121,7 +121,20 @@ def _ask(given: SimpleNamespace) -> None:
         ))  # fmt: skip
     if skipped and skipped.count:
         typer.echo(f"{skipped.count} line(s) left out, the first: {skipped.first}.", err=True)
+    _page(given.out)
     _show(outcome, given.out, given.json)
+
+
+def _page(out: Path) -> None:
+    """The page of plots, beside the store."""
+    from shoestring.data.store import Store
+    from shoestring.report.asked import write_asked
+
+    store = Store(out, share=True)
+    try:
+        write_asked(store, out / "summary.html")
+    finally:
+        store.close()
 
 
 def _ask_here(given: SimpleNamespace, source: Any, identity: str) -> Outcome:

@@ -361,6 +361,21 @@ def test_a_full_disk_keeps_what_came(
     assert run(asked).counts["answered"] == 400 == server.stats()["billed"]
 
 
+def test_the_page(server: Server, tmp_path: Path) -> None:
+    from shoestring.report.asked import write_asked
+
+    run(job(server, tmp_path, [*texts(30), "!length a", "!badrequest b", "<script>alert(1)</script>"]))
+    store = Store(tmp_path / "traces")
+    page = write_asked(store, tmp_path / "summary.html").read_text()
+    store.close()
+    assert "<b>32</b><span>answers" in page and "31 stop" in page and "1 length" in page
+    assert "bad request (last: HTTP 400, no such parameter)" in page
+    assert "<script" not in page and "&lt;script&gt;" in page and "http://" not in page.replace(server.url, "")
+    empty = Store(tmp_path / "empty", create=True)
+    assert "0</b><span>answers" in write_asked(empty, tmp_path / "empty.html").read_text()
+    empty.close()
+
+
 def test_questions_that_are_not(tmp_path: Path, server: Server) -> None:
     path = tmp_path / "q.jsonl"
 

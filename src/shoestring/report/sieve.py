@@ -27,8 +27,8 @@ def write_sieve(path: Path, title: str, whole: int, steps: Sequence[Step], kept:
     for step in steps:
         for why, samples in step.samples.items():
             head = f"{step.name}: {why} ({step.dropped[why]:,})"
-            body.append(f"<section><h2>{escape(head)}</h2>{''.join(_sample(trace) for trace in samples)}</section>")
-    shown = "".join(_sample(trace) for trace in islice(kept, KEPT_SHOWN))
+            body.append(f"<section><h2>{escape(head)}</h2>{''.join(sample(trace) for trace in samples)}</section>")
+    shown = "".join(sample(trace) for trace in islice(kept, KEPT_SHOWN))
     body.append(f"<section><h2>Kept</h2>{shown or '<p>Nothing.</p>'}</section>")
     return write_text(path, page_of(f"{title}: curation", "".join(body)))
 
@@ -67,7 +67,8 @@ def _why(step: Step) -> str:
     return ", ".join(f"{why}: {count:,}" for why, count in step.dropped.items())
 
 
-def _sample(trace: Trace) -> str:
+def sample(trace: Trace) -> str:
+    """A question, and under it what was thought and answered."""
     question = str(trace.messages[-1].get("content")) if trace.messages else ""
     said = f"{trace.thinking}\n—\n{trace.answer}" if trace.thinking else trace.answer
     return (

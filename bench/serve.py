@@ -358,7 +358,7 @@ def peers(model: Path, args: argparse.Namespace, folder: Path) -> None:
 def main() -> None:
     options = parser(__doc__ or "", repeats=3)
     options.add_argument("--streams", type=int, default=64, help="clients at once (default 64)")
-    options.add_argument("--seconds", type=float, default=180.0, help="of load in all (default 180)")
+    options.add_argument("--seconds", type=float, default=180.0, help="of load in all (default 180); 0: none")
     options.add_argument("--soak", type=int, default=20_000, help="short requests (default 20,000); 0: none")
     args = options.parse_args()
     if args.serve:
@@ -372,10 +372,11 @@ def main() -> None:
         folder = Path(name)
         model, count = make_model(folder, args.small)
         print(f"V3 architecture, {count / 1e6:.1f} M parameters, bf16; {machine()}", file=sys.stderr)
-        found = under_load(model, args, folder)
+        found = under_load(model, args, folder) if args.seconds else []
         if args.soak:
             found += soaked(model, args, folder)
-        peers(model, args, folder)
+        if args.seconds:
+            peers(model, args, folder)
     print(json.dumps(found))
 
 

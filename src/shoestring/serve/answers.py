@@ -75,7 +75,7 @@ class Streamed(Response):
             watch.cancel()
             if not writer.done():
                 writer.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            with contextlib.suppress(asyncio.CancelledError, TimeoutError):  # a reader that fell asleep
                 await writer
 
     async def _write(self, send: Send) -> None:

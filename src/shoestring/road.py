@@ -34,7 +34,7 @@ from shoestring.train.estimate import estimate
 
 STAGES = {
     "tokenizer": "tokenize", "pretrain": "pretrain", "sft": "sft", "rl": "rl", "reject": "reject", "ask": "ask",
-    "capture": "capture", "distill": "distill", "eval": "evaluate",
+    "capture": "capture", "prune": "prune", "distill": "distill", "eval": "evaluate",
 }  # fmt: skip
 
 

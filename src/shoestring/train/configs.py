@@ -264,6 +264,27 @@ class CaptureStage(StageBase):
         return self
 
 
+class PruneStage(StageBase):
+    """A smaller model made of the most important parts of input "model", measured on "traces". None keeps all."""
+
+    stage: Literal["prune"] = "prune"
+    layers: int | None = Field(None, ge=1)
+    hidden: int | None = Field(None, ge=1)
+    ffn: int | None = Field(None, ge=1)  # neurons of dense layers
+    experts: int | None = Field(None, ge=1)
+    examples: int = Field(256, ge=1)
+    row_tokens: int = Field(256, ge=8)
+    tokens_per_microbatch: int = Field(8192, ge=1)
+
+    @model_validator(mode="after")
+    def _something(self) -> PruneStage:
+        if missing := [role for role in ("model", "traces") if role not in self.inputs]:
+            raise UserError(f'stage "{self.name}": prune needs the input "{missing[0]}".')
+        if self.layers is self.hidden is self.ffn is self.experts is None:
+            raise UserError(f'stage "{self.name}": say how many layers, hidden, ffn or experts to keep.')
+        return self
+
+
 class RlStage(TrainBase):
     """GRPO with rule-based rewards. problems_per_step x group_size completions make one step."""
 
@@ -342,6 +363,7 @@ Stage = Annotated[
     | AskStage
     | CaptureStage
     | DistillStage
+    | PruneStage
     | EvalStage,
     Field(discriminator="stage"),
 ]

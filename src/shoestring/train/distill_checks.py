@@ -29,7 +29,12 @@ PROBE = (Message("user", "2 + 2 ?"), Message("assistant", "4", thinking="2 + 2 i
 def kept_examples(ctx: Context, tokenizer: Tokenizer) -> tuple[list[Trace], list[Example]]:
     """Traces with their examples. Raises UserError when there are none, or when answers are empty."""
     traces, examples = trace_examples(ctx, tokenizer)
-    empty = [t for t, e in zip(traces, examples, strict=True) if not any(e.weight) or not (t.answer or t.thinking)]
+    end = tokenizer.end_id
+
+    def says_nothing(example: Example) -> bool:
+        return all(i == end for i, w in zip(example.ids, example.weight, strict=True) if w)
+
+    empty = [trace for trace, example in zip(traces, examples, strict=True) if says_nothing(example)]
     if empty:
         raise UserError(
             f"{ctx.run.name}: {len(empty)} of {len(traces)} traces hold no answer (the first: {empty[0].id}); curate "

@@ -1,0 +1,215 @@
+"""A smaller model out of a trained one: layers, hidden channels, feed-forward neurons and experts by their importance.
+
+Importance needs forward passes only (Minitron, arXiv 2407.14679): per batch the mean of |activation| over tokens, L2
+over batches. Hidden channels: outputs of the norms, summed over all sites, one choice for the whole model. Neurons: the
+input of the down-projection, ranked within a layer. Experts: the mean over their tokens of |gate · E(x)|, as many kept
+in each group. Layers: 1 - cos(in, out), the lowest dropped. The router's biases go with its rows; MTP modules are
+dropped.
+Left out: attention heads, latent ranks, and the inner width of routed experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shoestring.core.errors import UserError
+from shoestring.models.checkpoint import family
+from shoestring.models.checkpoint_names import disk_tensors
+from shoestring.nn.linear import SwiGLU
+from shoestring.nn.moe import MoE
+from shoestring.nn.norm import RMSNorm
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_READS = ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa", "gate_proj", "up_proj", "mlp.gate")
+_WRITES = ("o_proj", "down_proj")
+
+
+@dataclass(slots=True)
+class Importance:
+    """Sums of squares over batches; `ranked` takes the largest."""
+
+    hidden_D: Tensor
+    layers_L: Tensor
+    ffn: dict[int, Tensor] = field(default_factory=dict)  # layer -> [F], dense layers
+    experts: dict[int, Tensor] = field(default_factory=dict)  # layer -> [E]
+
+
+def importance(model: Any, batches: Iterable[tuple[Tensor, Tensor | None, Tensor | None]]) -> Importance:
+    """Scores from forward passes over (tokens, positions, segments). Raises UserError when there are none."""
+    layers = model.model.layers
+    device = model.head_weight.device
+    found = Importance(torch.zeros(model.config.hidden_size, device=device), torch.zeros(len(layers), device=device))
+    seen = 0
+    real_BT: Tensor | None = None
+
+    def strength(x_BTD: Tensor) -> Tensor:
+        rows = x_BTD if real_BT is None else x_BTD[real_BT]
+        return rows.flatten(0, -2).float().abs().mean(0).square()
+
+    def on_norm(_: nn.Module, __: Any, out: Tensor) -> None:
+        found.hidden_D += strength(out)
+
+    def on_block(layer: int) -> Any:
+        def hook(_: nn.Module, given: Any, out: Any) -> None:
+            before, after = given[0], out[0]
+            if real_BT is not None:
+                before, after = before[real_BT], after[real_BT]
+            apart = 1 - torch.cosine_similarity(before.float(), after.float(), dim=-1)
+            found.layers_L[layer] += apart.mean().square()
+
+        return hook
+
+    def on_down(layer: int) -> Any:
+        def hook(_: nn.Module, given: Any) -> None:
+            score = strength(given[0])
+            found.ffn[layer] = found.ffn.get(layer, torch.zeros_like(score)) + score
+
+        return hook
+
+    def on_moe(layer: int) -> Any:
+        def hook(module: Any, given: Any, _: Any) -> None:
+            x_BTD = given[0]
+            score = _expert_strength(module, x_BTD.flatten(0, 1) if real_BT is None else x_BTD[real_BT])
+            found.experts[layer] = found.experts.get(layer, torch.zeros_like(score)) + score.square()
+
+        return hook
+
+    handles = [model.model.norm.register_forward_hook(on_norm)]
+    for number, block in enumerate(layers):
+        handles.append(block.register_forward_hook(on_block(number)))
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            assert isinstance(norm, RMSNorm)
+            handles.append(norm.register_forward_hook(on_norm))
+        if isinstance(block.mlp, SwiGLU):
+            handles.append(block.mlp.down_proj.register_forward_pre_hook(on_down(number)))
+        else:
+            handles.append(block.mlp.register_forward_hook(on_moe(number)))
+    try:
+        with torch.no_grad():
+            for tokens_BT, positions_BT, segments_BT in batches:
+                real_BT = None if segments_BT is None else segments_BT >= 0
+                model(tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, logits=False)
+                seen += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        raise UserError("pruning needs at least one batch of text to measure importance on.")
+    return found
+
+
+def _expert_strength(moe: MoE, x_ND: Tensor) -> Tensor:
+    """[E]: the mean over an expert's tokens of |weight · E(x)|; 0 for one that got none."""
+    _, chosen_NA, weight_NA = moe.gate(x_ND, None)
+    experts = moe.experts
+    score = torch.zeros(experts.down_proj.shape[0], device=x_ND.device)
+    for e in range(len(score)):
+        row, place = (chosen_NA == e).nonzero(as_tuple=True)
+        if len(row):
+            gate, up = (x_ND[row] @ experts.gate_up_proj[e].to(x_ND.dtype).T).chunk(2, dim=-1)
+            out = (torch.nn.functional.silu(gate) * up) @ experts.down_proj[e].to(x_ND.dtype).T
+            score[e] = (out.float().norm(dim=-1) * weight_NA[row, place].float()).mean()
+    return score
+
+
+def prune(
+    model: Any, found: Importance, *, layers: int | None = None, hidden: int | None = None, ffn: int | None = None,
+    experts: int | None = None,
+) -> Any:  # fmt: skip
+    """A new model with so many layers, channels, neurons (of dense layers) and experts; None keeps all.
+
+    Raises UserError for a size that is no size of this model, or that its routing cannot serve.
+    """
+    config = model.config
+    _check(config, found, layers, hidden, ffn, experts)
+    kept = sorted(_top(found.layers_L, layers))
+    channels = _sorted(found.hidden_D, hidden)
+    rows = {n: _sorted(score, ffn) for n, score in found.ffn.items()}
+    chosen = {n: _in_groups(score, experts, getattr(config, "n_group", 1)) for n, score in found.experts.items()}
+    changes: dict[str, Any] = {"num_hidden_layers": len(kept), "hidden_size": len(channels)}
+    if hidden is not None and hasattr(config, "head_width"):
+        changes["head_dim"] = config.head_width
+    if ffn is not None:
+        changes["intermediate_size"] = ffn
+    if hasattr(config, "n_routed_experts"):
+        changes |= {"n_routed_experts": experts or config.n_routed_experts, "num_nextn_predict_layers": 0}
+        changes["first_k_dense_replace"] = sum(n < config.first_k_dense_replace for n in kept)
+    small = family(config.model_type).MODEL(type(config)(**{**config.model_dump(), **changes}))
+    small.kernels = model.kernels
+    source = disk_tensors(model)
+    with torch.no_grad():
+        for name, target in disk_tensors(small).items():
+            target.copy_(_cut(name, source, kept, channels, rows, chosen))
+    return small
+
+
+def _cut(
+    name: str, source: dict[str, Tensor], kept: list[int], channels: Tensor, rows: dict[int, Tensor],
+    chosen: dict[int, Tensor],
+) -> Tensor:  # fmt: skip
+    """The tensor of the small model called `name`, out of the large one's."""
+    match = _LAYER.fullmatch(name)
+    if match is None:  # tables [V, D] and the last norm [D]
+        return source[name].index_select(-1, channels)
+    layer, inner = kept[int(match[1])], match[2]
+    expert = re.fullmatch(r"mlp\.experts\.(\d+)\.(.+)", inner)
+    if expert is not None:
+        inner = f"mlp.experts.{int(chosen[layer][int(expert[1])])}.{expert[2]}"
+    tensor = source[f"model.layers.{layer}.{inner}"]
+    part = inner.removesuffix(".weight").removesuffix(".bias")
+    dense = layer in rows and inner.startswith("mlp.")
+    if inner in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+        return tensor.index_select(0, channels)
+    if part.endswith("e_score_correction_bias"):
+        return tensor.index_select(0, chosen[layer])
+    if part == "mlp.gate":
+        tensor = tensor.index_select(0, chosen[layer])
+    if dense and part.endswith(("gate_proj", "up_proj")):
+        tensor = tensor.index_select(0, rows[layer])
+    if dense and part.endswith("down_proj") and tensor.ndim == 2:
+        tensor = tensor.index_select(1, rows[layer])
+    if part.endswith(_READS) and tensor.ndim == 2:
+        return tensor.index_select(1, channels)
+    if part.endswith(_WRITES):
+        return tensor.index_select(0, channels)
+    return tensor
+
+
+def _top(score: Tensor, keep: int | None) -> list[int]:
+    return [int(i) for i in score.argsort(descending=True, stable=True)[: keep or len(score)]]
+
+
+def _sorted(score: Tensor, keep: int | None) -> Tensor:
+    return torch.tensor(sorted(_top(score, keep)), device=score.device)
+
+
+def _in_groups(score_E: Tensor, keep: int | None, groups: int) -> Tensor:
+    """As many of each group, in order."""
+    keep = keep or len(score_E)
+    size = len(score_E) // groups
+    parts = [_sorted(score_E[g * size : (g + 1) * size], keep // groups) + g * size for g in range(groups)]
+    return torch.cat(parts)
+
+
+def _check(
+    config: Any, found: Importance, layers: int | None, hidden: int | None, ffn: int | None, experts: int | None
+) -> None:
+    for name, wanted, there in (
+        ("layers", layers, config.num_hidden_layers), ("hidden", hidden, config.hidden_size),
+        ("ffn", ffn, config.intermediate_size), ("experts", experts, getattr(config, "n_routed_experts", 0)),
+    ):  # fmt: skip
+        if wanted is not None and not 1 <= wanted <= there:
+            raise UserError(f"prune: {name} is {wanted}; this model has {there}.")
+    if experts is not None:
+        if experts % config.n_group:
+            raise UserError(f"prune: {experts} experts do not divide into the {config.n_group} groups of this model.")
+        if config.num_experts_per_tok > experts // config.n_group * config.topk_group:
+            raise UserError(f"prune: {experts} experts are too few for {config.num_experts_per_tok} a token.")
+    if ffn is not None and not found.ffn:
+        raise UserError("prune: this model has no dense feed-forward layer; leave ffn out.")

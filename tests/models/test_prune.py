@@ -1,0 +1,131 @@
+"""Pruning: importance finds what matters, nothing pruned changes nothing, what never worked can go without a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoestring.core.errors import UserError
+from shoestring.models import checkpoint
+from shoestring.models._prune import Importance, importance, prune
+from shoestring.models.deepseek import Deepseek, DeepseekConfig
+from shoestring.models.dense import Dense, DenseConfig
+
+QWEN = {
+    "model_type": "qwen2", "vocab_size": 50, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2,
+}  # fmt: skip
+V3 = {
+    "vocab_size": 50, "hidden_size": 24, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+    "v_head_dim": 6, "first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2,
+    "topk_group": 1, "num_nextn_predict_layers": 1, "initializer_range": 0.2,
+}  # fmt: skip
+IDS = torch.randint(0, 50, (3, 11), generator=torch.Generator().manual_seed(5))
+
+
+def _dense(**changes: Any) -> Dense:
+    return Dense(DenseConfig(**QWEN | changes), generator=torch.Generator().manual_seed(0))
+
+
+def _v3(**changes: Any) -> Deepseek:
+    return Deepseek(DeepseekConfig(**V3 | changes), generator=torch.Generator().manual_seed(0))
+
+
+def _scored(model: Any) -> Importance:
+    return importance(model, [(IDS, None, None), (IDS.flip(1), None, None)])
+
+
+@pytest.mark.parametrize("make", [_dense, _v3])
+def test_keeping_all_changes_nothing(make: Any) -> None:
+    model = make()
+    torch.testing.assert_close(prune(model, _scored(model))(IDS).logits, model(IDS).logits)
+
+
+def test_layers_that_do_nothing_go_first_and_without_a_trace() -> None:
+    model = _dense()
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            model.get_submodule(f"model.layers.2.{name}").weight.zero_()
+    small = prune(model, _scored(model), layers=3)
+    assert small.config.num_hidden_layers == 3
+    torch.testing.assert_close(small(IDS).logits, model(IDS).logits)
+
+
+def test_neurons_that_are_silent_go_without_a_trace() -> None:
+    model = _dense()
+    silent = [1, 5, 6, 30]
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.up_proj.weight[silent] = 0
+    small = prune(model, _scored(model), ffn=28)
+    torch.testing.assert_close(small(IDS).logits, model(IDS).logits)
+
+
+def test_channels_that_are_empty_go_without_a_trace_but_for_the_norms_mean() -> None:
+    """A channel that is zero everywhere counts in the norm's mean: 24 channels with 4 empty, against 20."""
+    model = _dense()
+    empty = [0, 7, 8, 23]
+    with torch.no_grad():
+        model.embedding[:, empty] = 0
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight[empty] = 0
+            block.mlp.down_proj.weight[empty] = 0
+    small = prune(model, _scored(model), hidden=20)
+    assert small.config.head_width == model.config.head_width == 12
+    for parameter in (small.model.norm, *(b.input_layernorm for b in small.model.layers),
+                      *(b.post_attention_layernorm for b in small.model.layers)):  # fmt: skip
+        parameter.weight.data *= (24 / 20) ** 0.5
+    torch.testing.assert_close(small(IDS).logits, model(IDS).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_experts_are_kept_by_group_with_their_router_rows() -> None:
+    model = _v3(num_nextn_predict_layers=0)
+    found = _scored(model)
+    quiet = [2, 5]  # one in each group of four
+    with torch.no_grad():
+        for number in (1, 2):
+            found.experts[number][:] = 1.0
+            found.experts[number][quiet] = 0.0
+            model.model.layers[number].mlp.gate.e_score_correction_bias[quiet] = -1e4  # never chosen
+    small = prune(model, found, experts=6)
+    assert small.config.n_routed_experts == 6
+    torch.testing.assert_close(small(IDS).logits, model(IDS).logits)
+
+
+def test_the_busy_expert_scores_highest() -> None:
+    model = _v3()
+    with torch.no_grad():
+        moe = model.model.layers[1].mlp
+        moe.gate.e_score_correction_bias[3] = 1e4
+        moe.experts.down_proj[3] *= 50
+    assert int(_scored(model).experts[1].argmax()) == 3
+
+
+def test_everything_at_once_is_a_checkpoint_that_transformers_loads(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    for model, sizes in (
+        (_dense(), {"layers": 2, "hidden": 16, "ffn": 24}),
+        (_v3(), {"layers": 2, "hidden": 16, "ffn": 24, "experts": 4}),
+    ):
+        small = prune(model, _scored(model), **sizes)
+        counted = [*small.parameters(), *(b for n, b in small.named_buffers() if n.endswith("correction_bias"))]
+        assert small.config.shape().params().total == sum(p.numel() for p in counted)
+        folder = checkpoint.save(small, None, tmp_path / small.config.model_type)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        torch.testing.assert_close(small(IDS).logits, theirs(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [({"layers": 9}, "this model has 3"), ({"experts": 5}, "do not divide"), ({"experts": 2}, "too few")],
+)
+def test_sizes_that_do_not_fit(sizes: dict[str, int], words: str) -> None:
+    model = _v3()
+    with pytest.raises(UserError, match=words):
+        prune(model, _scored(model), **sizes)
+    with pytest.raises(UserError, match="at least one batch"):
+        importance(model, [])

@@ -80,6 +80,8 @@ def _weights(run: Run) -> dict[str, torch.Tensor]:
 SHORT = Decoding(max_new_tokens=12)
 WAYS: list[tuple[str, dict[str, Any]]] = [
     ("text", {}),
+    ("text", {"lora": {"rank": 4}}),
+    ("reverse_kl", {"lora": {"rank": 4, "dora": True}}),
     ("forward_kl", {"temperature": 2.0}),
     ("jsd", {"loss_options": {"beta": 0.3}, "text_weight": 0.5}),
     ("on_policy", {"decoding": SHORT, "mix": quickstart.EXAM}),
@@ -97,7 +99,7 @@ def test_every_way_learns_and_resumes_with_the_same_bits(
     whole = _run(stage, tmp_path / "whole")
     rows = whole.metrics()
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    if way in ("text", "forward_kl", "jsd"):
+    if way in ("text", "forward_kl", "reverse_kl", "jsd"):
         assert rows[-1]["loss"] < rows[0]["loss"]
     from shoestring.train import distill
 

@@ -170,6 +170,14 @@ class SftStage(TrainBase):
         return self
 
 
+class Lora(Config):
+    """Adapters of low rank instead of all weights; `dora` learns the length of each row beside them."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dora: bool = False
+
+
 class DistillStage(TrainBase):
     """A student (input "model") learns from a teacher, in one of these ways:
 
@@ -191,6 +199,7 @@ class DistillStage(TrainBase):
     text_weight: float = Field(0.0, ge=0)  # next-token loss added to the divergence
     on_policy_share: float = Field(1.0, gt=0, le=1)
     policy_gradient: bool = False
+    lora: Lora | None = None
     mix: tuple[TaskMix, ...] = ()
     decoding: Decoding = Decoding()
     row_tokens: int = Field(256, ge=8)

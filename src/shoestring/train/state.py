@@ -18,6 +18,7 @@ from shoestring.core.errors import UserError
 from shoestring.core.registry import load_part
 from shoestring.models import checkpoint
 from shoestring.models.checkpoint_files import open_safetensors, read_json
+from shoestring.nn import lora
 from shoestring.nn.decoder import Decoder
 from shoestring.optim.make import optimizers
 from shoestring.text.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ from shoestring.train.step import TrainState
 
 TRAINING_SCHEMA = 2  # 2: sampled tokens are counted
 COUNTERS = ("step", "tokens", "sampled", "flops")
+ADAPTERS = "adapters.safetensors"  # of LoRA: what is learnt, beside the merged weights
 REFERENCE = "reference"  # folder beside the weights, when a KL term keeps a frozen model
 
 
@@ -77,11 +79,18 @@ def start_or_resume(ctx: Context, stage: TrainBase, fresh: Any) -> tuple[TrainSt
         ctx.run.rewind_metrics(0)  # rows of an attempt that died before its first checkpoint
         model, tokenizer = fresh()
         model.to(device)
+        _adapt(model, stage)
         return TrainState(model, _optimizers(model, stage)), tokenizer
     step, path = latest
     try:
-        model, tokenizer = _load(path)
+        if (
+            path / ADAPTERS
+        ).exists():  # the weights beside them are the sum; the adapters belong to those it began with
+            model, tokenizer = fresh()
+        else:
+            model, tokenizer = _load(path)
         model.to(device)
+        _adapt(model, stage)
         state = TrainState(model, _optimizers(model, stage))
         _load_training(state, path)
         if state.step != step:
@@ -95,6 +104,16 @@ def start_or_resume(ctx: Context, stage: TrainBase, fresh: Any) -> tuple[TrainSt
     return state, tokenizer
 
 
+def _adapt(model: Any, stage: TrainBase) -> None:
+    """Give the model the stage's adapters, when it asks for them."""
+    given = getattr(stage, "lora", None)
+    if given is None:
+        return
+    if not hasattr(model, "model"):
+        raise UserError(f'stage "{stage.name}": adapters are for our own families; leave lora out.')
+    lora.attach(model, given.rank, given.alpha, given.dora, step_generator(stage.seed, 17))
+
+
 def _optimizers(model: nn.Module, stage: TrainBase) -> list[torch.optim.Optimizer]:
     o = stage.optim
     return optimizers(model, o.kind, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
@@ -103,7 +122,9 @@ def _optimizers(model: nn.Module, stage: TrainBase) -> list[torch.optim.Optimize
 def save_training(ctx: Context, state: TrainState, tokenizer: Tokenizer) -> Path:
     """Write a checkpoint atomically; the two newest are kept."""
     folder = ctx.run.begin_checkpoint(state.step)
-    checkpoint.save(state.model, tokenizer, folder)
+    checkpoint.save(lora.merged(state.model), tokenizer, folder)
+    if lora.is_attached(state.model):
+        save_file({name: p.detach().contiguous() for name, p in lora.adapters(state.model).items()}, folder / ADAPTERS)
     moments: dict[str, Tensor] = {}
     for name, parameter in state.model.named_parameters():
         for optimizer in state.optimizers:
@@ -122,6 +143,11 @@ def _load_training(state: TrainState, path: Path) -> None:
     if counters.get("schema") != TRAINING_SCHEMA:
         raise UserError(f"{path}/training.json: schema {counters.get('schema')}; this version reads {TRAINING_SCHEMA}.")
     device = state.model.head_weight.device
+    if (path / ADAPTERS).exists():
+        kept = open_safetensors(path / ADAPTERS)
+        with torch.no_grad():
+            for name, parameter in lora.adapters(state.model).items():
+                parameter.copy_(kept.get_tensor(name))
     file = open_safetensors(path / "optimizer.safetensors")
     moments = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118 - no mapping
     by_name: dict[str, dict[str, Tensor]] = {}

@@ -142,6 +142,9 @@ def _parts(stage: Stage) -> Iterator[tuple[str, str]]:
         ("curate", getattr(stage, "curate", ())),
     ):
         yield from ((kind, name) for name in names)
+    loss = getattr(stage, "loss", "")
+    if loss.endswith(".py"):
+        yield "losses", loss
     model = getattr(stage, "model", None)
     if model is not None and model.family.endswith(".py"):
         yield "models", model.family

@@ -222,6 +222,20 @@ def test_a_student_of_transformers_learns_resumes_and_is_loaded_by_it(
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_file_of_ones_own_is_a_way_and_its_hash_is_data(
+    student: Path, folder: Path, traces: Path, tmp_path: Path
+) -> None:
+    from shoestring.losses import reverse_kl
+
+    mine = tmp_path / "mine.py"
+    mine.write_text(Path(reverse_kl.__file__).read_text())
+    inputs = {"traces": traces, "teacher": folder}
+    theirs = _run(_stage(student, way="reverse_kl", inputs=inputs, steps=2), tmp_path / "a")
+    ours = _run(_stage(student, way=str(mine), inputs=inputs, steps=2), tmp_path / "b")
+    assert [row["loss"] for row in ours.metrics()] == [row["loss"] for row in theirs.metrics()]
+    assert f"losses/{mine}" in ours.manifest["data"]
+
+
 # ---- what does not fit --------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from shoestring.infer.grammar import mask_row
 from shoestring.infer.sequence import Sequence
 
 BANNED = float("-inf")
@@ -60,4 +61,4 @@ def _adjust_row(logits_V: Tensor, sequence: Sequence) -> None:
         logits_V.fill_(BANNED)
         logits_V[forced] = logit
     elif sequence.grammar is not None:
-        sequence.grammar.mask(logits_V)
+        mask_row(logits_V, sequence)

@@ -23,6 +23,7 @@ from shoestring.infer.adjust import adjust
 from shoestring.infer.blocks import BlockManager
 from shoestring.infer.check import check_ids, check_sampling
 from shoestring.infer.detokenise import StopStrings, TextStream
+from shoestring.infer.grammar import Grammar, Grammars
 from shoestring.infer.prompts import read_prompt
 from shoestring.infer.runner import ModelRunner, Ran
 from shoestring.infer.sampler import sample
@@ -74,6 +75,7 @@ class Engine:
         self._events: list[Event] = []
         self._requests: dict[str, Request] = {}
         self._names = itertools.count()
+        self._grammars: dict[frozenset[int], Grammars] = {}
         self._prepare(model)
 
     def _prepare(self, model: Any) -> None:
@@ -246,9 +248,18 @@ class Engine:
         if sampling.stop or not request.silent:
             sequence.stream = TextStream(tokenizer)
             sequence.stops = StopStrings(sampling.stop) if sampling.stop else None
-        if sampling.thinking_budget is not None:
+        if sampling.json_schema is not None or sampling.regex is not None:
+            sequence.grammar = self._grammar(sampling)
+        if sampling.thinking_budget is not None or sequence.grammar is not None:
             sequence.thinking = Thinking.of(tokenizer, request.prompt_ids)
         return sequence
+
+    def _grammar(self, sampling: Sampling) -> Grammar:
+        end_ids = self._stop_ids(sampling)
+        if end_ids not in self._grammars:
+            assert self.tokenizer is not None
+            self._grammars[end_ids] = Grammars(self.tokenizer, self.model.config.vocab_size, end_ids)
+        return self._grammars[end_ids].make(sampling)
 
     @torch.inference_mode()
     def _step(self) -> list[Event]:

@@ -43,6 +43,7 @@ class Thinking:
     close_id: int
     is_open: bool = False
     tokens: int = 0
+    seen: bool = False  # whether a tag came after the last turn's beginning
 
     @classmethod
     def of(cls, tokenizer: Any, prompt_ids: list[int]) -> Thinking | None:
@@ -53,11 +54,12 @@ class Thinking:
         thinking = cls(tags["<think>"], tags["</think>"])
         for token in prompt_ids:
             thinking.see(token)
+        thinking.seen = thinking.is_open  # thinking of earlier turns is not this one's
         return thinking
 
     def see(self, token: int) -> None:
         if token == self.open_id:
-            self.is_open, self.tokens = True, 0
+            self.is_open, self.tokens, self.seen = True, 0, True
         elif token == self.close_id:
             self.is_open = False
         elif self.is_open:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shoestring.infer.store import Store
 from shoestring.nn.attention import attend_fused
+from shoestring.nn.attention_blocks import attend_blocks
 
 SCORES = 1 << 22  # scores of an absorbed chunk alive at a time
 
@@ -70,6 +71,36 @@ def attend_absorbed(q_THW: Tensor, latent_SW: Tensor, chunk: Chunk, scale: float
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def padded(chunks: list[Chunk], y_NX: Tensor, longest: int) -> Tensor:
-    """Chunks side by side, [B, longest, *], filled with zeros."""
-    return torch.stack([F.pad(y_NX[c.rows], (0, 0) * (y_NX.ndim - 1) + (0, longest - c.count)) for c in chunks])
+def together(chunks: list[Chunk]) -> tuple[list[list[Chunk]], list[Chunk]]:
+    """Chunks without a history in groups of like length, and the others."""
+    fresh = sorted((chunk for chunk in chunks if chunk.start == 0), key=lambda chunk: -chunk.count)
+    groups: list[list[Chunk]] = []
+    for chunk in fresh:
+        if not groups or chunk.count < groups[-1][0].count / 2:
+            groups.append([])
+        groups[-1].append(chunk)
+    return groups, [chunk for chunk in chunks if chunk.start > 0]
+
+
+def attend_fresh(
+    q_NHK: Tensor, k_NGK: Tensor, v_NGV: Tensor, groups: list[list[Chunk]], scale: float, out_NHV: Tensor
+) -> None:
+    """Causal attention of chunks without a history, each group as one batch padded at the end, into `out_NHV`."""
+    share = q_NHK.shape[1] // k_NGK.shape[1]
+    for group in groups:
+        T = group[0].count
+        q, k, v = (_padded(group, y, T).transpose(1, 2) for y in (q_NHK, k_NGK, v_NGV))
+        if q.device.type != "cpu":
+            o_BTHV = attend_fused(q, k, v, scale, None).transpose(1, 2)
+        else:
+            k, v = (k, v) if share == 1 else (k.repeat_interleave(share, 1), v.repeat_interleave(share, 1))
+            o_BTHV = attend_blocks(q, k, v, scale, None).transpose(1, 2)
+        for row, chunk in enumerate(group):
+            out_NHV[chunk.rows] = o_BTHV[row, : chunk.count]
+
+
+def _padded(group: list[Chunk], y_NHX: Tensor, T: int) -> Tensor:
+    """Side by side, [B, T, H, X], zeros at the end."""
+    if all(chunk.count == T for chunk in group):
+        return torch.stack([y_NHX[chunk.rows] for chunk in group])
+    return torch.stack([F.pad(y_NHX[chunk.rows], (0, 0, 0, 0, 0, T - chunk.count)) for chunk in group])

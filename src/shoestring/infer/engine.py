@@ -11,11 +11,11 @@ Not for several threads: a server calls `add`, `cancel` and `step` from one.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from torch import Tensor
 
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Completion, Event, Sampling
@@ -30,6 +30,7 @@ from shoestring.infer.sampler import sample
 from shoestring.infer.scheduler import Scheduler, Work
 from shoestring.infer.score import Scored, score
 from shoestring.infer.sequence import Request, Sequence, Thinking
+from shoestring.infer.speculative import Choice, Drafter
 from shoestring.infer.uniforms import uniforms
 
 if TYPE_CHECKING:
@@ -49,12 +50,14 @@ class Engine:
     max_sequences: running at once.
     deterministic: a request's tokens and logprobs do not depend, to the bit, on what else is answered; slower.
     prefix_cache: prompts share what they have in common with earlier ones (of the same salt).
+    speculative: the model's MTP module drafts a token ahead; "auto" measures, at each size of the batch, whether that
+    pays. The tokens are the same up to the rounding of logits; with "auto" that rounding depends on the clock.
     """
 
     def __init__(
         self, model: Any, tokenizer: Tokenizer | None = None, *, max_batch_tokens: int = 2048,
         block_size: int | None = None, cache_tokens: int = 1 << 17, max_sequences: int = 512,
-        deterministic: bool = False, prefix_cache: bool = True,
+        deterministic: bool = False, prefix_cache: bool = True, speculative: bool | Literal["auto"] = False,
     ):  # fmt: skip
         block_size = BLOCK_SIZE[model.kernels.dtype] if block_size is None else block_size
         options = {
@@ -70,6 +73,11 @@ class Engine:
             tokenizer.check_vocab(model.config.vocab_size)
         self.tokenizer = tokenizer
         self.deterministic = deterministic
+        if speculative not in (True, False, "auto"):
+            raise UserError(f'speculative is {speculative!r}; it must be True, False or "auto".')
+        if speculative is True and not len(getattr(model, "mtp", ())):
+            raise UserError("speculative decoding needs a model with an MTP module (num_nextn_predict_layers 1).")
+        self._speculative = speculative
         self._blocks, self._size = cache_tokens // block_size, block_size
         self._limits = (max_batch_tokens, min(max_sequences, max_batch_tokens), prefix_cache)
         self._events: list[Event] = []
@@ -82,8 +90,14 @@ class Engine:
         """An empty cache and prepared weights for this model."""
         self.model = model
         tile = TILE if self.deterministic else 0
-        self._runner = ModelRunner(model, blocks=self._blocks, block_size=self._size, tile=tile)
-        self._scheduler = Scheduler(BlockManager(self._blocks, self._size), *self._limits)
+        more = int(bool(self._speculative) and len(getattr(model, "mtp", ())) > 0)
+        self._runner = ModelRunner(
+            model, blocks=self._blocks, block_size=self._size, tile=tile, more_layers=more
+        )  # fmt: skip
+        positions = model.config.max_position_embeddings
+        self._scheduler = Scheduler(BlockManager(self._blocks, self._size), *self._limits, positions)
+        self._drafter = Drafter(model.mtp[0], self._runner) if more else None
+        self._choice = Choice()
         self._seen = _state_of(model)
 
     @property
@@ -103,6 +117,7 @@ class Engine:
         if model.config == self.model.config and model.kernels.torch_dtype == self._runner.dtype:
             self._scheduler.preempt_all()
             self._runner.load(model)
+            self._drafter = None if self._drafter is None else Drafter(model.mtp[0], self._runner)
             self.model, self._seen = model, _state_of(model)
         elif self.has_work:
             raise UserError(
@@ -160,6 +175,8 @@ class Engine:
             "running": len(scheduler.running), "waiting": waiting,
             "kv_used": scheduler.blocks.used / scheduler.blocks.count, "steps": counts.steps,
             "computed_tokens": counts.computed_tokens, "num_preemptions": counts.preemptions,
+            "spec_decode_num_drafts": counts.drafts, "spec_decode_num_draft_tokens": counts.drafts,
+            "spec_decode_num_accepted_tokens": counts.accepted,
             "prefix_cache_queries": counts.prompt_tokens, "prefix_cache_hits": counts.cached_tokens,
             "cache_bytes_per_token": self._runner.store.bytes_per_token,
         }  # fmt: skip
@@ -263,18 +280,59 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self) -> list[Event]:
-        works = self._scheduler.schedule()
+        """One step; with a drafter, checked drafts give a second token, and new ones are made at the end."""
+        running = len(self._scheduler.running)
+        drafts = self._drafter is not None and (self._speculative is True or self._choice.drafts(running))
+        began = time.perf_counter()
+        works = self._scheduler.schedule(drafts=drafts)
         if not works:
             return []
         routed = any(work.sequence.sampling.routed_experts for work in works)
         ran = self._runner.run(works, routed=routed)
         self._scheduler.computed(works)
         rows = self._rows(works, ran)
-        if not rows:
-            return []
-        index_R = torch.tensor([row for _, row in rows], device=self.device)
-        sequences = [sequence for sequence, _ in rows]
-        return self._sample(self._runner.logits(ran.hidden_ND.index_select(0, index_R)), sequences)
+        events = self._sample(ran, rows) if rows else []
+        if self._drafter is not None:
+            accepted = self._check_drafts(works, ran)
+            events += self._sample(ran, accepted) if accepted else []
+            if drafts:
+                self._make_drafts(self._drafter, works, ran)
+            if all(work.end - work.start == 1 for work in works):
+                self._choice.record(running, drafts, time.perf_counter() - began, len(rows) + len(accepted))
+        return events
+
+    def _check_drafts(self, works: list[Work], ran: Ran) -> list[tuple[Sequence, int]]:
+        """The rows of drafts that turned out right; their sequences go one token further."""
+        accepted, row, counts = [], -1, self._scheduler.counts
+        for work in works:
+            row += work.end - work.start + work.drafted
+            sequence = work.sequence
+            if not work.drafted:
+                continue
+            counts.drafts += 1
+            right = sequence.ids[-1] == sequence.draft
+            sequence.draft = None
+            if right and sequence.finish_reason is None:
+                sequence.computed += 1
+                if sequence.sampling.routed_experts and ran.routed_LNA is not None:
+                    sequence.record(work.end, ran.routed_LNA[:, row : row + 1].transpose(0, 1))
+                accepted.append((sequence, row))
+            counts.accepted += right
+        return accepted
+
+    def _make_drafts(self, drafter: Drafter, works: list[Work], ran: Ran) -> None:
+        """Show the drafter every token that was computed with the one after it; ask it about the last ones."""
+        after: list[int] = []
+        rows, sequences = [], []
+        for work in works:
+            ids = work.sequence.ids
+            begin = len(after)
+            after += [ids[at + 1] if at + 1 < len(ids) else 0 for at in range(work.start, work.end + work.drafted)]
+            if work.sequence.blocks is not None and work.sequence.decodes:
+                rows.append(begin + work.sequence.computed - 1 - work.start)
+                sequences.append(work.sequence)
+        for sequence, draft in zip(sequences, drafter.draft(ran, after, rows), strict=True):
+            sequence.draft = draft
 
     def _rows(self, works: list[Work], ran: Ran) -> list[tuple[Sequence, int]]:
         """Who samples now, and from which row; followers of a prompt that is read take it over."""
@@ -286,18 +344,23 @@ class Engine:
                 sequence.record(work.start, ran.routed_LNA[:, start:end].transpose(0, 1))
             if sequence.sampling.prompt_logprobs is not None:
                 read_prompt(sequence.request, work.start, ran.hidden_ND[start:end], self._runner.logits)
+            last, end = end - 1, end + work.drafted
             if not work.ends:
                 continue
-            rows.append((sequence, end - 1))
+            rows.append((sequence, last))
             if sequence.followers:
                 forked, copies = self._scheduler.fork(sequence)
                 self._runner.copy_blocks(copies)
                 for follower in forked:
                     follower.routed = list(sequence.routed)
-                    rows.append((follower, end - 1))
+                    rows.append((follower, last))
         return rows
 
-    def _sample(self, logits_RV: Tensor, sequences: list[Sequence]) -> list[Event]:
+    def _sample(self, ran: Ran, rows: list[tuple[Sequence, int]]) -> list[Event]:
+        """Draw the next token of these sequences from the logits of these rows."""
+        index_R = torch.tensor([row for _, row in rows], device=self.device)
+        sequences = [sequence for sequence, _ in rows]
+        logits_RV = self._runner.logits(ran.hidden_ND.index_select(0, index_R))
         u_R = uniforms([s.key for s in sequences], [len(s.logprobs) for s in sequences])
         drawn = sample(
             adjust(logits_RV, sequences), torch.from_numpy(u_R).to(self.device), [s.request.sampling for s in sequences]

@@ -27,6 +27,7 @@ class Ran:
 
     hidden_ND: Tensor
     routed_LNA: Tensor | None
+    steps: list[tuple[Step, Tensor]]  # what its passes were made of, with the positions of their rows
 
 
 class PreparedBlock:
@@ -51,14 +52,14 @@ class PreparedBlock:
 class ModelRunner:
     """A model's weights prepared for inference, and the cache they fill. Raises TypeError for a foreign model."""
 
-    def __init__(self, model: Decoder, *, blocks: int, block_size: int, tile: int = 0):
+    def __init__(self, model: Decoder, *, blocks: int, block_size: int, tile: int = 0, more_layers: int = 0):
         self.tile = tile
         self.dtype = model.kernels.torch_dtype
         attention = next(block.self_attn for block in model.model.layers)
         latent = isinstance(attention, MLA)
         groups, width = (1, model.cache_width) if latent else _heads(attention)
         self.store = Store(
-            len(model.model.layers), blocks, block_size, groups, width, latent=latent, dtype=self.dtype,
+            len(model.model.layers) + more_layers, blocks, block_size, groups, width, latent=latent, dtype=self.dtype,
             device=model.embedding.device,
         )  # fmt: skip
         self._tables: tuple[list[int], Plan] | None = None
@@ -76,32 +77,39 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, works: list[Work], *, routed: bool = False) -> Ran:
         """One pass over the work, decoding rows first."""
+        works = [single for work in works for single in (self._singles(work) if work.drafted else [work])]
         if not self.tile:
             return self._pass(works, routed)
         # Every token a row of its own, so that chunks have no borders, and always as many rows: the last tile is
         # filled up with its first row, which writes the same numbers to the same place.
-        singles = [Work(work.sequence, at, at + 1) for work in works for at in range(work.start, work.end)]
+        singles = [single for work in works for single in self._singles(work)]
         tiles = [singles[i : i + self.tile] for i in range(0, len(singles), self.tile)]
         ran = [self._pass([*tile, *[tile[0]] * (self.tile - len(tile))], routed) for tile in tiles]
         hidden_ND = torch.cat([each.hidden_ND for each in ran])[: len(singles)]
         chosen = [each.routed_LNA for each in ran if each.routed_LNA is not None]
-        return Ran(hidden_ND, torch.cat(chosen, dim=1)[:, : len(singles)] if chosen else None)
+        steps = [step for each in ran for step in each.steps]
+        return Ran(hidden_ND, torch.cat(chosen, dim=1)[:, : len(singles)] if chosen else None, steps)
+
+    @staticmethod
+    def _singles(work: Work) -> list[Work]:
+        """A row for each token, the draft included."""
+        return [Work(work.sequence, at, at + 1) for at in range(work.start, work.end + work.drafted)]
 
     def _pass(self, works: list[Work], routed: bool) -> Ran:
-        step, tokens_N = self._step(works)
+        step, tokens_N, position_N = self._step(works)
         x_ND = F.embedding(tokens_N, self.table_VD)
         chosen = []
         for layer, block in enumerate(self.blocks):
             x_ND, chosen_NA = block(x_ND, step, layer)
             if routed and chosen_NA is not None:
                 chosen.append(chosen_NA)
-        return Ran(self.norm(x_ND), torch.stack(chosen) if chosen else None)
+        return Ran(self.norm(x_ND), torch.stack(chosen) if chosen else None, [(step, position_N)])
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """fp32 [R, V]."""
         return self.head(hidden_RD).float()
 
-    def _step(self, works: list[Work]) -> tuple[Step, Tensor]:
+    def _step(self, works: list[Work]) -> tuple[Step, Tensor, Tensor]:
         """Indices of the step; `works` has the rows that decode first."""
         size, store = self.store.size, self.store
         R = next((i for i, work in enumerate(works) if work.end - work.start > 1), len(works))
@@ -114,7 +122,7 @@ class ModelRunner:
             assert blocks is not None
             begin = len(tokens)
             if work.end - work.start == 1:
-                tokens.append(work.sequence.ids[work.start])
+                tokens.append(work.sequence.token(work.start))
                 positions.append(work.start)
                 homes.append(blocks[work.start // size])
                 continue
@@ -137,7 +145,7 @@ class ModelRunner:
             bias = plan.bias(position_N[:R] + 1, size)
         cis_N = self.model.rope.table(position_N)
         step = Step(R, cis_N, slot_M, store, plan, bias, chunks)
-        return step, torch.tensor(tokens, device=self.device)
+        return step, torch.tensor(tokens, device=self.device), position_N
 
     def _plan(self, works: list[Work]) -> Plan:
         """The last step's plan while the same sequences have the same blocks."""

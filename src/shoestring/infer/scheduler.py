@@ -20,11 +20,12 @@ from shoestring.infer.sequence import Sequence
 
 @dataclass(slots=True)
 class Work:
-    """One sequence's part of a step: the tokens ids[start:end] are computed."""
+    """One sequence's part of a step: the tokens ids[start:end] are computed, and its draft after them."""
 
     sequence: Sequence
     start: int
     end: int
+    drafted: int = 0  # 1: the sequence's draft stands at `end`
 
     @property
     def ends(self) -> bool:
@@ -41,6 +42,8 @@ class Counts:
     computed_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
+    drafts: int = 0
+    accepted: int = 0  # of the drafts
 
 
 @dataclass(slots=True)
@@ -52,6 +55,7 @@ class Scheduler:
     budget: int
     most: int
     reuse: bool = True
+    positions: int = 1 << 62  # of the model
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
@@ -89,8 +93,11 @@ class Scheduler:
         self.waiting = deque([*heirs, *(sequence for sequence in self.waiting if id(sequence) not in gone)])
 
     # ---- one step
-    def schedule(self) -> list[Work]:
-        """The next step's work, decoding first. Every block it writes is there; [] only when nothing is left."""
+    def schedule(self, *, drafts: bool = False) -> list[Work]:
+        """The next step's work, decoding first. Every block it writes is there; [] only when nothing is left.
+
+        `drafts`: sequences that have a draft have it checked.
+        """
         works: list[Work] = []
         left = self.budget
         decoding = [sequence for sequence in self.running if sequence.decodes]
@@ -99,9 +106,14 @@ class Scheduler:
             if sequence.blocks is None or left == 0:
                 continue  # preempted for one before it; or its prompt waits for the next step's budget
             end = min(len(sequence.ids), sequence.computed + left)
-            if self._grow(sequence, end, works):
-                works.append(Work(sequence, sequence.computed, end))
-                left -= end - sequence.computed
+            # a draft takes only what nobody else needs
+            drafted = int(drafts and sequence.may_draft and left > len(decoding) and end < self.positions)
+            drafted = (
+                drafted if -(-(end + drafted) // self.blocks.size) - len(sequence.blocks) <= self.blocks.free else 0
+            )
+            if self._grow(sequence, end + drafted, works):
+                works.append(Work(sequence, sequence.computed, end, drafted))
+                left -= end - sequence.computed + drafted
         while self.waiting and left and len(self.running) < self.most:
             work = self._admit(self.waiting[0], left)
             if work is None:
@@ -147,7 +159,7 @@ class Scheduler:
     def _give_back(self, sequence: Sequence) -> None:
         if sequence.blocks is not None:
             self.blocks.release(sequence.blocks)
-        sequence.blocks, sequence.computed, sequence.names = None, 0, []
+        sequence.blocks, sequence.computed, sequence.names, sequence.draft = None, 0, [], None
 
     def _admit(self, sequence: Sequence, left: int) -> Work | None:
         """The first chunk of a sequence that waits, or None while memory is short."""

@@ -93,6 +93,7 @@ class Sequence:
     blocks: list[int] | None = None  # of the cache; None while it waits
     table: int = -1  # which state its block table is in
     computed: int = 0  # tokens whose keys are in the cache
+    draft: int | None = None  # a guess at the token after the newest one
     names: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they are known
     followers: list[Sequence] = field(default_factory=list)  # samples that wait for this one to read the prompt
     routed: list[Any] = field(default_factory=list)  # experts of the computed tokens, in pieces
@@ -109,6 +110,18 @@ class Sequence:
     @property
     def sampling(self) -> Sampling:
         return self.request.sampling
+
+    def token(self, index: int) -> int:
+        """The token at a position; the draft stands after the last one."""
+        if index < len(self.ids):
+            return self.ids[index]
+        assert self.draft is not None and index == len(self.ids)
+        return self.draft
+
+    @property
+    def may_draft(self) -> bool:
+        """Whether a draft can be of use: there is one, and place for two more tokens."""
+        return self.draft is not None and self.decodes and self.produced + 2 <= self.sampling.max_new_tokens
 
     @property
     def plain(self) -> bool:

@@ -1,0 +1,109 @@
+"""Drafts by multi-token prediction: the model's own MTP module guesses one token ahead, the next step checks it.
+
+    h¹_i = Block(W_eh [norm_e(Emb(t_{i+1})); norm_h(h_i)])        draft of t_{i+2} = argmax head(norm_s(h¹_i))
+
+(V3 section 2.2; the module keeps keys of its own, in one more layer of the cache.) The next step computes t_{i+1} and
+the draft together. The token after t_{i+1} is drawn from the model's own distribution exactly as without a draft; if
+it is the draft, the second row was computed from the right past and the token after it is drawn too. With a draft that
+is certain (q one-hot), accepting with min(1, p/q) and redrawing from max(p - q, 0) is this very rule, and since a draw
+depends on its position alone, the tokens are those of plain decoding, whatever the temperature (rounding apart).
+
+Left out: drafting from q at the temperature (accepts more when hot), more than one draft, trees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from shoestring.infer.layers import Making, Norm, Step
+from shoestring.infer.runner import ModelRunner, PreparedBlock, Ran
+from shoestring.models.deepseek import MTPModule
+
+TRIAL = 12  # steps of each way before one is chosen
+AGAIN = 1024  # steps after which both are tried again
+
+
+class Drafter:
+    """The first MTP module, prepared; it uses the runner's table, head and cache (layer L)."""
+
+    def __init__(self, module: MTPModule, runner: ModelRunner):
+        make = Making(runner.dtype, runner.tile)
+        self._runner, self._layer = runner, len(runner.blocks)
+        self._enorm, self._hnorm = Norm(module.enorm, runner.dtype), Norm(module.hnorm, runner.dtype)
+        self._join = make(module.eh_proj.weight)
+        self._block = PreparedBlock(module.block, make)
+        self._norm = Norm(module.shared_head.norm, runner.dtype)
+
+    @torch.inference_mode()
+    def draft(self, ran: Ran, next_N: list[int], rows: list[int]) -> list[int]:
+        """The likeliest token after the next one, for some rows of a step.
+
+        `next_N`: for every row of the step the token after it; all rows leave their keys in the module's layer.
+        """
+        runner, start, found = self._runner, 0, []
+        next_ids_N = torch.tensor(next_N, device=runner.device)
+        for step, position_N in ran.steps:
+            count = len(position_N)
+            pad = count - len(next_ids_N[start : start + count])
+            ids_n = F.pad(next_ids_N[start : start + count], (0, pad))
+            hidden_nD = F.pad(ran.hidden_ND[start : start + count], (0, 0, 0, pad))
+            joined_nD = self._join(
+                torch.cat([self._enorm(F.embedding(ids_n, runner.table_VD)), self._hnorm(hidden_nD)], -1)
+            )
+            ahead = Step(
+                step.R, runner.model.rope.table(position_N + 1), step.slot_M, step.store, step.plan, step.bias_R1S,
+                step.chunks,
+            )  # fmt: skip
+            found.append(self._block(joined_nD, ahead, self._layer)[0])
+            start += count
+        if not rows:
+            return []
+        hidden_RD = self._norm(torch.cat(found).index_select(0, torch.tensor(rows, device=runner.device)))
+        drafts: list[int] = runner.logits(hidden_RD).argmax(-1).tolist()
+        return drafts
+
+
+@dataclass(slots=True)
+class Tally:
+    """Steps, seconds and tokens of one way of decoding."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+
+    @property
+    def pace(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(slots=True)
+class Choice:
+    """Whether drafts pay, by measurement: both ways are tried for a while at each size of the batch.
+
+    It decides about speed only. The first step of a trial is not counted: it warms up.
+    """
+
+    tallies: dict[tuple[int, bool], Tally] = field(default_factory=dict)
+    steps: int = 0
+
+    def drafts(self, running: int) -> bool:
+        self.steps += 1
+        if self.steps % AGAIN == 0:
+            self.tallies.clear()
+        on, off = (self._tally(running, way) for way in (True, False))
+        if on.steps <= TRIAL:
+            return True
+        return off.steps > TRIAL and on.pace > off.pace
+
+    def record(self, running: int, way: bool, seconds: float, tokens: int) -> None:
+        tally = self._tally(running, way)
+        tally.steps += 1
+        if tally.steps > 1:
+            tally.seconds += seconds
+            tally.tokens += tokens
+
+    def _tally(self, running: int, way: bool) -> Tally:
+        return self.tallies.setdefault((running.bit_length(), way), Tally())

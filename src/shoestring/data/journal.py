@@ -1,4 +1,4 @@
-"""Group commit: a thread of its own takes every change of the last few milliseconds into one transaction.
+"""Group commit: a thread of its own takes every change that has come meanwhile into one transaction.
 
 A request leaves only when the transaction that says so is on disk; an answer is acknowledged the same way, but nobody
 waits for that. With hundreds of requests in flight one fsync serves them all, so `synchronous=FULL` costs little.
@@ -19,7 +19,8 @@ from shoestring.core.atomic import DiskFull
 from shoestring.data.claims import Claim, Op, Purse, Returned, Settled
 from shoestring.data.store import Store
 
-LINGER = 0.002  # seconds between the starts of two transactions, so that a busy job's changes come together
+LINGER = 0.004  # seconds between the starts of two transactions of a busy job, so that its changes come together
+BUSY = 4000  # changes a second; below that a transaction begins at once, since the processor has time for them
 BALLAST = 16 << 20  # bytes kept aside beside the store
 
 
@@ -71,17 +72,21 @@ class Journal:
     # ---- in the thread -------------------------------------------------------------------------------------------
 
     def _write(self) -> None:
-        last, open_ = 0.0, True
+        last = since = time.monotonic()
+        rate, changes, open_ = 0.0, 0, True
         while open_:
             first = self._queue.get()
-            if (wait := last + LINGER - time.monotonic()) > 0:
+            if rate > BUSY and (wait := last + LINGER - time.monotonic()) > 0:
                 time.sleep(wait)
-            last = time.monotonic()
             batch = [first]
             with suppress(queue.Empty):
                 while len(batch) < 4096:
                     batch.append(self._queue.get_nowait())
             open_ = None not in batch
+            last = time.monotonic()
+            changes += len(batch)
+            if last - since > 0.05:
+                rate, changes, since = changes / (last - since), 0, last
             self._commit([item for item in batch if item is not None])
 
     def _commit(self, batch: list[tuple[Op, asyncio.Future[int] | None]]) -> None:

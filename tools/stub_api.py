@@ -56,6 +56,52 @@ class Stub:
         self.seen: dict[str, asyncio.Future[bytes]] = {}
         self.counts: Counter[str] = Counter()
         self.now = 0
+        self.files: dict[str, bytes] = {}
+        self.batches: list[dict[str, Any]] = []
+
+    async def batch(self, path: str, body: bytes) -> Any:
+        """What /v1/files and /v1/batches answer."""
+        name = path.split("?")[0].removeprefix("/v1/")
+        if name == "files":
+            start = body.index(b"\r\n\r\n", body.index(b"filename=")) + 4
+            self.files[f"file-{len(self.files)}"] = body[start : body.index(b"\r\n--", start)]
+            return {"id": f"file-{len(self.files) - 1}"}
+        if name.startswith("files/"):
+            return self.files[name.split("/")[1]]
+        if name == "batches" and body:
+            made = json.loads(body)
+            self.counts["batches"] += 1
+            self.batches.append({**made, "id": f"batch-{len(self.batches)}", "status": "in_progress"})
+            return self.batches[-1]
+        if name == "batches":
+            return {"data": self.batches}
+        batch = next(batch for batch in self.batches if batch["id"] == name.split("/")[1])
+        batch["looks"] = batch.get("looks", 0) + 1
+        if batch["looks"] == 2:
+            await self._do(batch)
+        return batch
+
+    async def _do(self, batch: dict[str, Any]) -> None:
+        """Answer a batch's rows, last first; "!badrequest" rows into the error file, "!expires" rows nowhere at first."""
+        good, bad = b"", b""
+        for line in reversed(self.files[batch["input_file_id"]].splitlines()):
+            row = json.loads(line)
+            text = str(row["body"]["messages"][-1]["content"])
+            if text.startswith("!expires") and not self.faults[text]:
+                self.faults[text] += 1
+                continue
+            head, _, content = (await self._fresh(row["body"])).partition(b"\r\n\r\n")
+            status = int(head.split(b" ")[1])
+            result = {"custom_id": row["custom_id"], "response": {"status_code": status, "body": json.loads(content)}}
+            if status == 200:
+                good += json.dumps(result).encode() + b"\n"
+            else:
+                bad += json.dumps(result).encode() + b"\n"
+        for field, data in (("output_file_id", good), ("error_file_id", bad)):
+            if data:
+                batch[field] = f"file-{len(self.files)}"
+                self.files[batch[field]] = data
+        batch["status"] = "completed"
 
     def stats(self) -> dict[str, Any]:
         return {**self.counts, "questions": len(self.asked), "most_of_one": max(self.asked.values(), default=0)}
@@ -174,6 +220,12 @@ class Connection(asyncio.Protocol):
             if len(self.buffer) < end + 4 + length:
                 return
             body, self.buffer = self.buffer[end + 4 : end + 4 + length], self.buffer[end + 4 + length :]
+            path = head.split(" ", 2)[1]
+            if path.startswith(("/v1/files", "/v1/batches")):
+                task = asyncio.get_running_loop().create_task(self.batch(path, body))
+                self.tasks.add(task)
+                task.add_done_callback(self.tasks.discard)
+                continue
             if self.stub.options.plain and head.startswith("POST"):
                 self.plain(body)
                 continue
@@ -196,6 +248,11 @@ class Connection(asyncio.Protocol):
             asyncio.get_running_loop().call_later(self.stub.options.latency, self.transport.write, data)
         else:
             self.transport.write(data)
+
+    async def batch(self, path: str, body: bytes) -> None:
+        """Files and batches: one is done when it has been looked at twice."""
+        found = await self.stub.batch(path, body)
+        self.transport.write(reply(200, found if isinstance(found, bytes) else json.dumps(found).encode()))
 
     async def put(self, request: dict[str, Any], key: str | None) -> None:
         text = str(request["messages"][-1]["content"])

@@ -5,6 +5,7 @@ hows       how it is asked: the teacher, its endpoint, decoding parameters, pric
 rows       question x how x sample: planned -> sent -> answered | failed
 answers    what came back, with its bill in pico-dollars (whole numbers: 1 $/M tokens = 10^6 pico-dollars a token)
 purse      what is spent, what is reserved for requests in flight, and what is in doubt
+batches    what lies at a provider's batch API; its rows have -id as their worker
 troubles   errors by kind; marks: what curation says of an answer
 
 No index beside the keys: every change of state would pay for it, and a session reads the rows once, in order.
@@ -47,6 +48,7 @@ CREATE TABLE purse(
 INSERT INTO purse VALUES (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
 CREATE TABLE troubles(kind TEXT PRIMARY KEY, count INTEGER NOT NULL, told TEXT);
 CREATE TABLE workers(id INTEGER PRIMARY KEY, pid INTEGER NOT NULL, started TEXT NOT NULL);
+CREATE TABLE batches(id INTEGER PRIMARY KEY, made TEXT NOT NULL, remote TEXT, done INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE filters(id INTEGER PRIMARY KEY, name TEXT NOT NULL, hash TEXT NOT NULL UNIQUE, upto INTEGER NOT NULL);
 CREATE TABLE marks(filter INTEGER, row INTEGER, why TEXT NOT NULL, PRIMARY KEY (filter, row)) WITHOUT ROWID;
 """

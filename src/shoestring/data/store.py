@@ -114,7 +114,7 @@ class Store:
 
     def recover(self, dead: Sequence[int] | None) -> int:
         """Put what dead workers (None: all) had sent in doubt and plan it again; the number of such rows."""
-        which = "" if dead is None else f"AND worker IN ({','.join(map(str, dead)) or '-1'})"
+        which = "AND worker >= 0" if dead is None else f"AND worker IN ({','.join(map(str, dead)) or 'NULL'})"
         with self.transaction():
             count, pico, tokens = self.base.execute(
                 f"SELECT count(*), total(reserved), total(reserved_tokens) FROM rows WHERE state = {SENT} {which}"

@@ -46,7 +46,9 @@ class Worker:
     def dead(self, store: Store) -> list[int]:
         """Workers that left rows as sent and live no more."""
         found = []
-        for (worker,) in store.base.execute("SELECT DISTINCT worker FROM rows WHERE state = 1").fetchall():
+        for (worker,) in store.base.execute(
+            "SELECT DISTINCT worker FROM rows WHERE state = 1 AND worker > 0"
+        ).fetchall():
             if worker != self.id and self._try(worker, fcntl.LOCK_EX):
                 found.append(worker)
                 fcntl.lockf(self._file, fcntl.LOCK_UN, 1, worker)

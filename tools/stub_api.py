@@ -82,7 +82,7 @@ class Stub:
         return batch
 
     async def _do(self, batch: dict[str, Any]) -> None:
-        """Answer a batch's rows, last first; "!badrequest" rows into the error file, "!expires" rows nowhere at first."""
+        """Answer a batch's rows, last first; failed ones into the error file, "!expires" ones nowhere at first."""
         good, bad = b"", b""
         for line in reversed(self.files[batch["input_file_id"]].splitlines()):
             row = json.loads(line)

@@ -219,8 +219,9 @@ class Batches:
         """The rows of a batch that are not settled, with what was claimed for them."""
         cursor = self._store.base.execute(
             "SELECT r.id, r.trace, r.sample, r.attempts, r.turn, r.question, q.messages, r.reserved, r.reserved_tokens "
-            "FROM rows r JOIN questions q ON q.id = r.question WHERE r.state = 1 AND r.worker = ? ORDER BY r.id", (-number,)
-        )  # fmt: skip
+            "FROM rows r JOIN questions q ON q.id = r.question WHERE r.state = 1 AND r.worker = ? ORDER BY r.id",
+            (-number,),
+        )
         return [(Row._make(found[:7]), Claim((found[0],), found[7], found[8])) for found in cursor]
 
     def _file(self, rows: list[tuple[Row, Claim]]) -> bytes:

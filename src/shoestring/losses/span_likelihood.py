@@ -13,6 +13,8 @@ from shoestring.losses._teacher import Spans
 from shoestring.losses._tokens import Tokens
 from shoestring.nn.head import token_logprobs
 
+SPANS = True  # what it reads of a teacher
+
 
 def loss(
     hidden_ND: Tensor, weight_VD: Tensor, tokens: Tokens, *, temperature: float = 1.0, vocab: int | None = None

@@ -222,6 +222,22 @@ def test_a_student_of_transformers_learns_resumes_and_is_loaded_by_it(
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_what_curation_lets_through_is_learnt_from(student: Path, traces: Path, tmp_path: Path, capsys: Any) -> None:
+    """A store, curated and exported, then `distill` without a recipe; a cut answer is not among what is learnt."""
+    from shoestring.cli import main
+
+    first = next(problems(quickstart.LEARN, 9))
+    TraceStore(traces).append([_trace(99, first, finish_reason="length")])
+    kept = tmp_path / "kept.jsonl"
+    assert main(["curate", str(traces), "--filters", "finished", "--export", str(kept)]) == 0
+    assert len(TraceStore(kept)) == len(TraceStore(traces)) - 1
+    words = ["distill", "--student", str(student), "--traces", str(kept), "--runs", str(tmp_path / "runs"), "--json"]
+    settings = ["steps=2", "row_tokens=192", "examples_per_step=4", "compute.experts=bmm", "compute.dtype=float32"]
+    capsys.readouterr()
+    assert main([*words, "--quiet", *(w for s in settings for w in ("--set", s))]) == 0
+    assert '"finished"' in capsys.readouterr().out
+
+
 def test_a_file_of_ones_own_is_a_way_and_its_hash_is_data(
     student: Path, folder: Path, traces: Path, tmp_path: Path
 ) -> None:

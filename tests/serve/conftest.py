@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for what only these tests shar
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 import torch  # noqa: E402
-from provider import provider as running_provider  # noqa: E402
+from written_answers import provider as running_provider  # noqa: E402
 
 from shoestring.models.checkpoint import save  # noqa: E402
 from shoestring.models.deepseek import Deepseek, DeepseekConfig  # noqa: E402
@@ -49,6 +49,12 @@ def tiny_dense(seed: int = 0) -> Dense:
         num_key_value_heads=2, max_position_embeddings=POSITIONS, initializer_range=0.2,
     )  # fmt: skip
     return Dense(config, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def make_dense() -> Callable[[int], Dense]:
+    """A tiny dense model of a seed."""
+    return tiny_dense
 
 
 @pytest.fixture(scope="session")

@@ -105,11 +105,11 @@ def test_remote_tokenizer(server: Any, tokenizer: Tokenizer):
 
 
 @pytest.fixture(scope="module")
-def bf16(start: Any, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
-    from conftest import tiny_dense
-
+def bf16(
+    start: Any, make_dense: Any, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Any, Path]]:
     folder = tmp_path_factory.mktemp("bf16")
-    path = save(tiny_dense(3), tokenizer, folder / "model", dtype="bfloat16")
+    path = save(make_dense(3), tokenizer, folder / "model", dtype="bfloat16")
     with start(f"tiny={path}", folder=folder) as running:
         yield running, path
 

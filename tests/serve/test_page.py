@@ -162,7 +162,7 @@ def test_thinking_folds_and_tells_its_time(page: Page):
 
 
 def test_stop_in_the_middle(page: Page):
-    from provider import Provider
+    from written_answers import Provider
 
     Provider.left.clear()
     page.ask("endless", wait=False)
@@ -208,7 +208,7 @@ def test_side_by_side(page: Page):
     assert page.texts(".turn:last-child .answer header b") == ["teacher", "student"]
     said = page.texts(".turn:last-child .said")
     assert said[0].startswith("teacher answers") and said[1].startswith("student answers")
-    from provider import Provider
+    from written_answers import Provider
 
     history = [m["content"] for m in Provider.seen[-1]["messages"]]
     assert history == ["think about it", "The last digit is **5**.", "hello"]

@@ -160,7 +160,7 @@ async def load(options: dict[str, Any]) -> dict[str, Any]:
     await asyncio.gather(*(client(number) for number in range(options["streams"])), health())
     seconds = time.perf_counter() - began
     tokens = sum(count for _, count in done)
-    return {"tokens_per_second": tokens / seconds, "requests": len(done), "errors": errors, **found}
+    return {"tokens_per_second": tokens / seconds, "tokens": tokens, "requests": len(done), "errors": errors, **found}
 
 
 async def soak(options: dict[str, Any]) -> dict[str, Any]:
@@ -247,6 +247,12 @@ def of_process(pid: int) -> tuple[float, int]:
     return rss, len(os.listdir(f"/proc/{pid}/fd"))
 
 
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process so far: what it needs, however busy the machine is with others."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def family(pid: int) -> list[int]:
     """A server's process and its engines'."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -258,14 +264,20 @@ def under_load(model: Path, args: argparse.Namespace, folder: Path) -> list[dict
     """Streams over HTTP and the engine alone, in turn; medians."""
     runs: list[dict[str, Any]] = []
     alone: list[float] = []
+    server: list[float] = []  # microseconds of processor time a token
+    engine: list[float] = []
     seconds = args.seconds / args.repeats
     common = {"streams": args.streams, "seconds": seconds}
     for number in range(args.repeats):
         log = folder / f"ours-{number}.log"
-        with serving(our_command(model, args.threads), "Serving on", log):
+        with serving(our_command(model, args.threads), "Serving on", log) as process:
             host, port = address(log)
             clients("load", host=host, port=port, model="bench", streams=args.streams, seconds=min(5.0, seconds))
+            before = [cpu_seconds(pid) for pid in family(process.pid)]
             runs.append(clients("load", host=host, port=port, model="bench", **common))
+            spent = [cpu_seconds(pid) - b for pid, b in zip(family(process.pid), before, strict=True)]
+            server.append(1e6 * spent[0] / runs[-1]["tokens"])
+            engine.append(1e6 * sum(spent[1:]) / runs[-1]["tokens"])
         alone.append(clients("engine", model=str(model), threads=args.threads, **common)["tokens_per_second"])
         print(
             f"round {number + 1}: {runs[-1]['tokens_per_second']:.0f} tokens/s over HTTP, {alone[-1]:.0f} alone",
@@ -277,6 +289,8 @@ def under_load(model: Path, args: argparse.Namespace, folder: Path) -> list[dict
     share = 1 - over / straight
     rows = [["tokens/s over HTTP", f"{over:.0f}", "", ""], ["tokens/s of the engine alone", f"{straight:.0f}", "", ""],
             ["lost to HTTP, tokenising, clients", f"{100 * share:.1f} %", "", ""],
+            ["processor time a token, server, us", f"{statistics.median(server):.0f}", "", ""],
+            ["processor time a token, engine, us", f"{statistics.median(engine):.0f}", "", ""],
             ["requests", str(sum(run["requests"] for run in runs)), "", ""],
             ["errors", str(len(merged["errors"])), "", ""]]  # fmt: skip
     for name, words in (("ttft", "first token, ms"), ("gap", "between pieces, ms"), ("health", "/health, ms")):
@@ -286,6 +300,8 @@ def under_load(model: Path, args: argparse.Namespace, folder: Path) -> list[dict
     found = versions("torch", "fastapi", "uvicorn")
     entries = [
         ("http overhead", "share of the engine's throughput", "1", max(share, 0.0), 0.10),
+        ("server cpu", "processor time of the server a token", "us", statistics.median(server), None),
+        ("engine cpu", "processor time of the engine a token", "us", statistics.median(engine), None),
         ("errors", "streams that failed", "1", float(len(merged["errors"])), None),
         ("ttft p95", "time to the first token", "ms", quantiles(merged["ttft"])[1], None),
         ("gap p95", "time between pieces", "ms", quantiles(merged["gap"])[1], None),

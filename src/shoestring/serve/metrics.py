@@ -36,9 +36,12 @@ class Metrics:
         self.cached = counter("prompt_tokens_cached", "Prompt tokens that came from the prefix cache.")
         self.generated = counter("generation_tokens", "Tokens generated.")
         self.engine_counters = {  # by the engine's own names
-            "prompt_tokens": counter("prefix_cache_queries", "Tokens looked up in the prefix cache."),
-            "cached_tokens": counter("prefix_cache_hits", "Tokens found in the prefix cache."),
-            "preemptions": counter("num_preemptions", "Sequences put back for want of memory."),
+            "prefix_cache_queries": counter("prefix_cache_queries", "Tokens looked up in the prefix cache."),
+            "prefix_cache_hits": counter("prefix_cache_hits", "Tokens found in the prefix cache."),
+            "num_preemptions": counter("num_preemptions", "Sequences put back for want of memory."),
+            "spec_decode_num_drafts": counter("spec_decode_num_drafts", "Drafts made."),
+            "spec_decode_num_draft_tokens": counter("spec_decode_num_draft_tokens", "Tokens drafted."),
+            "spec_decode_num_accepted_tokens": counter("spec_decode_num_accepted_tokens", "Drafted tokens kept."),
         }
         self.success = counter("request_success", "Answers finished.", "finished_reason")
         self.rejected = counter("admission_rejections", "Requests refused.", "reason")

@@ -23,7 +23,7 @@ from shoestring.serve.shapes import usage
 
 PASSED = (
     "model", "temperature", "top_p", "stream", "user", "seed", "stop", "top_k", "min_p", "repetition_penalty",
-    "chat_template_kwargs", "thinking", "cache_salt", "parallel_tool_calls",
+    "chat_template_kwargs", "thinking", "logit_bias", "cache_salt", "parallel_tool_calls",
 )  # fmt: skip
 
 

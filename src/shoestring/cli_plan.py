@@ -15,6 +15,7 @@ import typer
 
 from shoestring.core.errors import UserError
 
+PANEL = "What it would cost"
 PLAN_HELP = """Price a training run before it is run.
 
 Examples:
@@ -286,5 +287,5 @@ def register(app: typer.Typer) -> None:
     group.command("ask", help=ASK_HELP)(_plan_ask)
     group.command("validate")(_plan_validate)
     group.command("calibrate")(_plan_calibrate)
-    app.add_typer(group, name="plan")
-    app.command("check", help=CHECK_HELP)(_check)
+    app.add_typer(group, name="plan", rich_help_panel=PANEL)
+    app.command("check", help=CHECK_HELP, rich_help_panel=PANEL)(_check)

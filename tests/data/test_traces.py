@@ -153,7 +153,7 @@ def test_an_export_is_read_and_not_appended_to(tmp_path: Path) -> None:
     path = tmp_path / "traces.jsonl"
     good = "".join(json.dumps(trace.to_dict()) + "\n" for trace in many(3))
     path.write_text(good)
-    assert TraceStore(path).read() == many(3)
+    assert TraceStore(path).read() == TraceStore(tmp_path).read() == many(3)
     with pytest.raises(UserError, match="is an export"):
         TraceStore(path).append(many(1))
     for line, message in (

@@ -64,10 +64,13 @@ class TraceIds:
 
 class TraceStore:
     """Traces in one file: a store's folder or .db file, or an exported .jsonl. Opening it touches nothing; the first
-    append makes the file."""
+    append makes the file. A folder that holds only traces.jsonl, as older runs do, is that export."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path) if Path(path).suffix == ".jsonl" else file_of(path)
+        path = Path(path)
+        self.path = path if path.suffix == ".jsonl" else file_of(path)
+        if not self.path.exists() and (path / "traces.jsonl").is_file():
+            self.path = path / "traces.jsonl"
 
     def append(self, traces: Iterable[Trace]) -> int:
         """Store those whose id is new, on disk before this returns; the number stored.

@@ -90,7 +90,14 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("way", "options"), WAYS, ids=[f"{w} {' '.join(map(str, o))}" for w, o in WAYS])
+SLOW = (1, 3, 6)  # the same paths as their neighbours
+
+
+@pytest.mark.parametrize(
+    ("way", "options"),
+    [pytest.param(*given, marks=pytest.mark.slow if i in SLOW else ()) for i, given in enumerate(WAYS)],
+    ids=[f"{w} {' '.join(map(str, o))}" for w, o in WAYS],
+)
 def test_every_way_learns_and_resumes_with_the_same_bits(
     way: str, options: dict[str, Any], student: Path, folder: Path, traces: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

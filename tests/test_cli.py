@@ -355,10 +355,17 @@ def test_chat_remembers_and_begins_anew(call, monkeypatch):
 
     class Engine:
         def __init__(self, *_):
-            pass
+            self.pieces = []
 
-        def generate(self, prompts, sampling):
-            return [[SimpleNamespace(text="<think>hm</think>42")]]
+        def add(self, prompt_ids, sampling):
+            self.pieces = ["<think>", "hm", "</think>", "4", "2"]
+
+        def step(self):
+            return [SimpleNamespace(text=self.pieces.pop(0))]
+
+        @property
+        def has_work(self):
+            return bool(self.pieces)
 
     def render(turns, tokenizer, generation_prompt):
         seen.append([(turn.role, turn.content) for turn in turns])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shoestring.cli_options import RESULTS, described
 from shoestring.core.errors import UserError
+
+if TYPE_CHECKING:
+    from shoestring.core.nouns import Sampling
+    from shoestring.infer.engine import Engine
 
 
 def register(app: typer.Typer) -> None:
@@ -49,12 +53,28 @@ def chat(
             continue
         turns.append(Message("user", line.strip()))
         prompt = render(turns, tokenizer, generation_prompt=True).ids
-        text = engine.generate([prompt], sampling)[0][0].text
+        text = _speak(engine, prompt, sampling)
         thinking, answer = split_thinking(text)
         turns.append(Message("assistant", answer or text, thinking))
-        if thinking:
-            typer.secho(thinking, dim=True)
-        print(answer or text)
+
+
+def _speak(engine: Engine, prompt: list[int], sampling: Sampling) -> str:
+    """Print the answer while it comes, its thinking dimmed, and return it; Ctrl-C ends it early."""
+    text = ""
+    name = engine.add(prompt, sampling)
+    while engine.has_work:
+        try:
+            events = engine.step()
+        except KeyboardInterrupt:
+            engine.cancel(name)
+            continue
+        for event in events:
+            text += event.text
+            thinks = text.startswith("<think>") and "</think>" not in text
+            shown = event.text.replace("<think>", "").replace("</think>", "\n")
+            typer.secho(shown, dim=thinks, nl=False)
+    print(flush=True)
+    return text
 
 
 def weights_of(model: str) -> str:

@@ -29,9 +29,11 @@ def check_sampling(sampling: Sampling, config: Any, *, has_tokenizer: bool, rout
     vocab = config.vocab_size
     if outside := [t for t in (*sampling.stop_ids, *(sampling.logit_bias or {})) if not 0 <= t < vocab]:
         raise UserError(f"sampling: token id {outside[0]} is outside the model's vocabulary (0 to {vocab - 1}).")
-    banned = sum(bias == float("-inf") for bias in (sampling.logit_bias or {}).values())
-    if banned == vocab:
+    banned = {token for token, bias in (sampling.logit_bias or {}).items() if bias == float("-inf")}
+    if len(banned) == vocab:
         raise UserError("sampling.logit_bias bans every token; leave at least one.")
+    if sampling.min_new_tokens and len(banned.union(sampling.stop_ids)) == vocab:
+        raise UserError("sampling.min_new_tokens leaves no token that does not stop; give fewer stop_ids.")
     if sampling.routed_experts and not routes:
         raise UserError("sampling.routed_experts is on, but the model has no routed experts; turn it off.")
     if not has_tokenizer:

@@ -66,7 +66,9 @@ class ModelRunner:
         self.load(model)
 
     def load(self, model: Decoder) -> None:
-        """Prepare these weights; what is in the cache stays."""
+        """Prepare these weights. Nothing may be using the cache: its blocks are zeroed again when they are taken, in
+        case the old weights left NaN there."""
+        self.store.ready = 0
         make = Making(self.dtype, self.tile)
         self.model, self.device = model, model.embedding.device
         self.blocks = [PreparedBlock(block, make) for block in model.model.layers]  # type: ignore[arg-type]

@@ -210,7 +210,11 @@ def main() -> int:
                 rows, entry = measured(everyone, batch, limit_seconds(config, batch, sizes, rates), options)
                 lines += rows
                 entries.append(entry)
-    print(_bench.table(["batch", "who", "s", "new tokens/s", "of the limit", "ours is faster by"], lines))
+    print(
+        _bench.table(
+            ["batch", "who", "s", "new tokens/s", "of the limit", "ours is faster by", "CPU s", "peak MB"], lines
+        )
+    )
     print(f"\nlimit: {rates[0] / 1e9:.1f} GB/s, {rates[1] / 1e9:.0f} GFLOP/s, {options.threads} threads")
     for contestant in everyone[1:]:
         print(agreement(everyone[0].facts, contestant))
@@ -228,6 +232,7 @@ def measured(
         [
             str(batch), c.name, _bench.spread(c.kept(), 2), f"{c.steps[-1]['new_tokens'] / seconds[c.name]:.0f}",
             f"{limit / seconds[c.name]:.0%}", f"{seconds[c.name] / seconds['ours']:.1f}x" if c is not ours else "",
+            _bench.spread(c.kept("cpu_seconds"), 2), f"{c.peak_mb:.0f}",
         ]
         for c in everyone
     ]  # fmt: skip

@@ -41,7 +41,7 @@ def secure(start: Any, checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     )  # fmt: skip
     (folder / "hook.py").write_text(HOOK)
     more = ["--tls-cert", str(cert), "--tls-key", str(key), "--cors", "https://ours.example", "--hook",
-            str(folder / "hook.py"), "--set", "reasoning_alias=false"]  # fmt: skip
+            str(folder / "hook.py"), "--set", "reasoning_alias=false", "--set", "deterministic=true"]  # fmt: skip
     with (
         start(f"tiny={checkpoint}", *more, folder=folder) as running,
         httpx.Client(base_url=running.url, verify=ssl.create_default_context(cafile=str(cert)), timeout=60) as client,
@@ -101,6 +101,7 @@ def test_one_name_for_thinking(secure: Any):
         (["--upstream", "localhost:8000"], "http:// or https://"),
         (["--upstream", "http://a/v1", "--upstream-key-file", "none.txt"], "key file none.txt"),
         (["{folder}"], "no config.json"),
+        (["a={model}", "--set", "speculative=true"], "speculative"),
     ],
 )
 def test_mistakes_cost_a_sentence(

@@ -30,6 +30,8 @@ class EngineSpec:
     device: str | None = None
     threads: int = 1
     max_engine_tokens: int = 1 << 17
+    deterministic: bool = False
+    speculative: bool = False
 
 
 def engine_main(spec: EngineSpec, pipe: Connection) -> None:
@@ -58,7 +60,10 @@ def _load(spec: EngineSpec) -> tuple[Any, dict[str, Any]]:
     torch.set_num_threads(max(1, spec.threads))
     began = time.perf_counter()
     model, tokenizer = load(spec.weights, dtype=spec.dtype, device=spec.device)
-    engine = Engine(model, tokenizer, cache_tokens=spec.max_engine_tokens)
+    engine = Engine(
+        model, tokenizer, cache_tokens=spec.max_engine_tokens, deterministic=spec.deterministic,
+        speculative=spec.speculative,
+    )  # fmt: skip
     facts = {
         "seconds": time.perf_counter() - began,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -76,7 +76,10 @@ def open_model(spec: ModelSpec, config: ServeConfig) -> Served:
         raise UserError(f"{spec.path} has no tokenizer.json; serving needs the model's tokenizer beside its weights.")
     tokenizer = Tokenizer.load(folder)
     threads = spec.threads or max(1, (os.cpu_count() or 1) // max(1, len(config.models)))
-    engine = EngineSpec(spec.name, str(folder), spec.dtype, spec.device, threads, config.max_engine_tokens)
+    engine = EngineSpec(
+        spec.name, str(folder), spec.dtype, spec.device, threads, config.max_engine_tokens, config.deterministic,
+        config.speculative,
+    )  # fmt: skip
     line = FairQueue(
         max_running=config.max_running, max_queue=config.max_queue, max_queue_tokens=config.max_queue_tokens
     )

@@ -76,6 +76,8 @@ class ServeConfig(Config):
     # shapes
     reasoning_alias: bool = True  # `reasoning` beside `reasoning_content`
     max_engine_tokens: int = Field(1 << 17, ge=1)  # cache positions of one engine
+    deterministic: bool = False  # answers do not depend, to the bit, on what else is answered; slower
+    speculative: bool = False  # drafts by the model's own multi-token prediction
     log_level: str = "info"
 
     @model_validator(mode="after")

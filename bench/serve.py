@@ -307,11 +307,11 @@ def under_load(model: Path, args: argparse.Namespace, folder: Path) -> list[dict
         ("gap p95", "time between pieces", "ms", quantiles(merged["gap"])[1], None),
         ("health p99", "answer of /health under load", "ms", quantiles(merged["health"])[2], 50.0),
     ]
+    more: dict[str, Any] = {"versions": found, "small": args.small, "streams": args.streams, "seconds": args.seconds}
     return [
-        result(name, metric, unit, ours, {}, limit=limit, versions=found, small=args.small, streams=args.streams,
-               seconds=args.seconds)
+        result(name, metric, unit, ours, {}, limit=limit if ours > 0 else None, **more)
         for name, metric, unit, ours, limit in entries
-    ]  # fmt: skip
+    ]
 
 
 def soaked(model: Path, args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from shoestring.infer.sampler import sample
 from shoestring.infer.scheduler import Scheduler, Work
 from shoestring.infer.score import Scored, score
 from shoestring.infer.sequence import Request, Sequence, Thinking
-from shoestring.infer.speculative import Choice, Drafter
+from shoestring.infer.speculative import Choice, Drafter, check_drafts, make_drafts
 from shoestring.infer.uniforms import uniforms
 
 if TYPE_CHECKING:
@@ -293,46 +293,13 @@ class Engine:
         rows = self._rows(works, ran)
         events = self._sample(ran, rows) if rows else []
         if self._drafter is not None:
-            accepted = self._check_drafts(works, ran)
+            accepted = check_drafts(works, ran, self._scheduler.counts)
             events += self._sample(ran, accepted) if accepted else []
             if drafts:
-                self._make_drafts(self._drafter, works, ran)
+                make_drafts(self._drafter, works, ran)
             if all(work.end - work.start == 1 for work in works):
                 self._choice.record(running, drafts, time.perf_counter() - began, len(rows) + len(accepted))
         return events
-
-    def _check_drafts(self, works: list[Work], ran: Ran) -> list[tuple[Sequence, int]]:
-        """The rows of drafts that turned out right; their sequences go one token further."""
-        accepted, row, counts = [], -1, self._scheduler.counts
-        for work in works:
-            row += work.end - work.start + work.drafted
-            sequence = work.sequence
-            if not work.drafted:
-                continue
-            counts.drafts += 1
-            right = sequence.ids[-1] == sequence.draft
-            sequence.draft = None
-            if right and sequence.finish_reason is None:
-                sequence.computed += 1
-                if sequence.sampling.routed_experts and ran.routed_LNA is not None:
-                    sequence.record(work.end, ran.routed_LNA[:, row : row + 1].transpose(0, 1))
-                accepted.append((sequence, row))
-            counts.accepted += right
-        return accepted
-
-    def _make_drafts(self, drafter: Drafter, works: list[Work], ran: Ran) -> None:
-        """Show the drafter every token that was computed with the one after it; ask it about the last ones."""
-        after: list[int] = []
-        rows, sequences = [], []
-        for work in works:
-            ids = work.sequence.ids
-            begin = len(after)
-            after += [ids[at + 1] if at + 1 < len(ids) else 0 for at in range(work.start, work.end + work.drafted)]
-            if work.sequence.blocks is not None and work.sequence.decodes:
-                rows.append(begin + work.sequence.computed - 1 - work.start)
-                sequences.append(work.sequence)
-        for sequence, draft in zip(sequences, drafter.draft(ran, after, rows), strict=True):
-            sequence.draft = draft
 
     def _rows(self, works: list[Work], ran: Ran) -> list[tuple[Sequence, int]]:
         """Who samples now, and from which row; followers of a prompt that is read take it over."""

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 
 from shoestring.infer.layers import Making, Norm, Step
 from shoestring.infer.runner import ModelRunner, PreparedBlock, Ran
+from shoestring.infer.scheduler import Counts, Work
+from shoestring.infer.sequence import Sequence
 from shoestring.models.deepseek import MTPModule
 
 TRIAL = 12  # steps of each way before one is chosen
@@ -64,6 +66,41 @@ class Drafter:
         hidden_RD = self._norm(torch.cat(found).index_select(0, torch.tensor(rows, device=runner.device)))
         drafts: list[int] = runner.logits(hidden_RD).argmax(-1).tolist()
         return drafts
+
+
+def check_drafts(works: list[Work], ran: Ran, counts: Counts) -> list[tuple[Sequence, int]]:
+    """The rows of drafts that turned out right; their sequences go one token further."""
+    accepted, row = [], -1
+    for work in works:
+        row += work.end - work.start + work.drafted
+        sequence = work.sequence
+        if not work.drafted:
+            continue
+        counts.drafts += 1
+        right = sequence.ids[-1] == sequence.draft
+        sequence.draft = None
+        if right and sequence.finish_reason is None:
+            sequence.computed += 1
+            if sequence.sampling.routed_experts and ran.routed_LNA is not None:
+                sequence.record(work.end, ran.routed_LNA[:, row : row + 1].transpose(0, 1))
+            accepted.append((sequence, row))
+        counts.accepted += right
+    return accepted
+
+
+def make_drafts(drafter: Drafter, works: list[Work], ran: Ran) -> None:
+    """Show the drafter every token that was computed with the one after it; ask it about the last ones."""
+    after: list[int] = []
+    rows, sequences = [], []
+    for work in works:
+        ids = work.sequence.ids
+        begin = len(after)
+        after += [ids[at + 1] if at + 1 < len(ids) else 0 for at in range(work.start, work.end + work.drafted)]
+        if work.sequence.blocks is not None and work.sequence.decodes:
+            rows.append(begin + work.sequence.computed - 1 - work.start)
+            sequences.append(work.sequence)
+    for sequence, draft in zip(sequences, drafter.draft(ran, after, rows), strict=True):
+        sequence.draft = draft
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +129,48 @@ def serve_gemm(options: dict[str, Any]) -> None:
     gemm(options)
 
 
+def trl_trainer(
+    name: str, options: dict[str, Any], made: dict[str, Any], common: dict[str, Any], ids: Any,
+    load: Callable[[str], Any], collate: Callable[[Any], dict[str, Any]],
+) -> Any:  # fmt: skip
+    """The trainer of this name on one batch, the same at every step."""
+    from datasets import Dataset
+
+    prompt, new, rows = options["prompt"], options["new"], options["rows"]
+    tokenizer = made["processing_class"]
+
+    def without_prompts(_: Any) -> dict[str, Any]:
+        return {k: v for k, v in collate(None).items() if "prompt" not in k}
+
+    row: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    if name == "SFTTrainer":
+        from trl import SFTConfig, SFTTrainer
+
+        data = Dataset.from_list([{"input_ids": ids[0].tolist()}] * (rows * 8))
+        trainer: Any = SFTTrainer(**made, args=SFTConfig(**common, max_length=None), train_dataset=data,
+                                  data_collator=without_prompts)  # fmt: skip
+    elif name == "GKDTrainer":
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+        on = float(options["case"] == "on")
+        config = GKDConfig(**common, lmbda=on, beta=on, temperature=1.0, max_new_tokens=new, max_length=prompt + new)
+        trainer = GKDTrainer(**made, teacher_model=load("teacher"), args=config, data_collator=collate,
+                             train_dataset=Dataset.from_list([row] * (rows * 8)))  # fmt: skip
+        trainer.generation_config.eos_token_id = None
+    else:
+        from trl import DistillationConfig, DistillationTrainer
+
+        config = DistillationConfig(**common, max_completion_length=new, temperature=1.0, beta=1.0,
+                                    generation_kwargs={"min_new_tokens": new})  # fmt: skip
+        texts = tokenizer.decode(options["prompt_ids"][:prompt])
+        trainer = DistillationTrainer(**made, teacher_model=load("teacher"), args=config,
+                                      train_dataset=Dataset.from_list([{"prompt": texts}] * (rows * 8)))  # fmt: skip
+    return trainer
+
+
 def serve_trl(who: str, options: dict[str, Any]) -> None:
     channel = _bench.Channel()
     import torch
-    from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
     torch.set_num_threads(options["threads"])
@@ -157,7 +196,7 @@ def serve_trl(who: str, options: dict[str, Any]) -> None:
             channel.answer(*self.clock.read(), **seen)
 
     ids = tokens(options)
-    prompt, new, rows = options["prompt"], options["new"], options["rows"]
+    prompt, rows = options["prompt"], options["rows"]
 
     def collate(_: Any) -> dict[str, Any]:
         labels = ids.clone()
@@ -165,9 +204,6 @@ def serve_trl(who: str, options: dict[str, Any]) -> None:
         ones = torch.ones_like(ids)
         return {"input_ids": ids.clone(), "attention_mask": ones, "labels": labels, "prompts": ids[:, :prompt].clone(),
                 "prompt_attention_mask": ones[:, :prompt].clone()}  # fmt: skip
-
-    def without_prompts(_: Any) -> dict[str, Any]:
-        return {k: v for k, v in collate(None).items() if "prompt" not in k}
 
     common: dict[str, Any] = dict(
         output_dir=options["folder"] + "/trl", use_cpu=True, bf16=dtype == "autocast", fp16=False,
@@ -177,29 +213,7 @@ def serve_trl(who: str, options: dict[str, Any]) -> None:
     )  # fmt: skip
     made: dict[str, Any] = {"model": load("student"), "processing_class": tokenizer,
                             "callbacks": [OneStepEachTimeItIsAsked()]}  # fmt: skip
-    row: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    if name == "SFTTrainer":
-        from trl import SFTConfig, SFTTrainer
-
-        data = Dataset.from_list([{"input_ids": ids[0].tolist()}] * (rows * 8))
-        trainer: Any = SFTTrainer(**made, args=SFTConfig(**common, max_length=None), train_dataset=data,
-                                  data_collator=without_prompts)  # fmt: skip
-    elif name == "GKDTrainer":
-        from trl.experimental.gkd import GKDConfig, GKDTrainer
-
-        on = float(options["case"] == "on")
-        config = GKDConfig(**common, lmbda=on, beta=on, temperature=1.0, max_new_tokens=new, max_length=prompt + new)
-        trainer = GKDTrainer(**made, teacher_model=load("teacher"), args=config, data_collator=collate,
-                             train_dataset=Dataset.from_list([row] * (rows * 8)))  # fmt: skip
-        trainer.generation_config.eos_token_id = None
-    else:
-        from trl import DistillationConfig, DistillationTrainer
-
-        config = DistillationConfig(**common, max_completion_length=new, temperature=1.0, beta=1.0,
-                                    generation_kwargs={"min_new_tokens": new})  # fmt: skip
-        texts = tokenizer.decode(options["prompt_ids"][:prompt])
-        trainer = DistillationTrainer(**made, teacher_model=load("teacher"), args=config,
-                                      train_dataset=Dataset.from_list([{"prompt": texts}] * (rows * 8)))  # fmt: skip
+    trainer = trl_trainer(name, options, made, common, ids, load, collate)
     inner = trainer.compute_loss
 
     def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

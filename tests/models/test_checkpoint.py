@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from shoestring.core.errors import UserError
 from shoestring.models.checkpoint import load, load_state, save, save_state
+from shoestring.models.dense import Dense, DenseConfig
 from shoestring.nn.fp8 import quantize_weight
+from shoestring.text.tokenizer import Tokenizer
 
 NAMED = {
     "v3": sizes.deepseek(**sizes.V3),
@@ -205,3 +207,21 @@ def test_an_interrupted_save_is_no_checkpoint(tmp_path: Path, monkeypatch: pytes
         save(model, None, tmp_path)
     with pytest.raises(UserError, match="cut short"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, "end"), (5, ["end", 5]), ((5, "end"), [5, "end"])])
+def test_other_software_is_told_where_a_turn_ends(given: Any, wanted: Any, tmp_path: Path) -> None:
+    """A config without an end token, or with another one: `generate` of transformers stops at the tokenizer's too."""
+    tokenizer = Tokenizer.train(["some words to learn from"], 300)
+
+    def resolved(ids: Any) -> Any:
+        return [resolved(i) for i in ids] if isinstance(ids, list | tuple) else tokenizer.end if ids == "end" else ids
+
+    eos = resolved(given)
+    config = DenseConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+    )  # fmt: skip
+    folder = save(Dense(config), tokenizer, tmp_path / "m")
+    told = json.loads((folder / "generation_config.json").read_text())
+    assert told["eos_token_id"] == resolved(wanted) and told["pad_token_id"] == tokenizer.pad_id

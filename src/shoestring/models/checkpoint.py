@@ -77,6 +77,8 @@ def save(
     theirs: Any = model
     if hasattr(theirs, "save_weights"):  # of transformers: its layout, its config.json
         theirs.save_weights(folder, max_shard_bytes, None if dtype is None else DTYPES[dtype])
+        path = folder / "generation_config.json"
+        write_json(path, _generation((read_json(path) if path.exists() else {}), raw, tokenizer))
         if tokenizer is not None:
             tokenizer.save(folder)
         return folder
@@ -86,11 +88,26 @@ def save(
     write_shards(tensors, folder, max_shard_bytes)
     if tokenizer is not None:
         tokenizer.save(folder)
-    ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(name) is not None}
-    write_json(folder / "generation_config.json", ids | (generation_config or {}))
+    write_json(folder / "generation_config.json", _generation({}, raw, tokenizer) | (generation_config or {}))
     name = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     write_json(folder / "config.json", raw | {"dtype": name, "torch_dtype": name})
     return folder
+
+
+def _generation(given: dict[str, Any], raw: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What other software generates with: the ids of the config, and the tokenizer's end of a turn among the stops."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = given | {name: raw[name] for name in names if given.get(name) is None and raw.get(name) is not None}
+    if tokenizer is None:
+        return ids
+    for name, known in (("bos_token_id", tokenizer.begin_id), ("pad_token_id", tokenizer.pad_id)):
+        if ids.get(name) is None and known is not None:
+            ids[name] = known
+    stops = ids.get("eos_token_id")
+    told = list(stops) if isinstance(stops, list | tuple) else [] if stops is None else [stops]
+    if tokenizer.end_id is not None and tokenizer.end_id not in told:
+        ids["eos_token_id"] = [tokenizer.end_id, *told] if told else tokenizer.end_id
+    return ids
 
 
 def save_state(model: Decoder, path: str | Path) -> Path:

@@ -42,9 +42,8 @@ def card(run: Run, found: Sequence[Source], *, name: str, licence: str, permissi
     front = ["---", f"license: {licence}", "library_name: transformers", "tags: [shoestring, distillation]"]
     front += [f"base_model: {base[0]}"] if base else []
     steps = "\n".join(_step(member) for member in tree(run))
-    rows = [f"| {s.kind} | {s.name} | {s.licence} | {s.terms} | {s.detail} |" for s in found] or [
-        "| - | - | - | - | - |"
-    ]
+    told = (f"| {s.kind} | {s.name} | {s.licence} | {s.terms} | {s.detail} |" for s in found)
+    rows = list(dict.fromkeys(told)) or ["| - | - | - | - | - |"]  # once, however many stages learnt from it
     return "\n".join([
         *front, "---", "", f"# {name}", "",
         f"Made by shoestring, run `{run.name}`. Load it with `transformers`, vLLM, or `shoestring.load`.", "",

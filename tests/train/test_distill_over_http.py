@@ -130,7 +130,8 @@ def test_a_student_learns_over_http_and_leaves_with_its_papers(
     questions.write_text("\n".join(lines) + "\n")
     with _served(taught[1], tmp_path) as address:
         told = _say(capsys, "ask", "--teacher", address, "--model", "teacher", "--questions", questions,
-                    "--out", store, "--max-tokens", 40, "--temperature", 1, "--seed", 1, "--licence", "own model", "--quiet")  # fmt: skip
+                    "--out", store, "--max-tokens", 40, "--temperature", 1, "--seed", 1, "--licence", "own model",
+                    "--quiet")  # fmt: skip
     assert told["answered"] == len(asked) and told["failed"] == 0
     sieved = _say(capsys, "curate", store, "--filters", "finished,correct,dedup", "--export", kept, "--quiet")
     assert 0.5 * len(asked) < sieved["kept"] <= len(asked)

@@ -4,7 +4,8 @@
 GET /stats tells the counts. `--plain` is for benchmarks: it reads no question and answers at once. `--remember` honours
 Idempotency-Key: a key it has seen is answered again and not billed again. A question that begins with "!word" (see
 `FAULTS`) is answered accordingly; "!word*3 ..." the first three times only. The answer to a question is a function of
-it and of the seed, so that stored answers can be checked.
+it and of the seed, so that stored answers can be checked. `--invent` writes questions or people between
+tags as it is asked to, with repeats, refusals and answers cut off among them; on /v1/completions, without tags.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import random
 from collections import Counter
 from typing import Any
 
@@ -135,6 +137,7 @@ class Stub:
                 return reply(status, body, more)
         else:
             word = ""
+        word = word or ("invent" if self.options.invent else "")
         self.counts["billed"] += 1
         self.asked[json.dumps([request["messages"], request.get("seed")])] += 1
         return completion(request, text, word)
@@ -158,14 +161,45 @@ def completion(request: dict[str, Any], text: str, word: str) -> bytes:
     usage: Any = {"prompt_tokens": 20, "completion_tokens": 40 * count, "prompt_tokens_details": {"cached_tokens": 5}}
     usage = COUNTS.get(word, usage)
     finish = {"length": "length", "filtered": "content_filter"}.get(word, "stop")
-    choices = [{"index": i, "finish_reason": finish, "message": _message(request, text, i, word)} for i in range(count)]
+    choices: list[dict[str, Any]] = [
+        {"index": i, "finish_reason": finish, "message": _message(request, text, i, word)} for i in range(count)
+    ]
+    if word == "invent":
+        choices = [{"index": 0, **invented(request, text)}]
     model = "another-model" if word == "other" else request["model"]
     document = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": model, "choices": choices,
                 "usage": usage, "system_fingerprint": "fp_1"}  # fmt: skip
     if request.get("stream"):
         return stream(document, word)
+    if request["messages"][0]["role"] == "raw":
+        for choice in choices:
+            choice["text"] = choice.pop("message")["content"]
     more = "x-ratelimit-remaining-requests: 0\r\nx-ratelimit-reset-requests: 300ms\r\n" if word == "exhausted" else ""
     return reply(200, json.dumps(document).encode(), more)
+
+
+WORDS = [a + b for a in ("ba", "ko", "li", "mu", "ne", "pri", "sta", "tor", "ve", "zu") for b in "bdfgklmnprst"]
+
+
+def invented(request: dict[str, Any], text: str) -> dict[str, Any]:
+    """The message and finish of an answer that invents; one in ten is a repeat, a refusal, or cut off."""
+    draw = random.Random(f"{text}|{request.get('seed')}")
+    kind = draw.randrange(10)
+
+    def question() -> str:
+        return f"What is the {' '.join(draw.choices(WORDS, k=14))}?"
+
+    if request["messages"][0]["role"] == "raw":
+        said = "What is always the same question here?" if kind == 0 else question() + "<|im_end|>"
+    elif kind == 1:
+        said = "I'm sorry, but I can't help with that."
+    elif "between <person>" in text:
+        said = f"<person>A {' '.join(draw.choices(WORDS, k=8))}.</person>"
+    else:
+        many = 8 if "Write 8 new" in text else 1
+        same = "<question>What is always the same question here?</question>"
+        said = "\n".join(same if draw.random() < 0.1 else f"<question>{question()}</question>" for _ in range(many))
+    return {"finish_reason": "length" if kind == 2 else "stop", "message": {"role": "assistant", "content": said}}
 
 
 def _message(request: dict[str, Any], text: str, choice: int, word: str) -> dict[str, Any]:
@@ -232,7 +266,10 @@ class Connection(asyncio.Protocol):
             if head.startswith("GET"):
                 self.transport.write(reply(200, json.dumps(self.stub.stats()).encode()))
                 continue
-            task = asyncio.get_running_loop().create_task(self.put(json.loads(body), headers.get("idempotency-key")))
+            asked = json.loads(body)
+            if path == "/v1/completions":
+                asked["messages"] = [{"role": "raw", "content": asked["prompt"]}]
+            task = asyncio.get_running_loop().create_task(self.put(asked, headers.get("idempotency-key")))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
 
@@ -294,4 +331,5 @@ if __name__ == "__main__":
     parser.add_argument("--latency", type=float, default=0.0)
     parser.add_argument("--remember", action="store_true")
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--invent", action="store_true")
     asyncio.run(serve(parser.parse_args()))

@@ -118,8 +118,9 @@ def _ask(given: SimpleNamespace) -> None:
     if given.teacher is not None and is_local(given.teacher):
         outcome = _ask_here(given, source, identity)
     else:
+        budget = budget_of(given.budget, given.budget_tokens, given.budget_answers)
         job = Job(
-            given.out, source, identity, _apis(given), given.samples, _budget(given), given.share, given.retry_failed,
+            given.out, source, identity, _apis(given), given.samples, budget, given.share, given.retry_failed,
             given.dry_run, skipped, given.quiet,
         )  # fmt: skip
         if given.batch:
@@ -151,19 +152,20 @@ def _ask_here(given: SimpleNamespace, source: Any, identity: str) -> Outcome:
     from shoestring.core.nouns import Sampling
     from shoestring.teachers._local import load_local, run_local
 
-    whom = load_local(given.teacher, name=given.name, licence=given.licence)
+    local = load_local(given.teacher, name=given.name, licence=given.licence)
     decoding = Sampling(
         max_new_tokens=given.max_tokens, temperature=1.0 if given.temperature is None else given.temperature,
         top_p=1.0 if given.top_p is None else given.top_p, seed=given.seed or 0,
     )  # fmt: skip
-    return run_local(given.out, whom, source, identity, given.samples, decoding, quiet=given.quiet)
+    return run_local(given.out, local, source, identity, given.samples, decoding, quiet=given.quiet)
 
 
-def _budget(given: SimpleNamespace) -> Budget:
+def budget_of(usd: str | None, tokens: int | None, answers: int | None) -> Budget:
+    """The limits over a store's life. Raises UserError for what is no amount of money."""
     from shoestring.data.claims import Budget
     from shoestring.teachers._price import pico
 
-    return Budget(None if given.budget is None else pico(given.budget), given.budget_tokens, given.budget_answers)
+    return Budget(None if usd is None else pico(usd), tokens, answers)
 
 
 def _apis(given: SimpleNamespace) -> list[Api]:
@@ -174,15 +176,15 @@ def _apis(given: SimpleNamespace) -> list[Api]:
         "max_tokens": given.max_tokens, "n": given.n, "stream": given.stream, "most": given.concurrency,
         "rpm": given.rpm, "tpm": given.tpm, "tries": given.tries, "patience_s": given.patience,
         "permission": given.i_have_permission, "limits": Limits(total_s=given.timeout), "price": given.price,
-        "licence": given.licence, "discount": given.discount if given.batch else 0, "decoding": _decoding(given.temperature, given.top_p, given.seed, given.extra),
+        "licence": given.licence, "discount": given.discount if given.batch else 0, "decoding": decoding_of(given.temperature, given.top_p, given.seed, given.extra),
     }  # fmt: skip
-    return [Api(**shared | own) for own in _whom(given.teacher, given.model, given.teachers, given.key, given.name)]
+    return [Api(**shared | own) for own in whom(given.teacher, given.model, given.teachers, given.key, given.name)]
 
 
-def _whom(
+def whom(
     teacher: str | None, model: str | None, teachers: Path | None, key: str | None, name: str | None
 ) -> list[dict[str, Any]]:
-    """The teachers' own options."""
+    """The teachers' own options, from what was given. Raises UserError."""
     if teachers is not None:
         return [_with_key(given) for given in _listed(teachers)]
     if teacher is None or model is None:
@@ -190,7 +192,8 @@ def _whom(
     return [_with_key({"url": teacher, "model": model, "key": key, "name": name})]
 
 
-def _decoding(temperature: float | None, top_p: float | None, seed: int | None, extra: str | None) -> dict[str, Any]:
+def decoding_of(temperature: float | None, top_p: float | None, seed: int | None, extra: str | None) -> dict[str, Any]:
+    """Parameters of decoding as a body holds them. Raises UserError for an `extra` that is no JSON object."""
     import json
 
     given = {"temperature": temperature, "top_p": top_p, "seed": seed}

@@ -80,7 +80,7 @@ Inputs = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add `run` and the stage verbs."""
-    from shoestring import cli_ask, cli_curate, cli_distill  # here, for they use this file's options
+    from shoestring import cli_ask, cli_curate, cli_distill, cli_synthesize  # here, for they use this file's options
 
     own = {"ask": cli_ask, "distill": cli_distill}
     text = described(
@@ -93,6 +93,7 @@ def register(app: typer.Typer) -> None:
         if kind in own:  # verbs with options of their own
             own[kind].register(app)
             if kind == "ask":
+                cli_synthesize.register(app)
                 cli_curate.register(app)
             continue
         app.command(kind, help=described(summary, *examples), rich_help_panel=ROAD)(stage_verb(kind))

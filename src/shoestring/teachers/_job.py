@@ -47,6 +47,7 @@ class Api:
     tries: int = 5
     patience_s: float = 600.0
     discount: int = 0
+    raw: bool = False  # text completions: a question is one message of role "raw", sent as it is
     limits: Limits = field(default_factory=Limits)
 
     @property
@@ -64,7 +65,7 @@ class Api:
     def lane(self, store: Store) -> Lane:
         """The lane that asks it. Raises UserError for a bad address, an unknown price, a missing key."""
         self.check()
-        url, rate = check_url(self.url), self.rate()
+        url, rate = check_url(self.url, "completions" if self.raw else "chat/completions"), self.rate()
         fields = {
             "teacher": self.title, "model": self.model, "endpoint": url, "decoding": self.asked, "price": rate.row(),
             "licence": self.licence or "unknown", "terms": "forbid competing models" if self.forbids() else "",
@@ -73,7 +74,7 @@ class Api:
         return Lane(
             self.title, store.how(hashlib.sha256(canonical(fields).encode()).hexdigest(), fields),
             Sender(url, key=key_from(self.key), limits=self.limits, most=self.most, stream=self.stream),
-            Body(self.model, self.asked, stream=self.stream),
+            Body(self.model, self.asked, stream=self.stream, raw=self.raw),
             Pace(self.most, rpm=self.rpm, tpm=self.tpm, start=self.start), rate, self.model, self.max_tokens, self.n,
             self.stream, self.tries, self.patience_s,
         )  # fmt: skip
@@ -88,7 +89,9 @@ class Api:
             raise UserError("concurrency, n, max tokens and tries must be at least 1.")
         if self.weight <= 0:
             raise UserError(f"the weight of {self.title} is {self.weight}; it must be positive.")
-        for name in ("model", "messages", "stream", "n", "max_completion_tokens"):
+        if self.raw and self.stream:
+            raise UserError("text completions are not asked for as streams; leave out --stream.")
+        for name in ("model", "messages", "prompt", "stream", "n", "max_completion_tokens"):
             if name in self.decoding:
                 raise UserError(f'"{name}" cannot be a parameter of decoding; it has an option of its own.')
         if self.forbids() and not self.permission:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from shoestring.core.contracts import Question, Teacher
 from shoestring.core.errors import UserError
@@ -36,8 +37,11 @@ def is_local(teacher: str) -> bool:
     return "://" not in teacher and Path(teacher).exists()
 
 
-def load_local(teacher: str, *, name: str | None, licence: str | None) -> Teacher:
-    """A checkpoint's or run's engine, or the replay of a store or an export. Raises UserError."""
+def load_local(teacher: str, *, name: str | None, licence: str | None, thinking: bool = True) -> Teacher:
+    """A checkpoint's or run's engine, or the replay of a store or an export. Raises UserError.
+
+    thinking: what a model says in another form than <think>...</think>answer is no answer.
+    """
     path = Path(teacher)
     if path.suffix in (".jsonl", ".db") or (path / "traces.db").is_file():
         found: Teacher = load_part("teachers", "replay").teacher(traces=path / "traces.db" if path.is_dir() else path)
@@ -48,7 +52,7 @@ def load_local(teacher: str, *, name: str | None, licence: str | None) -> Teache
             raise UserError(f"{path} is a run without a checkpoint; give one that trained a model.")
         path = latest[1]
     engine: Teacher = load_part("teachers", "engine").teacher(
-        model=str(path), licence=licence or "own model", name=name or teacher.rstrip("/")
+        model=str(path), licence=licence or "own model", name=name or teacher.rstrip("/"), thinking=thinking
     )
     return engine
 
@@ -58,8 +62,7 @@ def run_local(
     *, quiet: bool = True,
 ) -> Outcome:  # fmt: skip
     """Ask what is missing; as `_session.run` does over HTTP. Raises UserError."""
-    decoding = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
-                "seed": sampling.seed}  # fmt: skip
+    decoding = decoding_of(sampling)
     fields = {"teacher": teacher.name, "licence": teacher.licence, "decoding": decoding}
     digest = hashlib.sha256(canonical(fields).encode()).hexdigest()
     with Worker(out) as worker:
@@ -81,6 +84,13 @@ def run_local(
             return Outcome(told, store.counts(job), store.read_purse(), doubtful, store.troubles(), seconds)
         finally:
             store.close()
+
+
+def decoding_of(sampling: Sampling) -> dict[str, Any]:
+    """What identifies the answers of a teacher in this process, beside its name."""
+    found = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
+             "seed": sampling.seed}  # fmt: skip
+    return found | ({"stop_ids": list(sampling.stop_ids)} if sampling.stop_ids else {})
 
 
 def _plan(store: Store, job: int, how: int, ids: TraceIds, asked: Iterator[Asked], samples: int) -> None:

@@ -128,8 +128,8 @@ def _short(error: BaseException) -> str:
     return text.split(" [")[-1].rstrip("]")[:200] if "[" in text else text[:200]
 
 
-def check_url(url: str) -> str:
-    """The address of chat completions for what a user gave. Raises UserError for what is no address."""
+def check_url(url: str, wanted: str = "chat/completions") -> str:
+    """The address of `wanted` for what a user gave. Raises UserError for what is no address."""
     from urllib.parse import urlsplit
 
     parts = urlsplit(url)
@@ -137,8 +137,8 @@ def check_url(url: str) -> str:
         raise UserError(f'"{url}" is no address; give one like https://api.deepseek.com/v1.')
     base = url.rstrip("/")
     if base.endswith("/chat/completions"):
-        return base
-    return f"{base}/chat/completions" if parts.path.strip("/") else f"{base}/v1/chat/completions"
+        return base.removesuffix("chat/completions") + wanted
+    return f"{base}/{wanted}" if parts.path.strip("/") else f"{base}/v1/{wanted}"
 
 
 def is_local(url: str) -> bool:

@@ -63,13 +63,17 @@ class Reply:
 
 
 class Body:
-    """Request bodies for one way of asking: everything but messages, seed and n is encoded once."""
+    """Request bodies for one way of asking: everything but messages, seed and n is encoded once.
 
-    def __init__(self, model: str, decoding: Mapping[str, Any], *, stream: bool = False) -> None:
+    raw: text completions; the prompt is the content of the one message.
+    """
+
+    def __init__(self, model: str, decoding: Mapping[str, Any], *, stream: bool = False, raw: bool = False) -> None:
         values = {"model": model, **{key: value for key, value in decoding.items() if key != "seed"}}
         if stream:
             values |= {"stream": True, "stream_options": {"include_usage": True}}
-        self._head = json.dumps(values, ensure_ascii=False)[:-1] + ', "messages": '
+        self._raw = raw
+        self._head = json.dumps(values, ensure_ascii=False)[:-1] + (', "prompt": ' if raw else ', "messages": ')
         self._seed = decoding.get("seed")
 
     def encode(self, messages: str, sample: int = 0, n: int = 1) -> bytes:
@@ -77,7 +81,8 @@ class Body:
         tail = f', "n": {n}' if n > 1 else ""
         if self._seed is not None:
             tail += f', "seed": {self._seed + sample}'
-        return f"{self._head}{messages}{tail}}}".encode()
+        asked = json.dumps(json.loads(messages)[0]["content"], ensure_ascii=False) if self._raw else messages
+        return f"{self._head}{asked}{tail}}}".encode()
 
 
 def read_reply(body: bytes, asked: int = 1) -> Reply:
@@ -177,6 +182,8 @@ def _reply(document: Mapping[str, Any], choices: list[Choice], asked: int) -> Re
 
 def _choice(choice: Any) -> Choice:
     message = choice.get("message") if isinstance(choice, dict) else None
+    if isinstance(choice, dict) and isinstance(choice.get("text"), str) and message is None:
+        message = {"content": choice["text"]}  # of a text completion
     if not isinstance(message, dict):
         raise _unreadable(choice)
     thinking = message.get("reasoning_content") or message.get("reasoning")

@@ -22,6 +22,7 @@ from shoestring.text.chat import render, split_thinking
 from shoestring.text.tokenizer import Tokenizer
 
 SEEDS = 1 << 62
+RAW = "raw"  # the role of text that no template is put around
 
 
 class EngineTeacher:
@@ -61,7 +62,7 @@ class EngineTeacher:
             yield from self._answer_batch(batch, sampling, seeds.randrange(SEEDS))
 
     def _answer_batch(self, batch: Sequence[Question], sampling: Sampling, seed: int) -> Iterator[Trace]:
-        prompts = [render(q.messages, self._tokenizer, generation_prompt=True).ids for q in batch]
+        prompts = [self._prompt(question) for question in batch]
         started = time.monotonic()
         groups = self._engine.generate(prompts, replace(sampling, seed=seed))
         cost = (time.monotonic() - started) / 3600 * self._usd_per_hour
@@ -71,13 +72,20 @@ class EngineTeacher:
                 share = len(completion.token_ids) / tokens
                 yield self._trace(question, prompt_ids, completion, sample, sampling, cost * share)
 
+    def _prompt(self, question: Question) -> list[int]:
+        """The template's ids; a question of one message of role "raw" is gone on with as it is."""
+        if question.messages[0].role == RAW:
+            return self._tokenizer.encode(question.messages[0].content, specials=True)
+        return render(question.messages, self._tokenizer, generation_prompt=True).ids
+
     def _trace(
         self, question: Question, prompt_ids: list[int], completion: Completion, sample: int, sampling: Sampling,
         cost_usd: float,
     ) -> Trace:  # fmt: skip
         messages = [as_row(message) for message in question.messages]
         decoding = asdict(sampling) | {"stop_ids": list(sampling.stop_ids), "stop": list(sampling.stop)}
-        thinking, answer = split_thinking(completion.text) if self._thinking else (None, completion.text.strip())
+        split = self._thinking and question.messages[0].role != RAW
+        thinking, answer = split_thinking(completion.text) if split else (None, completion.text.strip())
         return Trace(
             id=trace_id(self.name, messages, decoding, sample),
             teacher=self.name,

@@ -133,6 +133,24 @@ def render_turns(
     return _encode(text, tokenizer, mark)
 
 
+def user_opening(tokenizer: Tokenizer, system: str | None = None) -> tuple[str, str]:
+    """(what the template writes before a user's words, the first thing it writes after them).
+
+    The second is a special token where one comes first, and may be "". Raises UserError as `render` does.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError("the tokenizer has no chat template; add chat_template.jinja beside its tokenizer.json.")
+    turns = [{"role": "system", "content": system}] if system else []
+    mark = _free_character(set(system or ""))
+    turns.append({"role": "user", "content": mark})
+    text = _fill(tokenizer.chat_template, turns, tokenizer.special_tokens, True)
+    before, found, after = text.partition(mark)
+    if not found:
+        raise UserError("the chat template does not write what the user says; give the opening itself.")
+    special = _pattern(tuple(tokenizer.specials)).match(after.lstrip())
+    return before, special[0] if special else after.strip()
+
+
 def split_thinking(text: str) -> tuple[str | None, str]:
     """(thinking, answer) of a completion `<think>thinking</think>answer`, each without surrounding white space.
 

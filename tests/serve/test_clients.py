@@ -21,7 +21,7 @@ import torch
 from shoestring.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-APART = Path(os.environ.get("SHOESTRING_CLIENTS", ROOT / ".venv-clients")) / "bin"
+APART = Path(os.environ.get("SHOESTRING_CLIENTS", ROOT / ".venv-clients")).absolute() / "bin"
 
 
 def python_with(package: str, *, other_than_ours: bool = False) -> str:
@@ -34,10 +34,12 @@ def python_with(package: str, *, other_than_ours: bool = False) -> str:
     pytest.skip(f"{package} is not installed; `make clients` installs it")
 
 
-def run(*command: str, seconds: float = 100, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str, seconds: float = 100, folder: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=seconds, env=os.environ | quiet | environment
+        command, capture_output=True, text=True, timeout=seconds, env=os.environ | quiet | environment, cwd=folder
     )
 
 
@@ -180,7 +182,7 @@ def test_schemathesis_finds_no_500(server: Any, tmp_path: Path):
     found = run(
         str(Path(python).parent / "schemathesis"), "run", f"{server.url}/openapi.json", "--max-examples", "40",
         "--checks", "not_a_server_error,status_code_conformance,content_type_conformance", "--request-timeout", "30",
-        "--phases", "examples,coverage,fuzzing", "--seed", "1", "--no-color", seconds=600,
+        "--phases", "examples,coverage,fuzzing", "--seed", "1", "--no-color", seconds=600, folder=tmp_path,
     )  # fmt: skip
     assert found.returncode == 0, found.stdout[-6000:]
 

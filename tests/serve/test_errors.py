@@ -60,11 +60,11 @@ CASES = [  # (path, body, param, words)
     (TEXT, text(stop_token_ids=[99999]), "stop_token_ids", "no token id"),
     (TEXT, text(best_of=3), "best_of", "send `n`"),
     (TEXT, text(suffix="x"), "suffix", "not supported"),
-    (TEXT, text(stream=True, echo=True, logprobs=1), "stream", "not streamed"),
     (RESPONSES, {"model": "tiny", "input": "a", "previous_response_id": "r"}, "previous_response_id", "conversation"),
     (RESPONSES, {"model": "tiny", "input": [{"type": "image_generation_call"}]}, "input.0.type", "not supported"),
     (RESPONSES, {"model": "tiny", "input": "a", "tools": [{"type": "web_search"}]}, "tools", "only functions"),
     ("/tokenize", {"model": "tiny"}, "prompt", "either"),
+    ("/tokenize", {"model": "tiny", "messages": []}, "messages", "at least 1"),
     ("/detokenize", {"model": "tiny", "tokens": [99999]}, "tokens", "no tokens"),
 ]  # fmt: skip
 

@@ -102,6 +102,10 @@ def test_remote_tokenizer(server: Any, tokenizer: Tokenizer):
     assert text == "<|end|>3 + 8"
     chat = server.post("/tokenize", {"model": "tiny", "messages": [{"role": "user", "content": "<|end|>"}]}).json()
     assert tokenizer.end_id not in chat["tokens"]  # what a user writes never is a special token
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "<|end|>"}], "add_generation_prompt": False}
+    assert server.post("/tokenize", body).json()["tokens"] == chat["tokens"][:-1]  # without the assistant's mark
+    spent = server.post("/v1/chat/completions", body | {"max_tokens": 1}).json()["usage"]
+    assert spent["prompt_tokens"] == chat["count"] - 1
 
 
 @pytest.fixture(scope="module")

@@ -212,6 +212,30 @@ def test_legacy_logprobs(client: Any):
         assert logprob == max(top.values())  # greedy, and the very same number
 
 
+@pytest.mark.parametrize("new", [0, 3])
+def test_streamed_legacy_logprobs_are_those_of_the_whole(client: Any, new: int):
+    """With echo: the prompt's and the answer's, two prompts, two samples each; joined, they are the whole answer."""
+    fields = {"model": "tiny", "prompt": ["last digit", "3 + 8 ?"], "n": 2, "max_tokens": new, "seed": 3}
+    fields |= {"logprobs": 2, "echo": True}
+    whole = client.completions.create(**fields)
+    texts, found = [""] * 4, [{name: [] for name in ("text_offset", "token_logprobs", "tokens")} for _ in range(4)]
+    ends: dict[int, str] = {}
+    for chunk in client.completions.create(**fields, stream=True):
+        (choice,) = chunk.choices
+        assert choice.index not in ends  # nothing after the end
+        texts[choice.index] += choice.text
+        for name, values in found[choice.index].items():
+            values += getattr(choice.logprobs, name)
+        if choice.finish_reason:
+            ends[choice.index] = choice.finish_reason
+    for choice in whole.choices:
+        assert texts[choice.index] == choice.text and ends[choice.index] == choice.finish_reason
+        streamed, told = found[choice.index], choice.logprobs
+        assert (streamed["tokens"], streamed["text_offset"]) == (told.tokens, told.text_offset)
+        assert streamed["token_logprobs"][1:] == pytest.approx(told.token_logprobs[1:], abs=1e-5)
+        assert len(choice.logprobs.tokens) >= 3 and choice.logprobs.token_logprobs[0] is None
+
+
 def test_token_ids_and_prompt_logprobs(client: Any, tokenizer: Tokenizer):
     extra = {"return_token_ids": True, "prompt_logprobs": 1}
     answer = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=5, extra_body=extra)

@@ -133,6 +133,31 @@ def test_every_way_learns_and_resumes_with_the_same_bits(
     assert again.manifest["cost"]["flops"] == whole.manifest["cost"]["flops"]
 
 
+def test_adapters_on_experts_go_on_with_their_balance(
+    folder: Path, traces: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The router's bias moves while its weights are frozen: it is part of what a checkpoint must hold."""
+    stage = _stage(folder, way="text", inputs={"traces": traces}, lora={"rank": 4})
+    whole = _run(stage, tmp_path / "whole")
+    from shoestring.train import distill
+
+    real, count = distill.train_step, 0
+
+    def dying(*args: Any, **more: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return real(*args, **more)
+
+    monkeypatch.setattr(distill, "train_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        _run(stage, tmp_path / "killed")
+    one, other = _weights(whole), _weights(_run(stage, tmp_path / "killed"))
+    assert any("e_score_correction_bias" in name and value.any() for name, value in one.items())
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_the_teachers_reading_is_on_the_bill(student: Path, folder: Path, traces: Path, tmp_path: Path) -> None:
     text = _run(_stage(student, way="text", inputs={"traces": traces}, steps=2), tmp_path / "a").manifest
     beside = _run(

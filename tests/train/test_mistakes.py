@@ -30,8 +30,12 @@ from shoestring.train.configs import (
     AskStage,
     Decoding,
     EvalStage,
+    ModelSpec,
     Optim,
+    PretrainStage,
     Recipe,
+    RejectStage,
+    RlStage,
     SftStage,
     Stage,
     TaskMix,
@@ -39,6 +43,7 @@ from shoestring.train.configs import (
 )
 
 BOOK = Textbook(mix=quickstart.LEARN[:1])
+WISH = Path(__file__).with_name("wish.py")  # a reward that an untrained model earns now and then
 QUESTIONS = (TaskMix(task="questions", kinds=("sum",), difficulty=(3, 4)),)
 
 
@@ -182,14 +187,39 @@ def asking(folder: Path, root: Path, kind: str) -> Run:
     stage: Stage
     if kind == "ask":
         stage = AskStage(inputs={"teacher": str(folder)}, curate=("dedup",), problems_per_batch=3, **values)
+    elif kind == "reject":
+        stage = RejectStage(inputs={"model": str(folder)}, curate=("dedup",), problems_per_batch=3, **values)
     else:
         stage = EvalStage(inputs={"model": str(folder)}, rows_per_batch=6, **values)
     return run_recipe(Recipe(name="t", stages=(stage,)), root, quiet=True).runs[kind]
 
 
+def training(folder: Path, root: Path, kind: str) -> Run:
+    """Pretraining from nothing with its stream of tokens; RL with a reference, both with a checkpoint every 2 steps."""
+    common: dict[str, Any] = {"name": kind, "steps": 6, "checkpoint_every": 2, "compute": quickstart.COMPUTE}
+    stage: Stage
+    if kind == "pretrain":
+        config = quickstart.TEACHER.config | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        stage = PretrainStage(
+            inputs={"tokenizer": str(folder)}, model=ModelSpec(family="deepseek", config=config), corpus=BOOK,
+            corpus_tokens=20_000, row_tokens=64, tokens_per_step=512, mtp_lambda=0.3, optim=Optim(kind="muon", lr=1e-2),
+            **common,
+        )  # fmt: skip
+    else:
+        stage = RlStage(
+            inputs={"model": str(folder)}, mix=QUESTIONS, rewards={str(WISH): 1.0}, problems_per_step=4, group_size=4,
+            max_tries=1, preflight_problems=3, minimum_mixed=0.0, kl_beta=0.01, reference_every=3,
+            decoding=Decoding(max_new_tokens=12), optim=Optim(lr=3e-3, warmup_steps=0), **common,
+        )  # fmt: skip
+    return run_recipe(Recipe(name="t", stages=(stage,)), root, quiet=True).runs[kind]
+
+
 # what is run, and what of it must be the same as where there was space
 ON_A_SMALL_DISK: dict[str, tuple[Callable[[Path, Path], Run], Callable[[Run], Any]]] = {
+    "pretrain": (lambda folder, root: training(folder, root, "pretrain"), weights),
     "sft": (road, weights),
+    "rl": (lambda folder, root: training(folder, root, "rl"), weights),
+    "reject": (lambda folder, root: asking(folder, root, "reject"), lambda run: TraceStore(run.path).digest()),
     "ask": (lambda folder, root: asking(folder, root, "ask"), lambda run: TraceStore(run.path).digest()),
     "eval": (lambda folder, root: asking(folder, root, "eval"), lambda run: (run.path / "result.json").read_text()),
 }
@@ -200,7 +230,7 @@ def test_a_disk_that_fills_again_and_again(folder: Path, tmp_path: Path, kind: s
     """Whatever is being written when it is full, the sentence is one, and with more space the run goes on."""
     run, left = ON_A_SMALL_DISK[kind]
     whole = run(folder, tmp_path / "whole")
-    size, full = 8, 0
+    size, full, reached = 8, 0, set[int]()
     with disk(tmp_path / "disk", size) as resize:
         while True:
             try:
@@ -209,9 +239,31 @@ def test_a_disk_that_fills_again_and_again(folder: Path, tmp_path: Path, kind: s
             except DiskFull as error:
                 assert "No space left on the disk of" in str(error) and "\n" not in str(error)
                 full, size = full + 1, size + max(8, size // 3)
+                reached |= {(run.latest_checkpoint() or (0, ""))[0] for run in runs_tree(tmp_path / "disk" / "runs")}
                 resize(size)
+        if kind in ("pretrain", "sft", "rl"):
+            assert {0, 2} <= reached  # before its first checkpoint, and in the middle
         assert full >= 4 and left(made) == left(whole)
         assert [row["step"] for row in made.metrics()] == [row["step"] for row in whole.metrics()]
+
+
+def test_a_full_disk_is_the_users_to_mend(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """Exit code 2, one sentence and the run directory; the same command goes on once there is space."""
+    with disk(tmp_path / "disk", 160) as resize:
+        words = ["eval", "--from", f"model={folder}", "--set", "problems=2", "--set", "samples=1", "--quiet"]
+        words += ["--set", "decoding.max_new_tokens=4", "--runs", str(tmp_path / "disk" / "runs")]
+        rest = tmp_path / "disk" / "ballast"
+        rest.write_bytes(bytes(132 * 1024))
+        assert cli.main(words) == 2
+        first, *more = capsys.readouterr().err.splitlines()
+        assert first.startswith("No space left on the disk of ")
+        assert first.endswith("free some and run the same command again; it goes on.")
+        assert more == [f"run directory: {runs_tree(tmp_path / 'disk' / 'runs')[0].path}"]
+        rest.unlink()
+        resize(4000)
+        assert cli.main(words) == 0
+        (run,) = runs_tree(tmp_path / "disk" / "runs")
+        assert run.finished and run.manifest["attempts"] == 2
 
 
 # ---- a task whose gold is wrong -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from shoestring.core.run import Run, runs_tree
+from shoestring.data.traces import TraceStore
 from shoestring.recipes import quickstart
-from shoestring.road import run_recipe
+from shoestring.road import STAGES, resolve_recipe, run_recipe
 from shoestring.train import step as step_module
 from shoestring.train.configs import Recipe
 
@@ -99,3 +101,55 @@ def test_kill_9_inside_every_stage_ends_with_the_same_bits(tmp_path: Path) -> No
     attempts = [run.manifest["attempts"] for run in runs_tree(tmp_path / "killed")]
     assert sum(attempts) >= len(attempts) + len(killed_in)
     assert isinstance(runs_tree(tmp_path / "killed")[0], Run)
+
+
+EVERY_STAGE = Path(__file__).with_name("every_stage.py")
+# What a stage leaves when it is in its middle; every other kind writes metrics. These two write at their end alone.
+MIDDLE = {"capture": "store/shard-00002.bin", "tokenizer": "logs/attempt_001.json", "prune": "logs/attempt_001.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kill_9_inside_every_kind_of_stage_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """In its middle, and again at a moment drawn at random after the next beginning."""
+
+    def start(root: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "shoestring.cli", "run", str(EVERY_STAGE), "--quiet", "--runs", str(root)]
+        return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+
+    def kill_once(pattern: str, rows: int, wait: float) -> bool:
+        """Start, and kill `wait` seconds after there is a file of the pattern with so many lines."""
+        process, until = start(tmp_path / "killed"), time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < until:
+            found = next((tmp_path / "killed").glob(pattern), None)
+            if found is not None and (rows == 0 or found.read_bytes().count(b"\n") >= rows):
+                time.sleep(wait)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        return process.wait() == -signal.SIGKILL
+
+    recipe, draw = resolve_recipe(str(EVERY_STAGE), []), random.Random(5)
+    assert {stage.stage for stage in recipe.stages} == set(STAGES)
+    assert start(tmp_path / "whole").wait() == 0
+    killed: dict[str, int] = {}
+    for stage in recipe.stages:
+        folder, mark = f"{stage.name}-every-stage-*", MIDDLE.get(stage.stage, "metrics.jsonl")
+        killed[stage.name] = kill_once(f"{folder}/{mark}", 4 if mark == "metrics.jsonl" else 0, draw.random() * 0.02)
+        killed[stage.name] += kill_once(f"{folder}/logs/attempt_002.json", 0, draw.random() * 0.3)
+    assert start(tmp_path / "killed").wait() == 0
+    left = {run.manifest["stage"]: run for run in runs_tree(tmp_path / "killed")}
+    assert all(killed.values()) and sum(killed.values()) >= 2 * len(killed) - 2, killed
+    assert all(left[name].manifest["attempts"] > count for name, count in killed.items())
+    assert _hashes(tmp_path / "killed") == _hashes(tmp_path / "whole")
+    for run in runs_tree(tmp_path / "whole"):
+        other = left[run.manifest["stage"]]
+        assert other.metrics() == run.metrics(), run.name
+        if (run.path / "traces.db").exists():
+            assert TraceStore(other.path).digest() == TraceStore(run.path).digest()
+        for path in (run.path / "store").glob("*"):
+            assert (other.path / "store" / path.name).read_bytes() == path.read_bytes(), path
+        if run.manifest["stage"] not in ("reject", "ask", "capture-topk"):
+            continue
+        cost = run.manifest["cost"], other.manifest["cost"]
+        assert cost[0]["flops"] == cost[1]["flops"] and cost[0]["tokens"] == cost[1]["tokens"]

@@ -29,6 +29,7 @@ from typing import Any
 
 from shoestring.core import host, ledger, manifest
 from shoestring.core.atomic import (
+    DiskFull,
     clear_temporaries,
     commit_dir,
     disk_full,
@@ -203,11 +204,9 @@ class Run:
                 log = self.path / "logs" / f"attempt_{self._fields['attempts']:03d}.txt"
                 write_text(log, "".join(traceback.format_exception(error)))
             self._end("interrupted" if stopped else "failed", f"{type(error).__name__}: {error}")
-        except (
-            OSError,
-            UserError,
-        ) as second:  # the disk that failed the stage may fail its epitaph; the first is the news
-            error.add_note(f"and the manifest could not be updated: {second}")
+        except (OSError, UserError) as second:  # what failed the stage may fail its epitaph; the first is the news
+            if not (isinstance(error, DiskFull) and isinstance(second, DiskFull)):  # one full disk is said once
+                error.add_note(f"and the manifest could not be updated: {second}")
 
     def _end(self, status: str, message: str) -> None:
         if self.finished:

@@ -54,6 +54,11 @@ def adapters(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def moved(model: nn.Module) -> dict[str, Tensor]:
+    """All that training changes, by name: what is learnt, and the biases that balance the experts (V3 2.1.2)."""
+    return {**adapters(model), **dict(model.named_buffers())}
+
+
 def merged(model: Any) -> Any:
     """A plain model that computes the same; the model itself when it has no adapters."""
     if not is_attached(model):

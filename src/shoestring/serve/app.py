@@ -114,6 +114,7 @@ def _tokens(app: FastAPI, service: Service) -> None:
             if asked.prompt is not None:
                 return served.tokenizer.encode(asked.prompt, specials=True)
             chat = ChatRequest(model=served.name, messages=asked.messages or [], tools=asked.tools,
+                               add_generation_prompt=asked.add_generation_prompt,
                                chat_template_kwargs=asked.chat_template_kwargs)  # fmt: skip
             return chat_prompt(chat, served.tokenizer).ids
 

@@ -2,6 +2,8 @@
 
 Of a request with `echo` and `logprobs` the arrays have one entry for each prompt token and each generated one; the
 first is null, the last is the generated token even when it ends the text: whoever cuts `[:-1]` loses that one only.
+Streamed, the chunks of such a choice come when it is finished, for only then does the engine tell what it thought of
+the prompt.
 """
 
 from __future__ import annotations
@@ -27,12 +29,14 @@ class CompletionWriter:
         self._finish: list[str | None] = [None] * count
         self._offset = [len(texts[index // self._n]) if request.echo else 0 for index in range(count)]
         self.silent = request.max_tokens == 0  # only the prompt was asked about
+        self._scored = request.echo and request.logprobs is not None
+        self._waiting: list[list[Event]] = [[] for _ in range(count)]  # of a choice whose prompt is scored
 
     def begin(self) -> list[dict[str, Any]]:
         """Echoed prompts come first."""
-        if not self._request.echo:
+        if not self._request.echo or self._scored:
             return []
-        return [self._chunk(index, self._prompts[index // self._n], None) for index in range(len(self._text))]
+        return [self._chunk(index, self._prompts[index // self._n], None, None) for index in range(len(self._text))]
 
     def feed(self, index: int, event: Event, tally: Tally) -> list[dict[str, Any]]:
         text = "" if self.silent else event.text
@@ -42,17 +46,45 @@ class CompletionWriter:
             self._finish[index] = tally.finish[index] = str(event.finish_reason)
         elif not text and self._request.logprobs is None:
             return []
-        logprobs = None
+        if not self._scored:
+            return [self._told(index, event, self._finish[index])]
+        self._waiting[index].append(event)
+        if self._finish[index] is None:
+            return []
+        *earlier, last = self._waiting[index]
+        prompt = self._echoed(index)
+        told = [self._told(index, piece, None) for piece in earlier]
+        return [prompt, *told, self._told(index, last, self._finish[index])]
+
+    def _echoed(self, index: int) -> dict[str, Any]:
+        """The chunk of the prompt with its logprobs; where its tokens end, the offsets of what follows go on."""
+        legacy = self._of_prompt(index)
+        ids = self._parts[index // self._n].ids
+        self._offset[index] = sum(len(self._served.texts.text(token)) for token in ids)
+        return self._chunk(index, self._prompts[index // self._n], legacy.fields, None)
+
+    def _of_prompt(self, index: int) -> LegacyLogprobs:
+        completion, legacy = self._done[index], self._legacy(0)
+        assert completion is not None
+        scores = completion.prompt_logprobs or []
+        for token, pairs in zip(self._parts[index // self._n].ids, scores, strict=True):
+            legacy.add(token, None if pairs is None else pairs[0][1], None if pairs is None else pairs[1:])
+        return legacy
+
+    def _told(self, index: int, event: Event, finish: str | None) -> dict[str, Any]:
+        text, logprobs = "" if self.silent else event.text, None
         if self._request.logprobs is not None:
             legacy = self._legacy(self._offset[index])
-            for place, (token, value) in enumerate(zip(event.token_ids, event.logprobs, strict=True)):
+            pairs = [] if self.silent else zip(event.token_ids, event.logprobs, strict=True)
+            for place, (token, value) in enumerate(pairs):
                 legacy.add(token, value, event.top_logprobs[place] if event.top_logprobs else None)
             self._offset[index] += sum(len(self._served.texts.text(token)) for token in event.token_ids)
             logprobs = legacy.fields
-        return [self._chunk(index, text, logprobs)]
+        return self._chunk(index, text, logprobs, finish)
 
-    def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": self._finish[index]}
+    @staticmethod
+    def _chunk(index: int, text: str, logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
     def _legacy(self, offset: int) -> LegacyLogprobs:
         as_ids = bool(self._request.return_tokens_as_token_ids)
@@ -66,12 +98,11 @@ class CompletionWriter:
         assert completion is not None
         part = self._parts[index // self._n]
         text = "".join(self._text[index])
-        entry = self._chunk(index, (self._prompts[index // self._n] if request.echo else "") + text, None)
+        entry = self._chunk(
+            index, (self._prompts[index // self._n] if request.echo else "") + text, None, self._finish[index]
+        )
         if request.logprobs is not None:
-            legacy = self._legacy(0)
-            if request.echo:
-                for token, pairs in zip(part.ids, completion.prompt_logprobs or [], strict=True):
-                    legacy.add(token, None if pairs is None else pairs[0][1], None if pairs is None else pairs[1:])
+            legacy = self._of_prompt(index) if request.echo else self._legacy(0)
             if not self.silent:
                 for place, (token, value) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
                     legacy.add(token, value, completion.top_logprobs[place] if completion.top_logprobs else None)

@@ -56,8 +56,9 @@ def chat_prompt(request: ChatRequest, tokenizer: Tokenizer) -> ChatPrompt:
     going_on = bool(request.continue_final_message)
     if going_on and request.add_generation_prompt:
         raise bad("`continue_final_message` excludes `add_generation_prompt`.", "continue_final_message")
-    ids = _render(turns, tokenizer, going_on, variables)
-    if thinking is not None and not going_on and not any(name in template for name in SWITCHES):
+    asks = not going_on and request.add_generation_prompt is not False
+    ids = _render(turns, tokenizer, going_on, asks, variables)
+    if thinking is not None and asks and not any(name in template for name in SWITCHES):
         ids = _switched(ids, thinking, tokenizer)
     share = None if knows_effort or effort is None else BUDGET_SHARE.get(effort)
     return ChatPrompt(ids, is_open(ids, tokenizer), share)
@@ -135,13 +136,16 @@ def _with_words(turns: list[dict[str, Any]], words: str) -> list[dict[str, Any]]
     return [{"role": "system", "content": words}, *turns]
 
 
-def _render(turns: list[dict[str, Any]], tokenizer: Tokenizer, going_on: bool, variables: dict[str, Any]) -> list[int]:
+def _render(
+    turns: list[dict[str, Any]], tokenizer: Tokenizer, going_on: bool, asks: bool, variables: dict[str, Any]
+) -> list[int]:
     known = {"messages", "add_generation_prompt"} & set(variables)
     if known or any(not name.isidentifier() for name in variables):
         raise bad("`chat_template_kwargs` holds names that a template cannot be given.", "chat_template_kwargs")
-    variables.pop("continue_final", None)
+    for ours in ("continue_final", "ask"):
+        variables.pop(ours, None)
     try:
-        return render_turns(turns, tokenizer, continue_final=going_on, **variables)
+        return render_turns(turns, tokenizer, continue_final=going_on, ask=asks, **variables)
     except UserError as error:
         raise bad(str(error), "messages", "template_error") from None
 

@@ -233,8 +233,6 @@ class Service:
     def _completions(self, served: Served, raw: Mapping[str, Any]) -> Prepared:
         request = read(CompletionRequest, raw)
         prompts, texts = self._prompts(served, request)
-        if request.stream and request.echo and request.logprobs is not None:
-            raise bad("`echo` with `logprobs` is not streamed here; leave out `stream`.", "stream")
         parts = []
         echoed = request.logprobs if request.echo and request.logprobs is not None else None
         about = request.prompt_logprobs if echoed is None else max(echoed, request.prompt_logprobs or 0)

@@ -108,13 +108,14 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, *, generation_prom
 
 
 def render_turns(
-    turns: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, continue_final: bool = False, **variables: Any
-) -> list[int]:
+    turns: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, continue_final: bool = False, ask: bool = True,
+    **variables: Any,
+) -> list[int]:  # fmt: skip
     """Ids of turns as templates see them (role, content, reasoning_content, tool_calls, ...), for the next to speak.
 
-    `continue_final` leaves the last turn open, to be gone on with, instead of asking for a new one. `variables` are
-    the template's own (tools, enable_thinking, ...). No string in turns or variables can become a special token.
-    Raises UserError as `render` does; nothing is dropped from the history but what the template drops.
+    `continue_final` leaves the last turn open, to be gone on with, instead of asking for a new one; without `ask` no
+    new one is asked for. `variables` are the template's own (tools, enable_thinking, ...). No string in turns or
+    variables can become a special token. Raises UserError as `render` does; nothing is dropped from the history but what the template drops.
     """
     if not turns:
         raise UserError("no messages to render; pass at least one.")
@@ -123,7 +124,7 @@ def render_turns(
     mark = _free_character({char for text in _strings([list(turns), variables]) for char in text})
     broken = _broken(list(turns), tokenizer, mark)
     given = _broken(variables, tokenizer, mark)
-    text = _fill(tokenizer.chat_template, broken, tokenizer.special_tokens, not continue_final, **given)
+    text = _fill(tokenizer.chat_template, broken, tokenizer.special_tokens, ask and not continue_final, **given)
     if continue_final:
         last = str(broken[-1].get("content") or "").rstrip()
         place = text.rfind(last)

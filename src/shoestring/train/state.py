@@ -28,7 +28,7 @@ from shoestring.train.step import TrainState
 
 TRAINING_SCHEMA = 2  # 2: sampled tokens are counted
 COUNTERS = ("step", "tokens", "sampled", "flops")
-ADAPTERS = "adapters.safetensors"  # of LoRA: what is learnt, beside the merged weights
+ADAPTERS = "adapters.safetensors"  # of LoRA: what training moves, beside the merged weights
 REFERENCE = "reference"  # folder beside the weights, when a KL term keeps a frozen model
 
 
@@ -124,7 +124,7 @@ def save_training(ctx: Context, state: TrainState, tokenizer: Tokenizer) -> Path
     folder = ctx.run.begin_checkpoint(state.step)
     checkpoint.save(lora.merged(state.model), tokenizer, folder)
     if lora.is_attached(state.model):
-        save_file({name: p.detach().contiguous() for name, p in lora.adapters(state.model).items()}, folder / ADAPTERS)
+        save_file({name: t.detach().contiguous() for name, t in lora.moved(state.model).items()}, folder / ADAPTERS)
     moments: dict[str, Tensor] = {}
     for name, parameter in state.model.named_parameters():
         for optimizer in state.optimizers:
@@ -145,9 +145,12 @@ def _load_training(state: TrainState, path: Path) -> None:
     device = state.model.head_weight.device
     if (path / ADAPTERS).exists():
         kept = open_safetensors(path / ADAPTERS)
+        moved = lora.moved(state.model)
+        if lacking := sorted(moved.keys() - set(kept.keys())):
+            raise UserError(f"{path / ADAPTERS} lacks {lacking[0]}")
         with torch.no_grad():
-            for name, parameter in lora.adapters(state.model).items():
-                parameter.copy_(kept.get_tensor(name))
+            for name, tensor in moved.items():
+                tensor.copy_(kept.get_tensor(name))
     file = open_safetensors(path / "optimizer.safetensors")
     moments = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118 - no mapping
     by_name: dict[str, dict[str, Tensor]] = {}

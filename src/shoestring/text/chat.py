@@ -113,9 +113,10 @@ def render_turns(
 ) -> list[int]:  # fmt: skip
     """Ids of turns as templates see them (role, content, reasoning_content, tool_calls, ...), for the next to speak.
 
-    `continue_final` leaves the last turn open, to be gone on with, instead of asking for a new one; without `ask` no
-    new one is asked for. `variables` are the template's own (tools, enable_thinking, ...). No string in turns or
-    variables can become a special token. Raises UserError as `render` does; nothing is dropped from the history but what the template drops.
+    `continue_final` leaves the last turn open, to be gone on with, instead of asking for a new one; without `ask`
+    no new one is asked for. `variables` are the template's own (tools, enable_thinking, ...). No string in turns or
+    variables can become a special token. Raises UserError as `render` does; nothing is dropped from the history but
+    what the template drops.
     """
     if not turns:
         raise UserError("no messages to render; pass at least one.")

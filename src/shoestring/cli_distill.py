@@ -19,13 +19,17 @@ def register(app: typer.Typer) -> None:
         "shoestring distill --student some/hf-folder --traces runs/ask-mine-0123 --set steps=300",
         "shoestring distill --teacher runs/rl-mine-0123 --student runs/sft-student-0123 --traces runs/ask-mine-0123 "
         "--way reverse_kl",
+        "shoestring distill --teacher some/maths --teacher some/code --student mine --traces runs/ask-mine-0123 "
+        "--set 'teacher_weights=[0.7, 0.3]'",
     )
     app.command("distill", help=text, rich_help_panel=ROAD)(distill)
 
 
 def distill(
     student: Of = None,
-    teacher: Of = None,
+    teacher: Annotated[
+        list[str] | None, typer.Option(metavar="RUN", help="The same; given again for several teachers at once.")
+    ] = None,
     traces: Annotated[str | None, typer.Option(metavar="RUN", help="A run of `ask`, or a store of traces.")] = None,
     logits: Annotated[str | None, typer.Option(metavar="RUN", help="A run of `capture`, or a store of logits.")] = None,
     way: Annotated[
@@ -46,7 +50,8 @@ def distill(
     from shoestring.road import stage_recipe
 
     given = roles(inputs or [])
-    named = {"model": student, "teacher": teacher, "traces": traces, "logits": logits}
+    named = {"model": student, "traces": traces, "logits": logits}
+    named |= {f"teacher{n if n > 1 else ''}": value for n, value in enumerate(teacher or [], 1)}
     for role, value in named.items():
         if value is not None and role in given:
             raise UserError(f'the input "{role}" is given twice; give it once.')

@@ -28,7 +28,7 @@ from shoestring.cost.shape import ModelShape
 from shoestring.report import tables
 from shoestring.report.page import write_report
 from shoestring.report.spec import read_spec
-from shoestring.road_inputs import MODELS, Found, check_road, checkpoint_of, data_of, find_input, parents_of
+from shoestring.road_inputs import Found, check_road, checkpoint_of, data_of, find_input, is_model, parents_of
 from shoestring.train.configs import Recipe, Stage
 from shoestring.train.estimate import estimate
 
@@ -115,7 +115,7 @@ def plan_rows(recipe: Recipe, runs_dir: Path) -> list[dict[str, Any]]:
     inputs = check_road(recipe, Path(runs_dir), download=False)
     bills = {name: run.manifest["cost"] for name, run in inputs.items() if isinstance(run, Run)}
     spent = {name: float(bill.get("train_flops", 0.0)) for name, bill in bills.items()}
-    named = {value for stage in recipe.stages for role, value in stage.inputs.items() if role in MODELS}
+    named = {value for stage in recipe.stages for role, value in stage.inputs.items() if is_model(role)}
     shapes = {name: _shape(inputs[name], name) for name in named & inputs.keys()}
     return estimate(recipe, shapes, spent)
 

@@ -14,11 +14,15 @@ from shoestring.core.errors import UserError, did_you_mean
 from shoestring.core.registry import part_hash, part_path
 from shoestring.core.run import Run
 from shoestring.data.traces import TraceStore
-from shoestring.train.configs import Recipe, Stage, TaskMix, Textbook, TextFiles
+from shoestring.train.configs import Recipe, Stage, TaskMix, Textbook, TextFiles, is_teacher
 
-MODELS = ("model", "teacher")  # roles that hand weights on
 TRACES = "traces.db"  # the file of a store of traces (data/traces.py)
 Found = Run | Path
+
+
+def is_model(role: str) -> bool:
+    """Whether an input of this role hands weights on."""
+    return role == "model" or is_teacher(role)
 
 
 def check_road(recipe: Recipe, runs_dir: Path, *, download: bool = True) -> dict[str, Found]:
@@ -51,7 +55,7 @@ def _check_kind(stage: Stage, role: str, value: str, found: Found) -> None:
     if isinstance(found, Run):
         if not found.finished:
             raise UserError(f"input run {found.name} is not finished; run its command again first.")
-        if role in (*MODELS, "tokenizer") and found.latest_checkpoint() is None:
+        if (is_model(role) or role == "tokenizer") and found.latest_checkpoint() is None:
             raise UserError(f'stage "{stage.name}": input "{role}" is {found.name}, a run that made no checkpoint.')
     elif role == "traces" and found.is_file():
         return

@@ -3,79 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from distilling import COMPUTE, OPTIM, run_stage, stage_of, trace_of, weights_of
 
 from shoestring.core.errors import UserError
-from shoestring.core.nouns import Trace
-from shoestring.core.run import Run
 from shoestring.data.logits import LogitsStore
-from shoestring.data.textbook import problems, solved
+from shoestring.data.textbook import problems
 from shoestring.data.traces import TraceStore
 from shoestring.models import checkpoint
-from shoestring.models.dense import Dense, DenseConfig
 from shoestring.recipes import quickstart
 from shoestring.road import plan_rows, run_recipe
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train import distill_checks
-from shoestring.train.configs import CaptureStage, Compute, Decoding, DistillStage, Optim, Recipe
-
-COMPUTE = Compute(dtype="float32", experts="bmm")
-OPTIM = Optim(lr=3e-3, warmup_steps=0, schedule="constant", weight_decay=0.0)
-
-
-def _trace(number: int, problem: Any, voice: str = "long", **changes: Any) -> Trace:
-    solution = problem.voices[voice]
-    trace = Trace(
-        id=f"t{number}", teacher="book", teacher_reported="book",
-        messages=[{"role": "user", "content": problem.prompt}],
-        thinking=solution.thinking, answer=solution.answer, prompt_ids=None, token_ids=None, finish_reason="stop",
-        task=problem.task, problem_id=problem.id, correct=True, decoding={"temperature": 1.0, "sample": number},
-        usage={"prompt_tokens": 1, "completion_tokens": 1}, cost_usd=0.0,
-        licence="MIT", date="2026-01-01T00:00:00+00:00",
-    )  # fmt: skip
-    return replace(trace, **changes)
-
-
-@pytest.fixture
-def traces(tmp_path: Path) -> Path:
-    store = TraceStore(tmp_path / "book")
-    store.append([_trace(i, p, v) for i, (p, v) in enumerate(islice(solved(quickstart.LEARN, 5, 1.0), 12))])
-    return tmp_path / "book"
-
-
-@pytest.fixture
-def student(tmp_path: Path, tokenizer: Tokenizer) -> Path:
-    """A Qwen2-shaped student whose tables are padded beyond the tokenizer."""
-    config = DenseConfig(
-        model_type="qwen2", vocab_size=tokenizer.vocab_size + 5, hidden_size=24, intermediate_size=32,
-        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.1,
-    )  # fmt: skip
-    return checkpoint.save(Dense(config, generator=torch.Generator().manual_seed(1)), tokenizer, tmp_path / "student")
-
-
-def _stage(student: Path, **given: Any) -> DistillStage:
-    inputs = {"model": str(student)} | {role: str(path) for role, path in given.pop("inputs").items()}
-    common: dict[str, Any] = {"steps": 4, "optim": OPTIM, "row_tokens": 192, "examples_per_step": 4,
-                              "compute": COMPUTE, "checkpoint_every": 2}  # fmt: skip
-    return DistillStage(name="distilled", inputs=inputs, **common | given)
-
-
-def _run(stage: Any, root: Path, *before: Any) -> Run:
-    return run_recipe(Recipe(name="x", stages=(*before, stage)), root, quiet=True).runs[stage.name]
-
-
-def _weights(run: Run) -> dict[str, torch.Tensor]:
-    latest = run.latest_checkpoint()
-    assert latest is not None
-    return load_file(latest[1] / "model.safetensors")
-
+from shoestring.train.configs import CaptureStage, Decoding, DistillStage, Recipe
 
 SHORT = Decoding(max_new_tokens=12)
 WAYS: list[tuple[str, dict[str, Any]]] = [
@@ -102,8 +47,8 @@ def test_every_way_learns_and_resumes_with_the_same_bits(
     way: str, options: dict[str, Any], student: Path, folder: Path, traces: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     inputs = {"traces": traces} | ({} if way == "text" else {"teacher": folder})
-    stage = _stage(student, way=way, inputs=inputs, **options)
-    whole = _run(stage, tmp_path / "whole")
+    stage = stage_of(student, way=way, inputs=inputs, **options)
+    whole = run_stage(stage, tmp_path / "whole")
     rows = whole.metrics()
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     if way in ("text", "forward_kl", "reverse_kl", "jsd"):
@@ -125,9 +70,9 @@ def test_every_way_learns_and_resumes_with_the_same_bits(
     monkeypatch.setattr(distill, "train_step", dying)
     for _ in range(2):
         with pytest.raises(Killed):
-            _run(stage, tmp_path / "killed")
-    again = _run(stage, tmp_path / "killed")
-    one, other = _weights(whole), _weights(again)
+            run_stage(stage, tmp_path / "killed")
+    again = run_stage(stage, tmp_path / "killed")
+    one, other = weights_of(whole), weights_of(again)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert [row["loss"] for row in again.metrics()] == [row["loss"] for row in rows]
     assert again.manifest["cost"]["flops"] == whole.manifest["cost"]["flops"]
@@ -159,9 +104,9 @@ def test_adapters_on_experts_go_on_with_their_balance(
 
 
 def test_the_teachers_reading_is_on_the_bill(student: Path, folder: Path, traces: Path, tmp_path: Path) -> None:
-    text = _run(_stage(student, way="text", inputs={"traces": traces}, steps=2), tmp_path / "a").manifest
-    beside = _run(
-        _stage(student, way="reverse_kl", inputs={"traces": traces, "teacher": folder}, steps=2), tmp_path / "b"
+    text = run_stage(stage_of(student, way="text", inputs={"traces": traces}, steps=2), tmp_path / "a").manifest
+    beside = run_stage(
+        stage_of(student, way="reverse_kl", inputs={"traces": traces, "teacher": folder}, steps=2), tmp_path / "b"
     )
     extra = beside.manifest["cost"]["train_flops"] - text["cost"]["train_flops"]
     teacher, _ = checkpoint.load(folder)
@@ -187,10 +132,10 @@ def test_offline_learns_what_online_learns(
         name="logits", inputs={"teacher": str(folder), "traces": str(traces)}, kind=kind, row_tokens=192,
         compute=COMPUTE, tokens_per_microbatch=400, shard_tokens=100, **options,
     )  # fmt: skip
-    offline = _stage(student, way="offline", inputs={"traces": traces, "logits": "logits"}, steps=1)
+    offline = stage_of(student, way="offline", inputs={"traces": traces, "logits": "logits"}, steps=1)
     made = run_recipe(Recipe(name="x", stages=(capture, offline)), tmp_path / "runs", quiet=True).runs
     inputs = {"traces": traces, "teacher": folder}
-    (beside,) = _run(_stage(student, way="forward_kl", inputs=inputs, steps=1), tmp_path / "b").metrics()
+    (beside,) = run_stage(stage_of(student, way="forward_kl", inputs=inputs, steps=1), tmp_path / "b").metrics()
     (stored,) = made["distilled"].metrics()
     assert stored["grad_norm"] == pytest.approx(beside["grad_norm"], rel=close)
     if kind == "topk":
@@ -211,7 +156,7 @@ def test_a_capture_killed_on_its_way_goes_on_to_the_same_bytes(
         name="logits", inputs={"teacher": str(folder), "traces": str(traces)}, kind="sampled", k=8, row_tokens=192,
         compute=COMPUTE, tokens_per_microbatch=600, shard_tokens=200,
     )  # fmt: skip
-    whole = _run(stage, tmp_path / "whole")
+    whole = run_stage(stage, tmp_path / "whole")
     from shoestring.train import capture
 
     real, count = capture._captured, 0
@@ -225,8 +170,8 @@ def test_a_capture_killed_on_its_way_goes_on_to_the_same_bytes(
 
     monkeypatch.setattr(capture, "_captured", dying)
     with pytest.raises(KeyboardInterrupt):
-        _run(stage, tmp_path / "killed")
-    again = _run(stage, tmp_path / "killed")
+        run_stage(stage, tmp_path / "killed")
+    again = run_stage(stage, tmp_path / "killed")
     assert again.manifest["attempts"] == 2
     assert [o["sha256"] for o in again.manifest["outputs"]] == [o["sha256"] for o in whole.manifest["outputs"]]
 
@@ -243,7 +188,7 @@ def test_a_student_of_transformers_learns_resumes_and_is_loaded_by_it(
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "olmo")
     tokenizer.save(tmp_path / "olmo")
     inputs = {"traces": traces, "teacher": folder}
-    run = _run(_stage(tmp_path / "olmo", way="forward_kl", inputs=inputs), tmp_path / "runs")
+    run = run_stage(stage_of(tmp_path / "olmo", way="forward_kl", inputs=inputs), tmp_path / "runs")
     rows = run.metrics()
     assert rows[-1]["loss"] < rows[0]["loss"]
     latest = run.latest_checkpoint()
@@ -259,7 +204,7 @@ def test_what_curation_lets_through_is_learnt_from(student: Path, traces: Path, 
     from shoestring.cli import main
 
     first = next(problems(quickstart.LEARN, 9))
-    TraceStore(traces).append([_trace(99, first, finish_reason="length")])
+    TraceStore(traces).append([trace_of(99, first, finish_reason="length")])
     kept = tmp_path / "kept.jsonl"
     assert main(["curate", str(traces), "--filters", "finished", "--export", str(kept)]) == 0
     assert len(TraceStore(kept)) == len(TraceStore(traces)) - 1
@@ -278,8 +223,8 @@ def test_a_file_of_ones_own_is_a_way_and_its_hash_is_data(
     mine = tmp_path / "mine.py"
     mine.write_text(Path(reverse_kl.__file__).read_text())
     inputs = {"traces": traces, "teacher": folder}
-    theirs = _run(_stage(student, way="reverse_kl", inputs=inputs, steps=2), tmp_path / "a")
-    ours = _run(_stage(student, way=str(mine), inputs=inputs, steps=2), tmp_path / "b")
+    theirs = run_stage(stage_of(student, way="reverse_kl", inputs=inputs, steps=2), tmp_path / "a")
+    ours = run_stage(stage_of(student, way=str(mine), inputs=inputs, steps=2), tmp_path / "b")
     assert [row["loss"] for row in ours.metrics()] == [row["loss"] for row in theirs.metrics()]
     assert f"losses/{mine}" in ours.manifest["data"]
 
@@ -289,7 +234,7 @@ def test_a_file_of_ones_own_is_a_way_and_its_hash_is_data(
 
 def _says(words: str, stage: Any, root: Path) -> None:
     with pytest.raises(UserError, match=words) as told:
-        _run(stage, root)
+        run_stage(stage, root)
     assert "\n" not in told.value.args[0]
 
 
@@ -302,11 +247,11 @@ def test_a_teacher_of_another_tokenizer_teaches(
     model, _ = checkpoint.load(folder)
     near_bytes = checkpoint.save(model, small, tmp_path / "bytes")
     inputs = {"traces": traces, "teacher": near_bytes}
-    stage = _stage(student, way=way, inputs=inputs, steps=8, row_tokens=400, **options)
-    run = _run(stage, tmp_path / "a")
+    stage = stage_of(student, way=way, inputs=inputs, steps=8, row_tokens=400, **options)
+    run = run_stage(stage, tmp_path / "a")
     rows = run.metrics()
     assert rows[-1]["loss"] < rows[0]["loss"] and rows[0]["groups"] > 10
-    assert [row["loss"] for row in _run(stage, tmp_path / "b").metrics()] == [row["loss"] for row in rows]
+    assert [row["loss"] for row in run_stage(stage, tmp_path / "b").metrics()] == [row["loss"] for row in rows]
 
 
 def test_another_vocabulary_names_the_way_across(student: Path, folder: Path, traces: Path, tmp_path: Path) -> None:
@@ -315,13 +260,13 @@ def test_another_vocabulary_names_the_way_across(student: Path, folder: Path, tr
     foreign = checkpoint.save(model, other, tmp_path / "foreign")
     _says(
         "universal_logit",
-        _stage(student, way="forward_kl", inputs={"traces": traces, "teacher": foreign}),
+        stage_of(student, way="forward_kl", inputs={"traces": traces, "teacher": foreign}),
         tmp_path / "r",
     )
     shutil.rmtree(tmp_path / "r")
     _says(
         "universal_logit",
-        _stage(student, way="on_policy", inputs={"traces": traces, "teacher": foreign}),
+        stage_of(student, way="on_policy", inputs={"traces": traces, "teacher": foreign}),
         tmp_path / "r",
     )
 
@@ -329,7 +274,9 @@ def test_another_vocabulary_names_the_way_across(student: Path, folder: Path, tr
 def test_another_template_or_end_token_is_said(student: Path, folder: Path, traces: Path, tmp_path: Path) -> None:
     model, tokenizer = checkpoint.load(folder)
     assert tokenizer is not None and tokenizer.chat_template is not None
-    stage = _stage(student, way="on_policy", inputs={"traces": traces, "teacher": tmp_path / "foreign"}, decoding=SHORT)
+    stage = stage_of(
+        student, way="on_policy", inputs={"traces": traces, "teacher": tmp_path / "foreign"}, decoding=SHORT
+    )
     tokenizer.chat_template = tokenizer.chat_template.replace("'<|user|>'", "'<|user|> '")
     checkpoint.save(model, tokenizer, tmp_path / "foreign")
     _says("chat templates", stage, tmp_path / "a")
@@ -345,18 +292,18 @@ def test_a_store_of_other_traces_teacher_or_temperature(
     capture = CaptureStage(
         name="logits", inputs={"teacher": str(folder), "traces": str(traces)}, row_tokens=192, compute=COMPUTE
     )  # fmt: skip
-    made = _run(capture, tmp_path / "runs")
+    made = run_stage(capture, tmp_path / "runs")
     inputs = {"traces": traces, "logits": made.path}
     _says(
-        "captured at temperature 1", _stage(student, way="offline", inputs=inputs, temperature=2.0), tmp_path / "runs"
+        "captured at temperature 1", stage_of(student, way="offline", inputs=inputs, temperature=2.0), tmp_path / "runs"
     )
-    _says("of teacher", _stage(student, way="offline", inputs=inputs | {"teacher": student}), tmp_path / "runs")
-    TraceStore(tmp_path / "others").append([_trace(0, next(problems(quickstart.EXAM, 77)))])
+    _says("of teacher", stage_of(student, way="offline", inputs=inputs | {"teacher": student}), tmp_path / "runs")
+    TraceStore(tmp_path / "others").append([trace_of(0, next(problems(quickstart.EXAM, 77)))])
     others = {"traces": tmp_path / "others", "logits": made.path}
-    _says("captured from other traces", _stage(student, way="offline", inputs=others), tmp_path / "runs")
+    _says("captured from other traces", stage_of(student, way="offline", inputs=others), tmp_path / "runs")
     shard = next((made.path / "store").glob("*.bin"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    _says("checksum", _stage(student, way="offline", inputs=inputs), tmp_path / "runs")
+    _says("checksum", stage_of(student, way="offline", inputs=inputs), tmp_path / "runs")
 
 
 def test_nan_of_the_teacher_is_said_and_not_learnt(student: Path, folder: Path, traces: Path, tmp_path: Path) -> None:
@@ -365,7 +312,9 @@ def test_nan_of_the_teacher_is_said_and_not_learnt(student: Path, folder: Path, 
         model.model.norm.weight.fill_(3e38)  # finite on disk, infinite once multiplied
     loud = checkpoint.save(model, tokenizer, tmp_path / "loud")
     _says(
-        "NaN or infinite", _stage(student, way="reverse_kl", inputs={"traces": traces, "teacher": loud}), tmp_path / "a"
+        "NaN or infinite",
+        stage_of(student, way="reverse_kl", inputs={"traces": traces, "teacher": loud}),
+        tmp_path / "a",
     )
     capture = CaptureStage(name="logits", inputs={"teacher": str(loud), "traces": str(traces)}, row_tokens=192)
     _says("not finite", capture.model_copy(update={"compute": COMPUTE}), tmp_path / "b")
@@ -374,22 +323,22 @@ def test_nan_of_the_teacher_is_said_and_not_learnt(student: Path, folder: Path, 
 def test_no_traces_empty_traces_and_a_run_that_goes_on_once_mended(student: Path, tmp_path: Path) -> None:
     store = TraceStore(tmp_path / "book")
     first = next(problems(quickstart.LEARN, 5))
-    store.append([_trace(0, first, answer="", thinking=None)])
-    stage = _stage(student, inputs={"traces": tmp_path / "book"}, steps=1)
+    store.append([trace_of(0, first, answer="", thinking=None)])
+    stage = stage_of(student, inputs={"traces": tmp_path / "book"}, steps=1)
     _says("hold no answer", stage, tmp_path / "runs")
     (tmp_path / "book" / "traces.db").unlink()
     store = TraceStore(tmp_path / "book")
     store.append([])
     _says("kept no traces", stage, tmp_path / "runs")
-    store.append([_trace(1, first)])
-    assert _run(stage, tmp_path / "runs").finished
+    store.append([trace_of(1, first)])
+    assert run_stage(stage, tmp_path / "runs").finished
 
 
 def test_a_student_larger_than_memory_is_said_before_it_is_loaded(
     student: Path, folder: Path, traces: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("shoestring.train.state.checkpoint.load", lambda *_, **__: pytest.fail("loaded"))
-    stage = _stage(student, inputs={"traces": traces})
+    stage = stage_of(student, inputs={"traces": traces})
     for free, words in ((1e7, "tokens_per_microbatch="), (8.9e5, "optim.kind=muon"), (50e3, "at most about")):
         monkeypatch.setattr(distill_checks, "available_bytes", lambda free=free: free)
         _says(words, stage, tmp_path / f"{free}")
@@ -411,14 +360,14 @@ def test_settings_that_do_not_fit_together(given: dict[str, Any], words: str) ->
 
 def test_an_option_out_of_range_is_said_before_work(student: Path, folder: Path, traces: Path, tmp_path: Path) -> None:
     inputs = {"traces": traces, "teacher": folder}
-    _says("must lie between", _stage(student, way="jsd", inputs=inputs, loss_options={"beta": 1.0}), tmp_path / "a")
-    _says("has no option", _stage(student, way="jsd", inputs=inputs, loss_options={"bet": 0.5}), tmp_path / "b")
+    _says("must lie between", stage_of(student, way="jsd", inputs=inputs, loss_options={"beta": 1.0}), tmp_path / "a")
+    _says("has no option", stage_of(student, way="jsd", inputs=inputs, loss_options={"bet": 0.5}), tmp_path / "b")
 
 
 def test_a_dry_run_prices_the_teacher(student: Path, folder: Path, traces: Path, tmp_path: Path) -> None:
     def flops(way: str, **more: Any) -> float:
         inputs = {"traces": traces, "teacher": folder}
-        (row,) = plan_rows(Recipe(name="x", stages=(_stage(student, way=way, inputs=inputs, **more),)), tmp_path)
+        (row,) = plan_rows(Recipe(name="x", stages=(stage_of(student, way=way, inputs=inputs, **more),)), tmp_path)
         return float(row["about_flops"])
 
     assert flops("text") < flops("forward_kl") < flops("on_policy", decoding=SHORT)

@@ -27,9 +27,9 @@ class Buffers:
 
     def __init__(self) -> None:
         self._made: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._once: dict[str, Tensor] = {}
+        self._once: dict[str, Any] = {}
 
-    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` gives, made for the first chunk and kept for the others."""
         if name not in self._once:
             self._once[name] = make()

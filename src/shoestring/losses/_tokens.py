@@ -22,3 +22,4 @@ class Tokens:
     old_N: Tensor | None = None  # logprobs under the policy that the rollouts came from
     ref_N: Tensor | None = None  # logprobs under the frozen reference
     teacher: Targets | None = None  # the teacher's side, row n beside token n
+    place_N: Tensor | None = None  # where each stands in the batch, flat: for who reads other layers than the last

@@ -93,7 +93,7 @@ def _of_run(run: Run) -> list[Source]:
     for role, parent in parents.items():
         if role == "traces":
             found += _teachers(run, parent)
-        elif parent["name"] is None and role in ("model", "teacher"):
+        elif parent["name"] is None and (role == "model" or role.startswith("teacher")):
             found += _foreign(run, role, str(config["inputs"][role]), parent["digest"])
     for name, digest in (run.manifest["data"] or {}).items():
         if "/" not in name or Path(name).suffix in (".txt", ".jsonl"):
@@ -119,7 +119,7 @@ def _teachers(run: Run, parent: dict[str, Any]) -> list[Source]:
 
 def _foreign(run: Run, role: str, named: str, digest: str) -> list[Source]:
     """A model that is no run of ours: what its folder says of itself, and what was behind it."""
-    folder, kind = Path(named), "teacher" if role == "teacher" else "model"
+    folder, kind = Path(named), "teacher" if role.startswith("teacher") else "model"
     behind = _read(folder) if (folder / FILE).exists() else []
     licence = _card_licence(folder / "README.md") or ("see its provenance" if behind else "unknown")
     terms = "unknown" if licence in UNKNOWN else "allowed"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -82,6 +84,16 @@ class Decoding(Config):
 
     def sampling(self, *, n: int, seed: int, stop_ids: tuple[int, ...], routed_experts: bool = False) -> Sampling:
         return Sampling(n=n, seed=seed, stop_ids=stop_ids, routed_experts=routed_experts, **self.model_dump())
+
+
+def teacher_roles(inputs: Iterable[str]) -> tuple[str, ...]:
+    """The inputs that are teachers, in order: "teacher", "teacher2", "teacher3", ..."""
+    return tuple(sorted((role for role in inputs if is_teacher(role)), key=lambda role: int(role[7:] or 1)))
+
+
+def is_teacher(role: str) -> bool:
+    """Whether an input of this name is a teacher."""
+    return re.fullmatch(r"teacher([2-9]|[1-9][0-9]+)?", role) is not None
 
 
 class StageBase(Config):

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from shoestring.core.config import Config
 from shoestring.core.errors import UserError, did_you_mean
 from shoestring.core.registry import list_parts
-from shoestring.train.configs_base import Decoding, StageBase, TaskMix, TrainBase
+from shoestring.train.configs_base import Decoding, StageBase, TaskMix, TrainBase, teacher_roles
 
 
 class Lora(Config):
@@ -18,6 +18,18 @@ class Lora(Config):
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     dora: bool = False
+
+
+class HiddenStates(Config):
+    """A term on projected hidden states: `weight` times the mean over the matched layers.
+
+    `layers`: pairs (layer of the student, layer of the teacher), counted from 0; none: every layer of the student with
+    the teacher's at the same depth.
+    """
+
+    weight: float = Field(1.0, gt=0)
+    layers: tuple[tuple[int, int], ...] = ()
+    measure: Literal["mse", "cosine"] = "mse"
 
 
 class DistillStage(TrainBase):
@@ -31,6 +43,9 @@ class DistillStage(TrainBase):
         Prompts are those of `mix`, or of "traces". `on_policy_share` of the steps do so, the others learn from
         "traces" (GKD's lambda). With `policy_gradient` by the advantage ln p - ln q of the sampled tokens only.
     universal_logit, span_likelihood: as the divergences, from a teacher of another tokenizer.
+
+    Several teachers (inputs "teacher", "teacher2", ...) stand beside the student as one, pooled by `teacher_weights`
+    (equal when empty). `hidden_states` adds a term on projected hidden states of one teacher.
     """
 
     stage: Literal["distill"] = "distill"
@@ -42,6 +57,9 @@ class DistillStage(TrainBase):
     on_policy_share: float = Field(1.0, gt=0, le=1)
     policy_gradient: bool = False
     lora: Lora | None = None
+    teacher_weights: tuple[float, ...] = ()  # of several teachers, in their order; they need not sum to 1
+    teacher_pool: Literal["probabilities", "logits"] = "probabilities"  # what is averaged
+    hidden_states: HiddenStates | None = None
     mix: tuple[TaskMix, ...] = ()
     decoding: Decoding = Decoding()
     row_tokens: int = Field(256, ge=8)
@@ -52,6 +70,22 @@ class DistillStage(TrainBase):
         """The file of losses/ that is minimised."""
         defaults = {"text": "next_token", "offline": "forward_kl", "on_policy": "reverse_kl"}
         return self.divergence or defaults.get(self.way, self.way)
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The inputs that are teachers."""
+        return teacher_roles(self.inputs)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """What each teacher counts for; they sum to 1."""
+        weights = self.teacher_weights or (1.0,) * len(self.teachers)
+        return tuple(weight / sum(weights) for weight in weights)
+
+    @property
+    def beside(self) -> bool:
+        """Whether teachers of the student's vocabulary run beside it."""
+        return self.way not in ("text", "offline", "universal_logit", "span_likelihood")
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -90,6 +124,28 @@ class DistillStage(TrainBase):
                 )
         elif self.policy_gradient or self.on_policy_share < 1 or self.mix:
             raise UserError(f"{where}: policy_gradient, on_policy_share and mix belong to way=on_policy.")
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_beside(self) -> DistillStage:
+        where, weights = f'stage "{self.name}"', self.teacher_weights
+        if len(self.teachers) > 1 and not self.beside:
+            raise UserError(f"{where}: several teachers are for divergences and on_policy; way={self.way} has one.")
+        if weights and len(weights) != len(self.teachers):
+            raise UserError(
+                f"{where}: teacher_weights has {len(weights)} numbers for {len(self.teachers)} teachers "
+                f"({', '.join(self.teachers) or 'none'}); give one each."
+            )
+        if any(not 0 < weight < float("inf") for weight in weights):
+            raise UserError(f"{where}: teacher_weights are {list(weights)}; each must be a positive number.")
+        if self.policy_gradient and self.teacher_pool == "logits" and len(self.teachers) > 1:
+            raise UserError(f"{where}: policy_gradient scores sampled tokens only: use teacher_pool=probabilities.")
+        if self.hidden_states is None:
+            return self
+        if not self.beside or self.policy_gradient:
+            raise UserError(f"{where}: hidden_states goes with a divergence whose teacher stands beside the student.")
+        if len(self.teachers) > 1:
+            raise UserError(f"{where}: hidden_states matches the layers of one teacher; this stage has several.")
         return self
 
 

@@ -57,9 +57,11 @@ def check_template(ctx: Context, traces: Sequence[Trace], tokenizer: Tokenizer) 
             )
 
 
-def check_fit(ctx: Context, student: Any, tokenizer: Tokenizer, teacher: Any, teachers: Tokenizer) -> None:
+def check_fit(
+    ctx: Context, student: Any, tokenizer: Tokenizer, teacher: Any, teachers: Tokenizer, role: str = "teacher"
+) -> None:
     """Vocabulary, template and end token of student and teacher must agree before logits are compared."""
-    who = f"{ctx.run.name}: student and teacher"
+    who = f"{ctx.run.name}: student and {role}"
     if tokenizer.vocabulary != teachers.vocabulary:
         raise UserError(
             f"{who} have different vocabularies ({tokenizer.vocab_size} and {teachers.vocab_size} tokens), so their "
@@ -85,6 +87,31 @@ def _rendered(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return render(PROBE, tokenizer).ids, render(PROBE[:1], tokenizer, generation_prompt=True).ids
 
 
+def matched_layers(stage: DistillStage, ctx: Context) -> list[tuple[int, int]]:
+    """The pairs (student's layer, teacher's) of `hidden_states`. Raises UserError for a layer that is not there."""
+    assert stage.hidden_states is not None
+    ours, theirs = (_shape(ctx, role).layers for role in ("model", "teacher"))
+    if ours > theirs and not stage.hidden_states.layers:
+        raise UserError(
+            f"{ctx.run.name}: the student has more layers ({ours}) than the teacher ({theirs}); say which match: "
+            "hidden_states.layers=[[0, 0], ...]."
+        )
+    given = stage.hidden_states.layers or [(i, (i + 1) * theirs // ours - 1) for i in range(ours)]
+    for pair in given:
+        for who, layer, there in zip(("student", "teacher"), pair, (ours, theirs), strict=True):
+            if not 0 <= layer < there:
+                raise UserError(
+                    f"{ctx.run.name}: hidden_states.layers names layer {layer} of the {who}, whose layers are 0 to "
+                    f"{there - 1}."
+                )
+    return list(given)
+
+
+def widths(ctx: Context) -> tuple[int, int]:
+    """Of the student and of the teacher."""
+    return _shape(ctx, "model").d_model, _shape(ctx, "teacher").d_model
+
+
 # ---- memory -------------------------------------------------------------------------------------------------------
 
 
@@ -108,7 +135,7 @@ def check_memory(stage: DistillStage, ctx: Context, available: float | None = No
     available = available_bytes() if available is None else available
     student = _shape(ctx, "model")
     count = student.params().total
-    teacher = WEIGHTS * _shape(ctx, "teacher").params().total if "teacher" in ctx.inputs else 0.0
+    teacher = WEIGHTS * sum(_shape(ctx, role).params().total for role in stage.teachers)
     fixed = (WEIGHTS + GRADIENT + MOMENTS[stage.optim.kind]) * count + teacher
     need = fixed + token_bytes(student) * stage.tokens_per_microbatch
     if need <= available:

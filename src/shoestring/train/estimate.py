@@ -88,10 +88,10 @@ def _work(stage: Stage, shape: ModelShape | None, spent: dict[str, float]) -> tu
 
 
 def _teachers(stage: Stage, tokens: float, shapes: Mapping[str, ModelShape | None]) -> float:
-    """FLOPs of a teacher that reads along, and of a student that writes what it learns from."""
+    """FLOPs of teachers that read along, and of a student that writes what it learns from."""
     if stage.stage != "distill" or stage.match_flops or "teacher" not in stage.roles:
         return 0.0
-    read = [shapes.get(stage.inputs["teacher"])]
+    read = [shapes.get(stage.inputs[role]) for role in stage.teachers]
     if stage.way == "on_policy":
         read.append(shapes.get(stage.inputs["model"]))
     return sum(tokens * shape.flops_per_token(64, backward=False) for shape in read if shape is not None)

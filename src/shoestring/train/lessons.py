@@ -24,12 +24,12 @@ from shoestring.losses import next_token, policy
 from shoestring.losses._teacher import Hidden, Sampled, Targets, TopK
 from shoestring.losses._tokens import Tokens
 from shoestring.text.tokenizer import Tokenizer
+from shoestring.train.beside import Beside
 from shoestring.train.configs import DistillStage
 from shoestring.train.context import Context, derived_seed
-from shoestring.train.distill_checks import check_fit, check_template, kept_examples
+from shoestring.train.distill_checks import check_template, kept_examples
 from shoestring.train.examples import examples_of_step
-from shoestring.train.state import load_model
-from shoestring.train.step import Objective, TrainState, flat_tokens, scoring_flops
+from shoestring.train.step import Objective, TrainState, flat_tokens
 
 
 class TextLesson:
@@ -54,43 +54,8 @@ class TextLesson:
         return 0.0
 
 
-class Beside:
-    """A teacher that runs beside the student: its hidden states, of which the loss makes logits a chunk at a time."""
-
-    def __init__(self, stage: DistillStage, ctx: Context, student: Any, tokenizer: Tokenizer):
-        self.model, teachers = load_model(ctx, "teacher")
-        check_fit(ctx, student, tokenizer, self.model, teachers)
-        self.model.to(student.head_weight.device).requires_grad_(False)
-        self.model.kernels = ctx.machine.kernels(
-            self.model.config, stage.compute, tokens=stage.tokens_per_microbatch, seq_len=stage.row_tokens
-        )
-        self.vocab, self.name = tokenizer.vocab_size, ctx.inputs["teacher"].name
-
-    @torch.no_grad()
-    def hidden(self, batch: Batch) -> Tensor:
-        """[N, C] of the target tokens that carry weight. Raises UserError when they are not finite."""
-        batch = batch.to(self.model.head_weight.device)
-        _, keep_N = flat_tokens(batch)
-        out = self.model(
-            batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT, logits=False
-        )  # fmt: skip
-        hidden_NC: Tensor = out.hidden_BTD.flatten(0, 1)[keep_N]
-        if not torch.isfinite(hidden_NC).all():
-            raise UserError(
-                f"the teacher {self.name} gives NaN or infinite logits on these traces: its weights are broken, or it "
-                "needs compute.dtype=float32."
-            )
-        return hidden_NC
-
-    def teach(self, batch: Batch) -> None:
-        batch.teacher = Hidden(self.hidden(batch), self.model.head_weight, self.vocab)
-
-    def flops(self, examples: Sequence[Example]) -> float:
-        return scoring_flops(self.model, (len(example.ids) for example in examples))
-
-
 class OnlineLesson(TextLesson):
-    """A teacher's kept answers, and its logits at every token of them."""
+    """Kept answers, and what the teachers beside the student would have said at every token of them."""
 
     def __init__(self, stage: DistillStage, ctx: Context, student: Any, tokenizer: Tokenizer):
         self.teacher = Beside(stage, ctx, student, tokenizer)

@@ -22,15 +22,15 @@ from shoestring.core.nouns import Message
 from shoestring.data.batch import Batch, Example, packed_batch
 from shoestring.data.textbook import conversation, problems
 from shoestring.infer.engine import Engine
-from shoestring.nn.head import token_logprobs
 from shoestring.text.chat import render
 from shoestring.text.tokenizer import Tokenizer
+from shoestring.train.beside import Beside
 from shoestring.train.configs import DistillStage
 from shoestring.train.context import Context, derived_seed
 from shoestring.train.distill_checks import check_template, kept_examples
 from shoestring.train.examples import examples_of_step
-from shoestring.train.lessons import Beside, coin
-from shoestring.train.step import TrainState, flat_tokens, sampling_flops
+from shoestring.train.lessons import coin
+from shoestring.train.step import TrainState, sampling_flops
 
 
 class OnPolicyLesson:
@@ -44,14 +44,14 @@ class OnPolicyLesson:
         self.banned = {row: float("-inf") for row in padding} or None
         self.kept: list[Example] = []
         self.prompts: list[list[int]] = []
-        licences = [f"weights of {ctx.inputs['teacher'].name}"]
+        licences = [f"weights of {name}" for name in self.teacher.names]
         if "traces" in ctx.inputs:
             traces, self.kept = kept_examples(ctx, tokenizer)
             check_template(ctx, traces, tokenizer)
             asked = {t.id: [Message(m["role"], m["content"]) for m in t.messages] for t in traces}
             self.prompts = [render(messages, tokenizer, generation_prompt=True).ids for messages in asked.values()]
             licences += sorted({t.licence for t in traces})
-        ctx.run.note(teachers=[ctx.inputs["teacher"].name], licences=licences)
+        ctx.run.note(teachers=self.teacher.names, licences=licences)
         self.writes = True
 
     def examples(self, state: TrainState) -> tuple[list[Example], dict[str, float]]:
@@ -112,12 +112,7 @@ class OnPolicyLesson:
         for start in range(0, len(made), per):
             some = made[start : start + per]
             batch = packed_batch(some, [[i] for i in range(len(some))], capacity, self.tokenizer.pad)
-            head_VC = self.teacher.model.head_weight[: self.teacher.vocab]
-            logp_N, _ = token_logprobs(
-                self.teacher.hidden(batch), head_VC, flat_tokens(batch)[0].ids_N.to(head_VC.device),
-                temperature=self.stage.temperature,
-            )  # fmt: skip
-            told = iter(logp_N.tolist())
+            told = iter(self.teacher.logprobs(batch).tolist())
             for example in some:
                 assert example.old is not None
                 pairs = zip(example.weight, example.old, strict=True)

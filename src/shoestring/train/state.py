@@ -7,6 +7,7 @@ resumable. Data order and random draws are functions of (seed, step), so there i
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from shoestring.nn import lora
 from shoestring.nn.decoder import Decoder
 from shoestring.optim.make import optimizers
 from shoestring.text.tokenizer import Tokenizer
+from shoestring.train import states
 from shoestring.train.configs import Compute, ModelSpec, TrainBase
 from shoestring.train.context import Context, step_generator
 from shoestring.train.step import TrainState
@@ -72,14 +74,18 @@ def _load(path: Path) -> tuple[Any, Tokenizer]:
     return model, tokenizer
 
 
-def start_or_resume(ctx: Context, stage: TrainBase, fresh: Any) -> tuple[TrainState, Tokenizer]:
-    """The state of the run's last checkpoint, or that of `fresh()` -> (model, tokenizer)."""
+def start_or_resume(
+    ctx: Context, stage: TrainBase, fresh: Any, more: Callable[[Any], None] = lambda model: None
+) -> tuple[TrainState, Tokenizer]:
+    """The state of the run's last checkpoint, or that of `fresh()` -> (model, tokenizer). `more(model)` gives it what
+    is trained beside its weights."""
     latest, device = ctx.run.latest_checkpoint(), checked_device(stage.compute.device)
     if latest is None:
         ctx.run.rewind_metrics(0)  # rows of an attempt that died before its first checkpoint
         model, tokenizer = fresh()
         model.to(device)
         _adapt(model, stage)
+        more(model)
         return TrainState(model, _optimizers(model, stage)), tokenizer
     step, path = latest
     try:
@@ -91,6 +97,7 @@ def start_or_resume(ctx: Context, stage: TrainBase, fresh: Any) -> tuple[TrainSt
             model, tokenizer = _load(path)
         model.to(device)
         _adapt(model, stage)
+        more(model)
         state = TrainState(model, _optimizers(model, stage))
         _load_training(state, path)
         if state.step != step:
@@ -125,6 +132,7 @@ def save_training(ctx: Context, state: TrainState, tokenizer: Tokenizer) -> Path
     checkpoint.save(lora.merged(state.model), tokenizer, folder)
     if lora.is_attached(state.model):
         save_file({name: t.detach().contiguous() for name, t in lora.moved(state.model).items()}, folder / ADAPTERS)
+    states.save(state.model, folder)
     moments: dict[str, Tensor] = {}
     for name, parameter in state.model.named_parameters():
         for optimizer in state.optimizers:
@@ -151,6 +159,7 @@ def _load_training(state: TrainState, path: Path) -> None:
         with torch.no_grad():
             for name, tensor in moved.items():
                 tensor.copy_(kept.get_tensor(name))
+    states.load(state.model, path)
     file = open_safetensors(path / "optimizer.safetensors")
     moments = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118 - no mapping
     by_name: dict[str, dict[str, Tensor]] = {}

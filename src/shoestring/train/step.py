@@ -74,7 +74,7 @@ def flat_tokens(batch: Batch) -> tuple[Tokens, Tensor]:
 
     ids_N, weight_N = batch.target_BT.flatten()[keep_N], batch.weight_BT.flatten()[keep_N]
     more = pick(batch.advantage_BT), pick(batch.old_BT), pick(batch.ref_BT)
-    return Tokens(ids_N, weight_N, *more, batch.teacher), keep_N
+    return Tokens(ids_N, weight_N, *more, batch.teacher, keep_N), keep_N
 
 
 def _mtp_sum(mtp_hidden_BTD: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:

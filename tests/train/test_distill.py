@@ -82,8 +82,8 @@ def test_adapters_on_experts_go_on_with_their_balance(
     folder: Path, traces: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """The router's bias moves while its weights are frozen: it is part of what a checkpoint must hold."""
-    stage = _stage(folder, way="text", inputs={"traces": traces}, lora={"rank": 4})
-    whole = _run(stage, tmp_path / "whole")
+    stage = stage_of(folder, way="text", inputs={"traces": traces}, lora={"rank": 4})
+    whole = run_stage(stage, tmp_path / "whole")
     from shoestring.train import distill
 
     real, count = distill.train_step, 0
@@ -97,8 +97,8 @@ def test_adapters_on_experts_go_on_with_their_balance(
 
     monkeypatch.setattr(distill, "train_step", dying)
     with pytest.raises(KeyboardInterrupt):
-        _run(stage, tmp_path / "killed")
-    one, other = _weights(whole), _weights(_run(stage, tmp_path / "killed"))
+        run_stage(stage, tmp_path / "killed")
+    one, other = weights_of(whole), weights_of(run_stage(stage, tmp_path / "killed"))
     assert any("e_score_correction_bias" in name and value.any() for name, value in one.items())
     assert all(torch.equal(one[name], other[name]) for name in one)
 

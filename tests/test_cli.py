@@ -19,7 +19,7 @@ from shoestring.core.run import Run
 
 STAGES = ("tokenizer", "pretrain", "sft", "rl", "reject", "ask", "capture", "distill", "eval")
 VERBS = (
-    "run", *STAGES, "curate", "synthesize", "plan", "check", "chat", "serve", "keys", "report", "export", "provenance",
+    "run", *STAGES, "prune", "curate", "synthesize", "plan", "check", "chat", "serve", "keys", "report", "export", "provenance",
     "runs", "runs show", "runs diff", "list", "check-part",
 )  # fmt: skip
 

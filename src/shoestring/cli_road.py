@@ -64,6 +64,7 @@ STAGES = {
         "shoestring capture --from teacher=runs/rl-mine-0123 --from traces=runs/ask-mine-0123",
         "shoestring capture --from teacher=some/hf-folder --from traces=runs/ask-mine-0123 --set kind=hidden",
     ),
+    "prune": ("Make a smaller model of a larger one.", ""),  # its options: cli_prune.py
     "distill": ("Train a student on a teacher.", ""),  # its options: cli_distill.py
     "eval": (
         "Measure a model on unseen problems: pass@1, pass@k, cons@k with standard errors.",
@@ -80,9 +81,15 @@ Inputs = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add `run` and the stage verbs."""
-    from shoestring import cli_ask, cli_curate, cli_distill, cli_synthesize  # here, for they use this file's options
+    from shoestring import (  # here, for they use this file's options
+        cli_ask,
+        cli_curate,
+        cli_distill,
+        cli_prune,
+        cli_synthesize,
+    )
 
-    own = {"ask": cli_ask, "distill": cli_distill}
+    own = {"ask": cli_ask, "prune": cli_prune, "distill": cli_distill}
     text = described(
         "Run a recipe: the whole road, or any part of it. Killed, the same command goes on.",
         "shoestring run quickstart",

@@ -30,7 +30,7 @@ from shoestring.report.page import write_report
 from shoestring.report.spec import read_spec
 from shoestring.road_inputs import Found, check_road, checkpoint_of, data_of, find_input, is_model, parents_of
 from shoestring.train.configs import Recipe, Stage
-from shoestring.train.estimate import estimate
+from shoestring.train.estimate import estimate, stage_shapes
 
 STAGES = {
     "tokenizer": "tokenize", "pretrain": "pretrain", "sft": "sft", "rl": "rl", "reject": "reject", "ask": "ask",
@@ -115,9 +115,19 @@ def plan_rows(recipe: Recipe, runs_dir: Path) -> list[dict[str, Any]]:
     inputs = check_road(recipe, Path(runs_dir), download=False)
     bills = {name: run.manifest["cost"] for name, run in inputs.items() if isinstance(run, Run)}
     spent = {name: float(bill.get("train_flops", 0.0)) for name, bill in bills.items()}
+    return estimate(recipe, _shapes(recipe, inputs), spent)
+
+
+def parameters_of(recipe: Recipe, runs_dir: Path) -> dict[str, float]:
+    """Parameters of the models that are there, and of what each stage would leave, by name; from shapes alone."""
+    shapes = stage_shapes(recipe, _shapes(recipe, check_road(recipe, Path(runs_dir), download=False)))
+    return {name: float(shape.params().total) for name, shape in shapes.items() if shape is not None}
+
+
+def _shapes(recipe: Recipe, inputs: Mapping[str, Found]) -> dict[str, ModelShape]:
+    """Of the models among a recipe's inputs, by their config.json."""
     named = {value for stage in recipe.stages for role, value in stage.inputs.items() if is_model(role)}
-    shapes = {name: _shape(inputs[name], name) for name in named & inputs.keys()}
-    return estimate(recipe, shapes, spent)
+    return {name: _shape(inputs[name], name) for name in sorted(named & inputs.keys())}
 
 
 def _shape(found: Found, name: str) -> ModelShape:

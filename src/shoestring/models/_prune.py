@@ -41,7 +41,14 @@ class Importance:
 
 
 def importance(model: Any, batches: Iterable[tuple[Tensor, Tensor | None, Tensor | None]]) -> Importance:
-    """Scores from forward passes over (tokens, positions, segments). Raises UserError when there are none."""
+    """Scores from forward passes over (tokens, positions, segments).
+
+    Raises UserError when there are none, and for a model that is none of our families.
+    """
+    if not hasattr(model, "model"):
+        raise UserError(
+            "prune: this model runs through transformers; only deepseek, llama, qwen2 and qwen3 are pruned."
+        )
     layers = model.model.layers
     device = model.head_weight.device
     found = Importance(torch.zeros(model.config.hidden_size, device=device), torch.zeros(len(layers), device=device))
@@ -128,7 +135,7 @@ def prune(
     """
     config = model.config
     _check(config, found, layers, hidden, ffn, experts)
-    kept = sorted(_top(found.layers_L, layers))
+    kept = kept_layers(found, layers)
     channels = _sorted(found.hidden_D, hidden)
     rows = {n: _sorted(score, ffn) for n, score in found.ffn.items()}
     chosen = {n: _in_groups(score, experts, getattr(config, "n_group", 1)) for n, score in found.experts.items()}
@@ -179,6 +186,11 @@ def _cut(
     if part.endswith(_WRITES):
         return tensor.index_select(0, channels)
     return tensor
+
+
+def kept_layers(found: Importance, keep: int | None) -> list[int]:
+    """The numbers of the layers that stay, in order."""
+    return sorted(_top(found.layers_L, keep))
 
 
 def _top(score: Tensor, keep: int | None) -> list[int]:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from shoestring.core.config import Config
 from shoestring.core.errors import UserError, did_you_mean
 from shoestring.core.registry import list_parts
-from shoestring.train.configs_base import Decoding, StageBase, TaskMix, TrainBase, teacher_roles
+from shoestring.train.configs_base import Decoding, StageBase, TaskMix, TextFiles, TrainBase, teacher_roles
 
 
 class Lora(Config):
@@ -172,21 +172,31 @@ class CaptureStage(StageBase):
 
 
 class PruneStage(StageBase):
-    """A smaller model made of the most important parts of input "model", measured on "traces". None keeps all."""
+    """A smaller model made of the most important parts of input "model". None keeps all of a kind.
+
+    Importance is measured on `examples` pieces of text, input "traces" or `corpus`; the loss before and after on
+    `held_out` others.
+    """
 
     stage: Literal["prune"] = "prune"
     layers: int | None = Field(None, ge=1)
     hidden: int | None = Field(None, ge=1)
     ffn: int | None = Field(None, ge=1)  # neurons of dense layers
     experts: int | None = Field(None, ge=1)
+    corpus: TextFiles | None = None
     examples: int = Field(256, ge=1)
+    held_out: int = Field(64, ge=2)
     row_tokens: int = Field(256, ge=8)
     tokens_per_microbatch: int = Field(8192, ge=1)
 
     @model_validator(mode="after")
     def _something(self) -> PruneStage:
-        if missing := [role for role in ("model", "traces") if role not in self.inputs]:
-            raise UserError(f'stage "{self.name}": prune needs the input "{missing[0]}".')
+        if "model" not in self.inputs:
+            raise UserError(f'stage "{self.name}": prune needs the input "model".')
+        if (self.corpus is None) == ("traces" not in self.inputs):
+            raise UserError(
+                f'stage "{self.name}": give text to measure importance on: either "traces" or corpus.files.'
+            )
         if self.layers is self.hidden is self.ffn is self.experts is None:
             raise UserError(f'stage "{self.name}": say how many layers, hidden, ffn or experts to keep.')
         return self

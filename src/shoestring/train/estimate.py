@@ -7,11 +7,13 @@ from FLOPs at a share of a peak that small models reach on two cores. Guesses, a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from shoestring.core.errors import UserError
 from shoestring.cost.hf import shape_from_hf
 from shoestring.cost.shape import ModelShape
-from shoestring.train.configs import PretrainStage, Recipe, Stage, TrainBase
+from shoestring.train.configs import PretrainStage, PruneStage, Recipe, Stage, TrainBase
 
 ASSUMED_FLOPS = 3.0e10  # FLOP/s that training of a 0.3M-parameter model reaches on two cores (docs/benchmarks.md)
 ASSUMED_VOCAB = 320
@@ -55,7 +57,25 @@ def _shape(stage: Stage, shapes: dict[str, ModelShape | None]) -> ModelShape | N
         defaults = {"model_type": "deepseek_v3" if stage.model.family == "deepseek" else "qwen2"}
         return shape_from_hf({**defaults, "vocab_size": ASSUMED_VOCAB, **stage.model.config}, f"stage {stage.name}")
     role = next((role for role in ("model", "teacher") if role in stage.inputs), "")
-    return shapes.get(stage.inputs.get(role, ""))
+    found = shapes.get(stage.inputs.get(role, ""))
+    return pruned_shape(stage, found) if isinstance(stage, PruneStage) and found is not None else found
+
+
+def pruned_shape(stage: PruneStage, shape: ModelShape) -> ModelShape:
+    """What is left of a model (of layers without experts the first are taken to stay). Raises UserError for a size
+    that it does not have."""
+    for name, wanted, there in (
+        ("layers", stage.layers, shape.layers), ("hidden", stage.hidden, shape.d_model),
+        ("ffn", stage.ffn, shape.ffn), ("experts", stage.experts, shape.n_routed),
+    ):  # fmt: skip
+        if wanted is not None and wanted > there:
+            raise UserError(f'stage "{stage.name}": {name} is {wanted}; this model has {there}.')
+    layers = stage.layers or shape.layers
+    return replace(
+        shape, layers=layers, d_model=stage.hidden or shape.d_model, ffn=stage.ffn or shape.ffn,
+        n_routed=stage.experts or shape.n_routed, dense_layers=min(shape.dense_layers, layers), mtp_layers=0,
+        head_dim=shape.head_dim or (shape.d_model // shape.heads if shape.kind == "gqa" else 0),
+    )  # fmt: skip
 
 
 def _work(stage: Stage, shape: ModelShape | None, spent: dict[str, float]) -> tuple[float, float]:
@@ -77,6 +97,9 @@ def _work(stage: Stage, shape: ModelShape | None, spent: dict[str, float]) -> tu
     if isinstance(stage, TrainBase):
         tokens = float((stage.steps or 0) * getattr(stage, "examples_per_step", 1) * ANSWER_TOKENS)
         return tokens, tokens * train
+    if isinstance(stage, PruneStage):  # both models read the text that is held out
+        tokens = float((stage.examples + 2 * stage.held_out) * ANSWER_TOKENS)
+        return tokens, tokens * forward
     if kind == "capture":
         return float(CAPTURED * ANSWER_TOKENS), CAPTURED * ANSWER_TOKENS * forward
     if kind in ("eval", "ask", "reject"):

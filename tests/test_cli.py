@@ -19,8 +19,8 @@ from shoestring.core.run import Run
 
 STAGES = ("tokenizer", "pretrain", "sft", "rl", "reject", "ask", "capture", "distill", "eval")
 VERBS = (
-    "run", *STAGES, "prune", "curate", "synthesize", "plan", "check", "chat", "serve", "keys", "report", "export", "provenance",
-    "runs", "runs show", "runs diff", "list", "check-part",
+    "run", *STAGES, "prune", "curate", "synthesize", "plan", "check", "chat", "serve", "keys", "report", "export",
+    "provenance", "runs", "runs show", "runs diff", "list", "check-part",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`prune`: what it says of loss and parameters is what transformers says, and its student is distilled in one recipe."""
+"""`prune`: what it says of loss and parameters is what transformers says; its student is distilled in one recipe."""
 
 from __future__ import annotations
 
@@ -150,8 +150,8 @@ def test_a_model_of_transformers_is_refused(tmp_path: Path, text: Path, tokenize
     assert "runs through transformers" in capsys.readouterr().err
 
 
-def test_the_recipe_prunes_and_distils(folder: Path, traces: Path, tmp_path: Path) -> None:
-    recipe = resolve_recipe("distill-pruned", [f"teacher={folder}", f"traces={traces}", "experts=4", "ffn=24",
+def test_the_recipe_prunes_and_distils(large: Path, traces: Path, tmp_path: Path) -> None:
+    recipe = resolve_recipe("distill-pruned", [f"teacher={large}", f"traces={traces}", "layers=2", "ffn=24",
                                                "steps=12", "row_tokens=192"])  # fmt: skip
     sets = [f"stages.{name}.compute={json.dumps(COMPUTE.to_dict())}" for name in ("pruned", "student")]
     sets += ["stages.student.examples_per_step=6", f"stages.student.optim={json.dumps(OPTIM.to_dict())}"]

@@ -46,9 +46,7 @@ def importance(model: Any, batches: Iterable[tuple[Tensor, Tensor | None, Tensor
     Raises UserError when there are none, and for a model that is none of our families.
     """
     if not hasattr(model, "model"):
-        raise UserError(
-            "prune: this model runs through transformers; only deepseek, llama, qwen2 and qwen3 are pruned."
-        )
+        raise UserError("prune: this model runs through transformers; only deepseek, llama, qwen2 and qwen3 can be.")
     layers = model.model.layers
     device = model.head_weight.device
     found = Importance(torch.zeros(model.config.hidden_size, device=device), torch.zeros(len(layers), device=device))

@@ -194,9 +194,7 @@ class PruneStage(StageBase):
         if "model" not in self.inputs:
             raise UserError(f'stage "{self.name}": prune needs the input "model".')
         if (self.corpus is None) == ("traces" not in self.inputs):
-            raise UserError(
-                f'stage "{self.name}": give text to measure importance on: either "traces" or corpus.files.'
-            )
+            raise UserError(f'stage "{self.name}": give text to measure importance on: "traces" or corpus.files.')
         if self.layers is self.hidden is self.ffn is self.experts is None:
             raise UserError(f'stage "{self.name}": say how many layers, hidden, ffn or experts to keep.')
         return self

@@ -24,6 +24,7 @@ from shoestring.infer.blocks import BlockManager
 from shoestring.infer.check import check_ids, check_sampling
 from shoestring.infer.detokenise import StopStrings, TextStream
 from shoestring.infer.grammar import Grammar, Grammars
+from shoestring.infer.native import why_not
 from shoestring.infer.prompts import read_prompt
 from shoestring.infer.runner import ModelRunner, Ran
 from shoestring.infer.sampler import sample
@@ -52,12 +53,14 @@ class Engine:
     prefix_cache: prompts share what they have in common with earlier ones (of the same salt).
     speculative: the model's MTP module drafts a token ahead; "auto" measures, at each size of the batch, whether that
     pays. The tokens are the same up to the rounding of logits; with "auto" that rounding depends on the clock.
+    native: decoding steps in C (infer/native.py); "auto": where a compiler is there to build them.
     """
 
     def __init__(
         self, model: Any, tokenizer: Tokenizer | None = None, *, max_batch_tokens: int = 2048,
         block_size: int | None = None, cache_tokens: int = 1 << 17, max_sequences: int = 512,
         deterministic: bool = False, prefix_cache: bool = True, speculative: bool | Literal["auto"] = False,
+        native: bool | Literal["auto"] = "auto",
     ):  # fmt: skip
         block_size = BLOCK_SIZE[model.kernels.dtype] if block_size is None else block_size
         options = {
@@ -78,6 +81,7 @@ class Engine:
         if speculative is True and not len(getattr(model, "mtp", ())):
             raise UserError("speculative decoding needs a model with an MTP module (num_nextn_predict_layers 1).")
         self._speculative = speculative
+        self._native = _natively(native, model, block_size)
         self._blocks, self._size = cache_tokens // block_size, block_size
         self._limits = (max_batch_tokens, min(max_sequences, max_batch_tokens), prefix_cache)
         self._events: list[Event] = []
@@ -92,8 +96,8 @@ class Engine:
         tile = TILE if self.deterministic else 0
         more = int(bool(self._speculative) and len(getattr(model, "mtp", ())) > 0)
         self._runner = ModelRunner(
-            model, blocks=self._blocks, block_size=self._size, tile=tile, more_layers=more
-        )  # fmt: skip
+            model, blocks=self._blocks, block_size=self._size, tile=tile, more_layers=more, native=self._native
+        )
         positions = model.config.max_position_embeddings
         self._scheduler = Scheduler(BlockManager(self._blocks, self._size), *self._limits, positions)
         self._drafter = Drafter(model.mtp[0], self._runner) if more else None
@@ -178,7 +182,7 @@ class Engine:
             "spec_decode_num_drafts": counts.drafts, "spec_decode_num_draft_tokens": counts.drafts,
             "spec_decode_num_accepted_tokens": counts.accepted,
             "prefix_cache_queries": counts.prompt_tokens, "prefix_cache_hits": counts.cached_tokens,
-            "cache_bytes_per_token": self._runner.store.bytes_per_token,
+            "cache_bytes_per_token": self._runner.store.bytes_per_token, "native": self._native,
         }  # fmt: skip
 
     # ---- many at once
@@ -367,3 +371,15 @@ def _state_of(model: Any) -> tuple[int, Any]:
     """Changes when a parameter is changed in place, or the way products are computed."""
     versions = sum(0 if p.is_inference() else p._version for p in model.parameters())
     return versions, model.kernels
+
+
+def _natively(wanted: bool | Literal["auto"], model: Any, block_size: int) -> bool:
+    """Whether this model's steps run natively. Raises UserError where they must and cannot."""
+    if wanted is False:
+        return False
+    reason = why_not(model.kernels.torch_dtype, model.embedding.device)
+    if block_size % 2:
+        reason = f"block_size {block_size} is odd"
+    if reason is not None and wanted is True:
+        raise UserError(f'native steps are not to be had: {reason}; mend that, or pass native="auto".')
+    return reason is None

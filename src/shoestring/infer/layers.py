@@ -64,10 +64,14 @@ class Norm:
 
 @dataclass(slots=True)
 class Making:
-    """How products are made: their dtype, their tile (0: as many rows as come), and the class that makes them."""
+    """How products are made: their dtype, their tile (0: as many rows as come), and the class that makes them.
+
+    `absorb`: multiply MLA's weights together where that pays for rows that decode.
+    """
 
     dtype: torch.dtype
     tile: int = 0
+    absorb: bool = True
 
     def __call__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Product:
         return Product(weight_OI, bias_O, dtype=self.dtype, tile=self.tile)
@@ -98,7 +102,7 @@ class PreparedMLA:
         self.kv_b = make(mla.kv_b_proj.weight)
         self.q_widths = [H * C, H * R]
         absorbed = wq_HKX.shape[-1] * H * (C + R)
-        self.fused_q = absorbed <= FUSE * (wq_HKX.numel() + uk_HNC.numel())
+        self.fused_q = make.absorb and absorbed <= FUSE * (wq_HKX.numel() + uk_HNC.numel())
         wq_absorbed = None
         if self.fused_q:
             latent_HCX = torch.bmm(uk_HNC.transpose(1, 2).double(), wq_HKX[:, :nope].double()).to(wq_HKX.dtype)
@@ -115,7 +119,7 @@ class PreparedMLA:
             self.q_b = make(mla.q_b_proj.weight)
         self.o_absorbed: Product | None = None
         wo_DHV = mla.o_proj.weight.detach().view(-1, H, mla.v)
-        if wo_DHV.shape[0] * H * (C + R) <= FUSE * (wo_DHV.numel() + uv_HVC.numel()):
+        if make.absorb and wo_DHV.shape[0] * H * (C + R) <= FUSE * (wo_DHV.numel() + uv_HVC.numel()):
             wo_HDC = torch.bmm(wo_DHV.transpose(0, 1).double(), uv_HVC.double()).to(wo_DHV.dtype)
             # the cached entry is [c | k_pe]: zeros meet its last part, so that the product needs no slice
             self.o_absorbed = make(F.pad(wo_HDC, (0, R)).transpose(0, 1).flatten(1), mla.o_proj.bias)

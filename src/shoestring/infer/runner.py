@@ -13,6 +13,7 @@ from shoestring.infer.attend import FixedPlan, Plan, make_plan
 from shoestring.infer.chunks import Chunk
 from shoestring.infer.layers import Making, Norm, PreparedGQA, PreparedMLA, PreparedSwiGLU, Step
 from shoestring.infer.mixture import PreparedMoE
+from shoestring.infer.native import NativeLayers, Rows, make_rows
 from shoestring.infer.scheduler import Work
 from shoestring.infer.store import Store
 from shoestring.nn.decoder import Block, Decoder
@@ -21,13 +22,16 @@ from shoestring.nn.mla import MLA
 from shoestring.nn.moe import MoE
 
 
+SINGLES = 16  # tokens of prompts that are computed row by row, natively: below that a pass of their own costs more
+
+
 @dataclass(slots=True)
 class Ran:
     """`hidden_ND` after the final norm, for every token; `routed_LNA` when asked for."""
 
     hidden_ND: Tensor
     routed_LNA: Tensor | None
-    steps: list[tuple[Step, Tensor]]  # what its passes were made of, with the positions of their rows
+    steps: list[tuple[Step, Tensor] | Rows]  # what its passes were made of, plain ones with their rows' positions
 
 
 class PreparedBlock:
@@ -52,8 +56,11 @@ class PreparedBlock:
 class ModelRunner:
     """A model's weights prepared for inference, and the cache they fill. Raises TypeError for a foreign model."""
 
-    def __init__(self, model: Decoder, *, blocks: int, block_size: int, tile: int = 0, more_layers: int = 0):
-        self.tile = tile
+    def __init__(
+        self, model: Decoder, *, blocks: int, block_size: int, tile: int = 0, more_layers: int = 0,
+        native: bool = False,
+    ):  # fmt: skip
+        self.tile, self.native = tile, native
         self.dtype = model.kernels.torch_dtype
         attention = next(block.self_attn for block in model.model.layers)
         latent = isinstance(attention, MLA)
@@ -62,24 +69,31 @@ class ModelRunner:
             len(model.model.layers) + more_layers, blocks, block_size, groups, width, latent=latent, dtype=self.dtype,
             device=model.embedding.device,
         )  # fmt: skip
-        self._tables: tuple[list[int], Plan] | None = None
+        self._tables: tuple[list[int], Any] | None = None
         self.load(model)
 
     def load(self, model: Decoder) -> None:
         """Prepare these weights. Nothing may be using the cache: its blocks are zeroed again when they are taken, in
         case the old weights left NaN there."""
         self.store.ready = 0
-        make = Making(self.dtype, self.tile)
+        make = Making(self.dtype, self.tile, absorb=not self.native)
         self.model, self.device = model, model.embedding.device
         self.blocks = [PreparedBlock(block, make) for block in model.model.layers]  # type: ignore[arg-type]
         self.table_VD = model.embedding.detach().to(self.dtype)
         self.head = make(model.head_weight)
         self.norm = Norm(model.model.norm, self.dtype)
+        self.layers = self.native_layers(model.model.layers, model.model.norm, 0) if self.native else None
+
+    def native_layers(self, blocks: Any, norm: Any, first: int) -> NativeLayers:
+        """These blocks as one native call; their keys are in the cache's layers from `first` on."""
+        return NativeLayers(blocks, norm, self.store, first, self.model.rope, self.dtype)
 
     @torch.inference_mode()
     def run(self, works: list[Work], *, routed: bool = False) -> Ran:
         """One pass over the work, decoding rows first."""
         works = [single for work in works for single in (self._singles(work) if work.drafted else [work])]
+        if self.layers is not None:
+            return self._natively(works, routed)
         if not self.tile:
             return self._pass(works, routed)
         # Every token a row of its own, so that chunks have no borders, and always as many rows: the last tile is
@@ -91,6 +105,36 @@ class ModelRunner:
         chosen = [each.routed_LNA for each in ran if each.routed_LNA is not None]
         steps = [step for each in ran for step in each.steps]
         return Ran(hidden_ND, torch.cat(chosen, dim=1)[:, : len(singles)] if chosen else None, steps)
+
+    def _natively(self, works: list[Work], routed: bool) -> Ran:
+        """Rows of one token in one native call, then the chunks; few chunk tokens are rows too."""
+        fed = sum(work.end - work.start for work in works if work.end - work.start > 1)
+        if self.tile or fed <= SINGLES:
+            works = [single for work in works for single in self._singles(work)]
+        R = next((i for i, work in enumerate(works) if work.end - work.start > 1), len(works))
+        if not R:
+            return self._pass(works, routed)
+        rows = self._rows(works[:R])
+        tokens_R = torch.tensor([work.sequence.token(work.start) for work in works[:R]])
+        assert self.layers is not None
+        hidden_RD, chosen_LRA = self.layers.run(F.embedding(tokens_R, self.table_VD), rows, routed=routed)
+        if R == len(works):
+            return Ran(hidden_RD, chosen_LRA, [rows])
+        rest = self._pass(works[R:], routed)
+        if chosen_LRA is not None and rest.routed_LNA is not None:
+            chosen_LRA = torch.cat([chosen_LRA, rest.routed_LNA], dim=1)
+        return Ran(torch.cat([hidden_RD, rest.hidden_ND]), chosen_LRA, [rows, *rest.steps])
+
+    def _rows(self, works: list[Work]) -> Rows:
+        """Where these rows stand; the last step's table while the same sequences have the same blocks."""
+        key = [work.sequence.table for work in works]
+        known = self._tables[1] if self._tables is not None and self._tables[0] == key else None
+        tables = [] if known is not None else [work.sequence.blocks or [] for work in works]
+        if known is None:
+            self.store.reserve(1 + max(map(max, tables)))
+        rows = make_rows([work.start for work in works], tables, known)
+        self._tables = (key, rows.table_RJ)
+        return rows
 
     @staticmethod
     def _singles(work: Work) -> list[Work]:
@@ -154,7 +198,8 @@ class ModelRunner:
         key = [work.sequence.table for work in works]
         if self._tables is None or self._tables[0] != key:
             self._tables = (key, make_plan([work.sequence.blocks or [] for work in works], self.device))
-        return self._tables[1]
+        plan: Plan = self._tables[1]
+        return plan
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         self.store.copy(pairs)

@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from shoestring.infer.layers import Making, Norm, Step
+from shoestring.infer.native import Rows
 from shoestring.infer.runner import ModelRunner, PreparedBlock, Ran
 from shoestring.infer.scheduler import Counts, Work
 from shoestring.infer.sequence import Sequence
@@ -32,12 +34,15 @@ class Drafter:
     """The first MTP module, prepared; it uses the runner's table, head and cache (layer L)."""
 
     def __init__(self, module: MTPModule, runner: ModelRunner):
-        make = Making(runner.dtype, runner.tile)
+        make = Making(runner.dtype, runner.tile, absorb=not runner.native)
         self._runner, self._layer = runner, len(runner.blocks)
         self._enorm, self._hnorm = Norm(module.enorm, runner.dtype), Norm(module.hnorm, runner.dtype)
         self._join = make(module.eh_proj.weight)
         self._block = PreparedBlock(module.block, make)
         self._norm = Norm(module.shared_head.norm, runner.dtype)
+        self._native = (
+            runner.native_layers([module.block], module.shared_head.norm, self._layer) if runner.native else None
+        )
 
     @torch.inference_mode()
     def draft(self, ran: Ran, next_N: list[int], rows: list[int]) -> list[int]:
@@ -45,27 +50,33 @@ class Drafter:
 
         `next_N`: for every row of the step the token after it; all rows leave their keys in the module's layer.
         """
-        runner, start, found = self._runner, 0, []
-        next_ids_N = torch.tensor(next_N, device=runner.device)
-        for step, position_N in ran.steps:
-            count = len(position_N)
+        start, found = 0, []
+        next_ids_N = torch.tensor(next_N, device=self._runner.device)
+        for step in ran.steps:
+            count = len(step) if isinstance(step, Rows) else len(step[1])
             pad = count - len(next_ids_N[start : start + count])
             ids_n = F.pad(next_ids_N[start : start + count], (0, pad))
             hidden_nD = F.pad(ran.hidden_ND[start : start + count], (0, 0, 0, pad))
             joined_nD = self._join(
-                torch.cat([self._enorm(F.embedding(ids_n, runner.table_VD)), self._hnorm(hidden_nD)], -1)
+                torch.cat([self._enorm(F.embedding(ids_n, self._runner.table_VD)), self._hnorm(hidden_nD)], -1)
             )
-            ahead = Step(
-                step.R, runner.model.rope.table(position_N + 1), step.slot_M, step.store, step.plan, step.bias_R1S,
-                step.chunks,
-            )  # fmt: skip
-            found.append(self._block(joined_nD, ahead, self._layer)[0])
+            found.append(self._through(joined_nD, step))
             start += count
         if not rows:
             return []
-        hidden_RD = self._norm(torch.cat(found).index_select(0, torch.tensor(rows, device=runner.device)))
-        drafts: list[int] = runner.logits(hidden_RD).argmax(-1).tolist()
+        hidden_RD = torch.cat(found).index_select(0, torch.tensor(rows, device=self._runner.device))
+        drafts: list[int] = self._runner.logits(hidden_RD).argmax(-1).tolist()
         return drafts
+
+    def _through(self, joined_ND: Tensor, step: tuple[Step, Tensor] | Rows) -> Tensor:
+        """The module's block over the tokens of a step, one position later, and its norm."""
+        if isinstance(step, Rows):
+            assert self._native is not None
+            return self._native.run(joined_ND, step, ahead=1)[0]
+        was, position_N = step
+        cis_N = self._runner.model.rope.table(position_N + 1)
+        ahead = Step(was.R, cis_N, was.slot_M, was.store, was.plan, was.bias_R1S, was.chunks)
+        return self._norm(self._block(joined_ND, ahead, self._layer)[0])
 
 
 def check_drafts(works: list[Work], ran: Ran, counts: Counts) -> list[tuple[Sequence, int]]:

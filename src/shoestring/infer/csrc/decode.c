@@ -1,0 +1,203 @@
+/* One decoding step of a whole model: R rows, one new token each, against the paged cache.
+
+   The plain twin is infer/layers.py; this does the same in one call, because at a few rows a step there is a hundred
+   small operations a layer and each costs microseconds before it computes. Threads share every phase and meet at a
+   barrier behind it. Weights are read where they lie, [out, in] row by row; sums are fp32, what a product reads is
+   rounded to the model's dtype, as in the twin; the residual stream stays fp32.
+
+   Built by infer/native.py, which knows the same structs. Letters as in the package: R rows, D model width, H heads,
+   G groups of keys, C latent width, W width of a cached entry, E experts, A chosen ones, F an expert's width. */
+
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+typedef float v16 __attribute__((vector_size(64)));
+typedef float v16u __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t h16u __attribute__((vector_size(32), aligned(2)));
+typedef uint32_t i16 __attribute__((vector_size(64)));
+
+#define ROWS 64 /* rows a tile of outputs is multiplied with before the next tile */
+#define OUTS 16 /* outputs of a tile */
+#define UNROLL _Pragma("GCC unroll 16")
+#define NOINLINE __attribute__((noinline)) /* inlined, accumulators are spilled */
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct { const void *weight, *bias; int64_t out, in; } Matrix; /* bias may be null; weight too: no product */
+
+typedef struct {
+    const void *norm1, *norm2, *q_norm, *k_norm; /* MLA: of the query's and the keys' latent; else of each head */
+    float eps1, eps2, q_eps, k_eps;
+    Matrix first[3];                             /* MLA: q_a (or q), kv_a; else q, k, v */
+    Matrix q_b, o, gate_proj, up_proj, down_proj; /* the dense block, or the shared expert */
+    const void *uk, *uv;                         /* [H, C, nope] and [H, v, C] */
+    void *keys, *values;                         /* this layer's arenas [blocks, G, size, W] */
+    Matrix gate;                                 /* fp32; null where the layer has no experts */
+    const float *gate_bias;                      /* may be null */
+    const void *gate_up, *down;                  /* [E, 2F, D] and [E, D, F] */
+} Layer;
+
+typedef struct {
+    int64_t layers, D, H, G, latent, C, nope, rope, v, q_lora, interleaved, size; /* not latent: `nope` 0, `v` a head */
+    int64_t E, A, F, groups, kept_groups, sigmoid, normalise;
+    float scale, route_scale, eps;
+    const Layer *layer;
+    const void *norm; /* the last one */
+} Model;
+
+typedef struct {
+    int64_t R, J, longest, threads;
+    const int64_t *length;  /* [R] positions, the new one included */
+    const int32_t *table;   /* [R, J] blocks */
+    const float *turn;      /* cos, sin: [positions, rope/2, 2] */
+    const void *x;          /* embeddings [R, D] */
+    void *hidden;           /* [R, D], after the last norm */
+    int64_t *chosen;        /* [MoE layers, R, A], may be null */
+    char *work;             /* as large as shoestring_workspace says */
+} Batch;
+
+/* ---- small things */
+INLINE int64_t low(int64_t total, int64_t unit, int64_t t, int64_t n) { /* where thread t's share begins */
+    int64_t units = (total + unit - 1) / unit, at = units * t / n * unit;
+    return at < total ? at : total;
+}
+
+INLINE float exp1(float x) { /* to 2e-7 relative; NaN stays NaN */
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float n = __builtin_rintf(x * 1.44269504088896341f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    __builtin_memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+INLINE v16 pairs(v16 a, v16 b) { /* neighbours summed: a's eight sums, then b's */
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+/* which experts a row goes to, and with what weight: nn/moe.py's Routing */
+static void route(const Model *m, const Layer *l, const float *logit, float *score, int64_t *chosen, float *weight) {
+    const int64_t E = m->E, N = m->groups, per = E / N;
+    float choice[E], top = -INFINITY, total = 0;
+    for (int64_t e = 0; e < E; e++) top = logit[e] > top ? logit[e] : top;
+    for (int64_t e = 0; e < E; e++) {
+        score[e] = m->sigmoid ? 1.0f / (1.0f + expf(-logit[e])) : expf(logit[e] - top);
+        total += score[e];
+    }
+    for (int64_t e = 0; e < E; e++) {
+        if (!m->sigmoid) score[e] /= total;
+        choice[e] = score[e] + (l->gate_bias ? l->gate_bias[e] : 0.0f);
+    }
+    if (N > 1 && m->kept_groups < N) {
+        float best[N];
+        char kept[N];
+        for (int64_t g = 0; g < N; g++) {
+            float first = -INFINITY, second = -INFINITY;
+            for (int64_t e = g * per; e < (g + 1) * per; e++) {
+                if (choice[e] > first) second = first, first = choice[e];
+                else if (choice[e] > second) second = choice[e];
+            }
+            best[g] = m->sigmoid && per > 1 ? first + second : first;
+            kept[g] = 0;
+        }
+        for (int64_t k = 0; k < m->kept_groups; k++) {
+            int64_t at = -1;
+            for (int64_t g = 0; g < N; g++)
+                if (!kept[g] && (at < 0 || best[g] > best[at])) at = g;
+            kept[at] = 1;
+        }
+        for (int64_t e = 0; e < E; e++)
+            if (!kept[e / per]) choice[e] = m->sigmoid ? -INFINITY : 0.0f;
+    }
+    float sum = 0;
+    for (int64_t a = 0; a < m->A; a++) {
+        int64_t at = -1;
+        for (int64_t e = 0; e < E; e++) {
+            int taken = 0;
+            for (int64_t b = 0; b < a; b++) taken |= chosen[b] == e;
+            if (!taken && (at < 0 || choice[e] > choice[at])) at = e;
+        }
+        chosen[a] = at;
+        weight[a] = score[at];
+        sum += score[at];
+    }
+    for (int64_t a = 0; a < m->A; a++) weight[a] = (m->normalise ? weight[a] / (sum + 1e-20f) : weight[a]) * m->route_scale;
+}
+
+/* ---- fp32 */
+#define T float
+#define NAME(name) name##_f32
+#define WIDE 16
+#define VECTOR v16
+#define LOAD(p) (*(const v16u *)(p))
+#define DOT(acc, a, b) ((acc) + (a) * (b))
+#define FLOAT(x) (x)
+#define ROUND(x) (x)
+#define WIDEN(p) (*(const v16u *)(p))
+#include "typed.h"
+
+/* ---- bf16 */
+INLINE uint16_t to_bf16(float x) { /* to nearest, ties to even, NaN stays NaN */
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    return x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+INLINE float from_bf16(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    __builtin_memcpy(&y, &bits, 4);
+    return y;
+}
+
+INLINE v16 widen(const uint16_t *p) { return (v16)(__builtin_convertvector(*(const h16u *)p, i16) << 16); }
+
+#undef T
+#undef NAME
+#undef WIDE
+#undef VECTOR
+#undef LOAD
+#undef DOT
+#undef FLOAT
+#undef ROUND
+#undef WIDEN
+#define T uint16_t
+#define NAME(name) name##_bf16
+#define FLOAT(x) from_bf16(x)
+#define ROUND(x) to_bf16(x)
+#define WIDEN(p) widen(p)
+#ifdef __AVX512BF16__
+#define PAIRED
+#define WIDE 32
+#define VECTOR __m512i
+#define LOAD(p) _mm512_loadu_si512(p)
+#define DOT(acc, a, b) (v16) _mm512_dpbf16_ps((__m512)(acc), (__m512bh)(a), (__m512bh)(b))
+#else
+#define WIDE 16
+#define VECTOR v16
+#define LOAD(p) widen(p)
+#define DOT(acc, a, b) ((acc) + (a) * (b))
+#endif
+#include "typed.h"
+
+int shoestring_paired(void) {
+#ifdef PAIRED
+    return 1;
+#else
+    return 0;
+#endif
+}

@@ -1,0 +1,286 @@
+"""The decoding step in C: built with the machine's own compiler when there is one, left out when there is none.
+
+At a few rows a step the plain twin (infer/layers.py) spends its time between the products: about a hundred small
+operations a layer. csrc/decode.c does a whole step in one call, with torch's own threads (the same OpenMP library).
+A row's result does not depend on the other rows of the step, to the bit.
+
+The library is compiled once per machine and kept in the user's cache folder; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoestring.infer.store import Store
+from shoestring.nn.gqa import GQA
+from shoestring.nn.linear import Linear, SwiGLU
+from shoestring.nn.mla import MLA
+from shoestring.nn.moe import MoE
+from shoestring.nn.norm import RMSNorm
+
+SOURCES = Path(__file__).parent / "csrc"
+FLAGS = (
+    "-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
+    "-fopenmp", "-shared", "-fPIC",
+)  # fmt: skip
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+# ---- the library
+class Missing(Exception):
+    """Why the library cannot be had."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Built or found in the cache. Raises Missing: no compiler, one that fails, or SHOESTRING_NATIVE=0."""
+    if os.environ.get("SHOESTRING_NATIVE") == "0":
+        raise Missing("SHOESTRING_NATIVE is 0")
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if compiler is None or shutil.which(compiler) is None:
+        raise Missing("there is no C compiler (cc, gcc or clang)")
+    try:
+        made = ctypes.CDLL(str(_built(compiler)))
+    except OSError as error:
+        raise Missing(f"the compiled library does not load: {error}") from error
+    for suffix in SUFFIX.values():
+        getattr(made, f"shoestring_workspace_{suffix}").restype = c_int64
+    return made
+
+
+def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
+    """None when steps of this dtype can run natively here, else the reason."""
+    if device.type != "cpu" or dtype not in SUFFIX:
+        return f"{dtype} on {device.type} has no native step"
+    try:
+        library()
+    except Missing as missing:
+        return str(missing)
+    return None
+
+
+def _built(compiler: str) -> Path:
+    """The shared library for this source, compiler and processor."""
+    version = _output([compiler, "--version"])
+    digest = hashlib.sha256("\n".join([*FLAGS, version, _processor()]).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shoestring"
+    found = cache / f"decode-{digest.hexdigest()[:16]}.so"
+    if not found.exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as folder:  # then moved at once: two may build together
+                made = Path(folder) / "decode.so"
+                _output([compiler, *FLAGS, "-o", str(made), str(SOURCES / "decode.c"), "-lm"])
+                made.replace(found)
+        except OSError as error:
+            raise Missing(f"the cache folder cannot be written: {error}") from error
+    return found
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        raise Missing(f"{command[0]} failed: {said[0] if said else error}") from error
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+# ---- the structs of csrc/decode.c
+class Matrix(Structure):
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("out", c_int64), ("in", c_int64)]
+
+
+class Layer(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("norm1", "norm2", "q_norm", "k_norm")),
+        *((name, c_float) for name in ("eps1", "eps2", "q_eps", "k_eps")),
+        ("first", Matrix * 3),
+        *((name, Matrix) for name in ("q_b", "o", "gate_proj", "up_proj", "down_proj")),
+        *((name, c_void_p) for name in ("uk", "uv", "keys", "values")),
+        ("gate", Matrix),
+        *((name, c_void_p) for name in ("gate_bias", "gate_up", "down")),
+    ]  # fmt: skip
+
+
+class Model(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in (
+            "layers", "D", "H", "G", "latent", "C", "nope", "rope", "v", "q_lora", "interleaved", "size",
+            "E", "A", "F", "groups", "kept_groups", "sigmoid", "normalise",
+        )),
+        *((name, c_float) for name in ("scale", "route_scale", "eps")),
+        ("layer", POINTER(Layer)), ("norm", c_void_p),
+    ]  # fmt: skip
+
+
+class Batch(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("R", "J", "longest", "threads")),
+        *((name, c_void_p) for name in ("length", "table", "turn", "x", "hidden", "chosen", "work")),
+    ]  # fmt: skip
+
+
+# ---- a model's layers, ready to run
+class Rows:
+    """R rows of one token each: `length_R` positions with the new one, `table_RJ` their blocks."""
+
+    def __init__(self, length_R: np.ndarray, table_RJ: np.ndarray):
+        self.length_R, self.table_RJ = length_R, table_RJ
+
+    def __len__(self) -> int:
+        return len(self.length_R)
+
+
+def make_rows(positions: Sequence[int], tables: Sequence[Sequence[int]], known: np.ndarray | None = None) -> Rows:
+    """Of the rows' positions and block tables; `known`: the table of an earlier step that still holds."""
+    length_R = np.asarray(positions, dtype=np.int64) + 1
+    if known is None:
+        known = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+        for row, table in enumerate(tables):
+            known[row, : len(table)] = table
+    return Rows(length_R, known)
+
+
+class NativeLayers:
+    """Some blocks over some layers of the cache, and the norm behind them: x [R, D] -> hidden [R, D]."""
+
+    def __init__(self, blocks: Sequence[Any], norm: RMSNorm, store: Store, first: int, rope: Any, dtype: torch.dtype):
+        self.dtype, self._rope = dtype, rope
+        self._kept: list[Tensor] = []
+        self._decode = getattr(library(), f"shoestring_decode_{SUFFIX[dtype]}")
+        self._size = getattr(library(), f"shoestring_workspace_{SUFFIX[dtype]}")
+        self._layers = (Layer * len(blocks))(
+            *(self._layer(block, store, first + index) for index, block in enumerate(blocks))
+        )
+        self._model = self._shape(blocks, norm, store)
+        self.moe_layers, self.top_k = sum(isinstance(block.mlp, MoE) for block in blocks), self._model.A
+        self._work = torch.empty(0, dtype=torch.uint8)
+        self._turn = torch.empty(0)
+
+    # ---- weights
+    def _at(self, tensor: Tensor | None, dtype: torch.dtype | None = None) -> int | None:
+        """Where it lies, in this dtype; it is kept alive. The parameter itself where nothing has to change."""
+        if tensor is None:
+            return None
+        ready = tensor.detach().to(dtype or self.dtype).contiguous()
+        self._kept.append(ready)
+        return ready.data_ptr()
+
+    def _matrix(self, layer: Linear) -> Matrix:
+        return Matrix(self._at(layer.weight), self._at(layer.bias), *layer.weight.shape)
+
+    def _layer(self, block: Any, store: Store, index: int) -> Layer:
+        attention, mlp = block.self_attn, block.mlp
+        made = Layer(
+            norm1=self._at(block.input_layernorm.weight), eps1=block.input_layernorm.eps,
+            norm2=self._at(block.post_attention_layernorm.weight), eps2=block.post_attention_layernorm.eps,
+            keys=store.keys[index].data_ptr(), values=store.values[index].data_ptr(),
+            o=self._matrix(attention.o_proj),
+        )  # fmt: skip
+        firsts, q_norm, k_norm = self._latent(made, attention) if isinstance(attention, MLA) else _plain(attention)
+        for place, linear in enumerate(firsts):
+            made.first[place] = self._matrix(linear)
+        if q_norm is not None:
+            made.q_norm, made.q_eps = self._at(q_norm.weight), q_norm.eps
+        if k_norm is not None:
+            made.k_norm, made.k_eps = self._at(k_norm.weight), k_norm.eps
+        dense: SwiGLU | None = mlp.shared_experts if isinstance(mlp, MoE) else mlp
+        if dense is not None:
+            made.gate_proj, made.up_proj = self._matrix(dense.gate_proj), self._matrix(dense.up_proj)
+            made.down_proj = self._matrix(dense.down_proj)
+        if isinstance(mlp, MoE):
+            gate = mlp.gate
+            made.gate = Matrix(self._at(gate.weight, torch.float32), None, *gate.weight.shape)
+            made.gate_bias = self._at(gate.e_score_correction_bias, torch.float32)
+            made.gate_up, made.down = self._at(mlp.experts.gate_up_proj), self._at(mlp.experts.down_proj)
+        return made
+
+    def _latent(self, made: Layer, mla: MLA) -> tuple[list[Linear], RMSNorm | None, RMSNorm]:
+        kv_HXC = mla.kv_b_proj.weight.detach().view(mla.heads, mla.nope + mla.v, mla.kv_lora)
+        uk_HNC, uv_HVC = kv_HXC.split([mla.nope, mla.v], dim=1)
+        made.uk, made.uv = self._at(uk_HNC.transpose(1, 2)), self._at(uv_HVC)
+        if mla.q_lora is None:
+            return [mla.q_proj, mla.kv_a_proj_with_mqa], None, mla.kv_a_layernorm
+        made.q_b = self._matrix(mla.q_b_proj)
+        return [mla.q_a_proj, mla.kv_a_proj_with_mqa], mla.q_a_layernorm, mla.kv_a_layernorm
+
+    def _shape(self, blocks: Sequence[Any], norm: RMSNorm, store: Store) -> Model:
+        attention = blocks[0].self_attn
+        made = Model(
+            layers=len(blocks), D=len(norm.weight), size=store.size, layer=self._layers, norm=self._at(norm.weight),
+            eps=norm.eps, groups=1, kept_groups=1,
+        )  # fmt: skip
+        if isinstance(attention, MLA):
+            made.latent, made.H, made.G, made.C = 1, attention.heads, 1, attention.kv_lora
+            made.nope, made.rope, made.v, made.q_lora = attention.nope, attention.rope, attention.v, attention.q_lora or 0
+            made.interleaved, made.scale = attention.interleaved, attention.scale
+        else:
+            made.H, made.G, made.v, made.rope = attention.heads, attention.kv_heads, attention.head_dim, attention.head_dim
+            made.scale = attention.head_dim**-0.5
+        moe = next((block.mlp for block in blocks if isinstance(block.mlp, MoE)), None)
+        if moe is not None:
+            routing = moe.gate.routing
+            made.E, made.A, made.F = routing.n_experts, routing.top_k, moe.experts.down_proj.shape[2]
+            made.groups, made.kept_groups, made.sigmoid = routing.n_group, routing.topk_group, routing.scoring == "sigmoid"
+            made.normalise, made.route_scale = routing.normalise, routing.scale
+        return made
+
+    # ---- a step
+    def run(self, x_RD: Tensor, rows: Rows, *, routed: bool = False, ahead: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [R, D] after the norm, and the chosen experts [MoE layers, R, A] when asked for.
+
+        Entries of the cache are written first, so rows may be consecutive tokens of one sequence. `ahead`: how many
+        positions later RoPE counts (the MTP module's tokens).
+        """
+        R, J = rows.table_RJ.shape
+        longest, threads = int(rows.length_R.max()), torch.get_num_threads()
+        self._grow(R, longest, threads, ahead)
+        x_RD = x_RD.contiguous()
+        hidden_RD = torch.empty_like(x_RD)
+        chosen = torch.empty(self.moe_layers, R, self.top_k, dtype=torch.int64) if routed and self.moe_layers else None
+        batch = Batch(
+            R, J, longest, threads, rows.length_R.ctypes.data, rows.table_RJ.ctypes.data,
+            self._turn[ahead:].data_ptr(), x_RD.data_ptr(), hidden_RD.data_ptr(),
+            None if chosen is None else chosen.data_ptr(), self._work.data_ptr(),
+        )  # fmt: skip
+        self._decode(ctypes.byref(self._model), ctypes.byref(batch))
+        return hidden_RD, chosen
+
+    def _grow(self, R: int, longest: int, threads: int, ahead: int) -> None:
+        """Work space and RoPE's table, when they are too small."""
+        size = self._size(ctypes.byref(self._model), c_int64(R), c_int64(longest), c_int64(threads))
+        if size > len(self._work):
+            self._work = torch.empty(size + size // 4, dtype=torch.uint8)
+        if longest + ahead > len(self._turn):
+            positions_S = torch.arange(max(256, 2 * (longest + ahead)))
+            self._turn = torch.view_as_real(self._rope.table(positions_S)).flatten(1).contiguous()
+
+
+def _plain(gqa: GQA) -> tuple[list[Linear], RMSNorm | None, RMSNorm | None]:
+    return [gqa.q_proj, gqa.k_proj, gqa.v_proj], gqa.q_norm, gqa.k_norm

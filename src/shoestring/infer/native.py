@@ -113,10 +113,14 @@ def _processor() -> str:
 
 # ---- the structs of csrc/decode.c
 class Matrix(Structure):
+    """A product's weights, [out, in]."""
+
     _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("out", c_int64), ("in", c_int64)]
 
 
 class Layer(Structure):
+    """One layer: where its weights and its part of the cache lie."""
+
     _fields_ = [
         *((name, c_void_p) for name in ("norm1", "norm2", "q_norm", "k_norm")),
         *((name, c_float) for name in ("eps1", "eps2", "q_eps", "k_eps")),
@@ -129,6 +133,8 @@ class Layer(Structure):
 
 
 class Model(Structure):
+    """The layers and what they have in common."""
+
     _fields_ = [
         *((name, c_int64) for name in (
             "layers", "D", "H", "G", "latent", "C", "nope", "rope", "v", "q_lora", "interleaved", "size",
@@ -140,6 +146,8 @@ class Model(Structure):
 
 
 class Batch(Structure):
+    """The rows of one call, and where results go."""
+
     _fields_ = [
         *((name, c_int64) for name in ("R", "J", "longest", "threads")),
         *((name, c_void_p) for name in ("length", "table", "turn", "x", "hidden", "chosen", "work")),
@@ -238,16 +246,30 @@ class NativeLayers:
         )  # fmt: skip
         if isinstance(attention, MLA):
             made.latent, made.H, made.G, made.C = 1, attention.heads, 1, attention.kv_lora
-            made.nope, made.rope, made.v, made.q_lora = attention.nope, attention.rope, attention.v, attention.q_lora or 0
+            made.nope, made.rope, made.v, made.q_lora = (
+                attention.nope,
+                attention.rope,
+                attention.v,
+                attention.q_lora or 0,
+            )
             made.interleaved, made.scale = attention.interleaved, attention.scale
         else:
-            made.H, made.G, made.v, made.rope = attention.heads, attention.kv_heads, attention.head_dim, attention.head_dim
+            made.H, made.G, made.v, made.rope = (
+                attention.heads,
+                attention.kv_heads,
+                attention.head_dim,
+                attention.head_dim,
+            )
             made.scale = attention.head_dim**-0.5
         moe = next((block.mlp for block in blocks if isinstance(block.mlp, MoE)), None)
         if moe is not None:
             routing = moe.gate.routing
             made.E, made.A, made.F = routing.n_experts, routing.top_k, moe.experts.down_proj.shape[2]
-            made.groups, made.kept_groups, made.sigmoid = routing.n_group, routing.topk_group, routing.scoring == "sigmoid"
+            made.groups, made.kept_groups, made.sigmoid = (
+                routing.n_group,
+                routing.topk_group,
+                routing.scoring == "sigmoid",
+            )
             made.normalise, made.route_scale = routing.normalise, routing.scale
         return made
 

@@ -21,7 +21,6 @@ from shoestring.nn.gqa import GQA
 from shoestring.nn.mla import MLA
 from shoestring.nn.moe import MoE
 
-
 SINGLES = 16  # tokens of prompts that are computed row by row, natively: below that a pass of their own costs more
 
 
@@ -118,7 +117,7 @@ class ModelRunner:
         tokens_R = torch.tensor([work.sequence.token(work.start) for work in works[:R]])
         assert self.layers is not None
         hidden_RD, chosen_LRA = self.layers.run(F.embedding(tokens_R, self.table_VD), rows, routed=routed)
-        if R == len(works):
+        if len(works) == R:
             return Ran(hidden_RD, chosen_LRA, [rows])
         rest = self._pass(works[R:], routed)
         if chosen_LRA is not None and rest.routed_LNA is not None:

@@ -27,18 +27,21 @@ typedef uint32_t i16 __attribute__((vector_size(64)));
 #define NOINLINE __attribute__((noinline)) /* inlined, accumulators are spilled */
 #define INLINE static inline __attribute__((always_inline))
 
-typedef struct { const void *weight, *bias; int64_t out, in; } Matrix; /* bias may be null; weight too: no product */
+typedef struct {
+    const void *weight, *bias;
+    int64_t out, in;
+} Matrix; /* bias may be null; weight too: no product */
 
 typedef struct {
     const void *norm1, *norm2, *q_norm, *k_norm; /* MLA: of the query's and the keys' latent; else of each head */
     float eps1, eps2, q_eps, k_eps;
-    Matrix first[3];                             /* MLA: q_a (or q), kv_a; else q, k, v */
+    Matrix first[3];                              /* MLA: q_a (or q), kv_a; else q, k, v */
     Matrix q_b, o, gate_proj, up_proj, down_proj; /* the dense block, or the shared expert */
-    const void *uk, *uv;                         /* [H, C, nope] and [H, v, C] */
-    void *keys, *values;                         /* this layer's arenas [blocks, G, size, W] */
-    Matrix gate;                                 /* fp32; null where the layer has no experts */
-    const float *gate_bias;                      /* may be null */
-    const void *gate_up, *down;                  /* [E, 2F, D] and [E, D, F] */
+    const void *uk, *uv;                          /* [H, C, nope] and [H, v, C] */
+    void *keys, *values;                          /* this layer's arenas [blocks, G, size, W] */
+    Matrix gate;                                  /* fp32; null where the layer has no experts */
+    const float *gate_bias;                       /* may be null */
+    const void *gate_up, *down;                   /* [E, 2F, D] and [E, D, F] */
 } Layer;
 
 typedef struct {
@@ -51,13 +54,13 @@ typedef struct {
 
 typedef struct {
     int64_t R, J, longest, threads;
-    const int64_t *length;  /* [R] positions, the new one included */
-    const int32_t *table;   /* [R, J] blocks */
-    const float *turn;      /* cos, sin: [positions, rope/2, 2] */
-    const void *x;          /* embeddings [R, D] */
-    void *hidden;           /* [R, D], after the last norm */
-    int64_t *chosen;        /* [MoE layers, R, A], may be null */
-    char *work;             /* as large as shoestring_workspace says */
+    const int64_t *length; /* [R] positions, the new one included */
+    const int32_t *table;  /* [R, J] blocks */
+    const float *turn;     /* cos, sin: [positions, rope/2, 2] */
+    const void *x;         /* embeddings [R, D] */
+    void *hidden;          /* [R, D], after the last norm */
+    int64_t *chosen;       /* [MoE layers, R, A], may be null */
+    char *work;            /* as large as shoestring_workspace says */
 } Batch;
 
 /* ---- small things */
@@ -135,7 +138,8 @@ static void route(const Model *m, const Layer *l, const float *logit, float *sco
         weight[a] = score[at];
         sum += score[at];
     }
-    for (int64_t a = 0; a < m->A; a++) weight[a] = (m->normalise ? weight[a] / (sum + 1e-20f) : weight[a]) * m->route_scale;
+    for (int64_t a = 0; a < m->A; a++)
+        weight[a] = (m->normalise ? weight[a] / (sum + 1e-20f) : weight[a]) * m->route_scale;
 }
 
 /* ---- fp32 */
@@ -148,7 +152,9 @@ static void route(const Model *m, const Layer *l, const float *logit, float *sco
 #define FLOAT(x) (x)
 #define ROUND(x) (x)
 #define WIDEN(p) (*(const v16u *)(p))
-#include "typed.h"
+#include "products.h"
+#include "attend.h"
+#include "step.h"
 
 /* ---- bf16 */
 INLINE uint16_t to_bf16(float x) { /* to nearest, ties to even, NaN stays NaN */
@@ -192,7 +198,9 @@ INLINE v16 widen(const uint16_t *p) { return (v16)(__builtin_convertvector(*(con
 #define LOAD(p) widen(p)
 #define DOT(acc, a, b) ((acc) + (a) * (b))
 #endif
-#include "typed.h"
+#include "products.h"
+#include "attend.h"
+#include "step.h"
 
 int shoestring_paired(void) {
 #ifdef PAIRED

@@ -1,0 +1,144 @@
+/* Rows for one dtype T: norm, rotation, and attention of one row over its blocks. */
+
+/* x / sqrt(mean(x²) + eps) * weight, rounded; `wide` gets the rounded numbers as fp32 when not null */
+static void NAME(norm)(const float *x, const T *weight, float eps, int64_t D, T *y, float *wide) {
+    float square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t d = 0; d < D; d++) square += x[d] * x[d];
+    const float r = 1.0f / sqrtf(square / D + eps);
+    for (int64_t d = 0; d < D; d++) y[d] = ROUND(x[d] * r * FLOAT(weight[d]));
+    if (wide)
+        for (int64_t d = 0; d < D; d++) wide[d] = FLOAT(y[d]);
+}
+
+/* a head's last `rope` numbers turned by its position, rounded */
+static void NAME(turn)(const float *x, const float *cis, int64_t rope, int64_t interleaved, T *y) {
+    const int64_t half = rope / 2;
+    for (int64_t i = 0; i < half; i++) {
+        const int64_t a = interleaved ? 2 * i : i, b = interleaved ? 2 * i + 1 : i + half;
+        const float c = cis[2 * i], s = cis[2 * i + 1], p = FLOAT(ROUND(x[a])), q = FLOAT(ROUND(x[b]));
+        y[a] = ROUND(p * c - q * s);
+        y[b] = ROUND(q * c + p * s);
+    }
+}
+
+/* ---- attention of `heads` <= ROWS query heads of one row against one group's blocks */
+/* 4 heads times 64 values, or fewer: sums of p_s v_s over the positions of a block */
+INLINE void NAME(weigh)(int many, int vectors, const float *const *p, const T *v, int64_t W, int64_t count,
+                        float *const *out) {
+#ifdef PAIRED
+    if (vectors % 2 == 0) {
+        const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
+                                               6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+        const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+        __m512 acc[4][4];
+        for (int h = 0; h < many; h++)
+            for (int i = 0; i < vectors; i++) acc[h][i] = _mm512_loadu_ps(out[h] + 16 * i);
+        for (int64_t s = 0; s < count; s += 2) { /* two positions at a time; a block has an even number of them */
+            const T *v0 = v + s * W, *v1 = v0 + W;
+            __m512bh b[4];
+            for (int i = 0; i < vectors; i += 2) {
+                const __m512i a0 = _mm512_loadu_si512(v0 + 16 * i), a1 = _mm512_loadu_si512(v1 + 16 * i);
+                b[i] = (__m512bh)_mm512_permutex2var_epi16(a0, first, a1);
+                b[i + 1] = (__m512bh)_mm512_permutex2var_epi16(a0, second, a1);
+            }
+            for (int h = 0; h < many; h++) {
+                int32_t two;
+                memcpy(&two, (const T *)p[h] + s, 4);
+                for (int i = 0; i < vectors; i++)
+                    acc[h][i] = _mm512_dpbf16_ps(acc[h][i], (__m512bh)_mm512_set1_epi32(two), b[i]);
+            }
+        }
+        for (int h = 0; h < many; h++)
+            for (int i = 0; i < vectors; i++) _mm512_storeu_ps(out[h] + 16 * i, acc[h][i]);
+        return;
+    }
+#endif
+    v16 acc[4][4];
+    for (int h = 0; h < many; h++)
+        for (int i = 0; i < vectors; i++) acc[h][i] = *(v16u *)(out[h] + 16 * i);
+    for (int64_t s = 0; s < count; s++)
+        for (int i = 0; i < vectors; i++) {
+            const v16 b = WIDEN(v + s * W + 16 * i);
+            for (int h = 0; h < many; h++) acc[h][i] += FLOAT(((const T *)p[h])[s]) * b;
+        }
+    for (int h = 0; h < many; h++)
+        for (int i = 0; i < vectors; i++) *(v16u *)(out[h] + 16 * i) = acc[h][i];
+}
+
+static void NAME(weigh4)(const float *const *p, const T *v, int64_t W, int64_t count, float *const *out) {
+    NAME(weigh)(4, 4, p, v, W, count, out);
+}
+static void NAME(weigh1)(const float *const *p, const T *v, int64_t W, int64_t count, float *const *out) {
+    NAME(weigh)(1, 4, p, v, W, count, out);
+}
+static void NAME(weigh4_1)(const float *const *p, const T *v, int64_t W, int64_t count, float *const *out) {
+    NAME(weigh)(4, 1, p, v, W, count, out);
+}
+static void NAME(weigh1_1)(const float *const *p, const T *v, int64_t W, int64_t count, float *const *out) {
+    NAME(weigh)(1, 1, p, v, W, count, out);
+}
+
+static void NAME(values)(int64_t heads, const float *p, int64_t ldp, const T *v, int64_t W, int64_t V, int64_t count,
+                         float *out) {
+    for (int64_t h = 0; h < heads;) {
+        const int four = heads - h >= 4;
+        const float *ps[4];
+        float *outs[4];
+        int64_t c = 0;
+        for (; c + 64 <= V; c += 64) {
+            for (int i = 0; i < 4; i++)
+                ps[i] = p + (h + (four ? i : 0)) * ldp, outs[i] = out + (h + (four ? i : 0)) * V + c;
+            (four ? NAME(weigh4) : NAME(weigh1))(ps, v + c, W, count, outs);
+        }
+        for (; c + 16 <= V; c += 16) {
+            for (int i = 0; i < 4; i++)
+                ps[i] = p + (h + (four ? i : 0)) * ldp, outs[i] = out + (h + (four ? i : 0)) * V + c;
+            (four ? NAME(weigh4_1) : NAME(weigh1_1))(ps, v + c, W, count, outs);
+        }
+        for (; c < V; c++)
+            for (int i = 0; i < (four ? 4 : 1); i++)
+                for (int64_t s = 0; s < count; s++)
+                    out[(h + i) * V + c] += FLOAT(((const T *)(p + (h + i) * ldp))[s]) * FLOAT(v[s * W + c]);
+        h += four ? 4 : 1;
+    }
+}
+
+/* o [heads, V] = softmax(scale q Kᵀ) V; `space`: fp32 [heads, ld] scores, then [heads, V] sums */
+static void NAME(attend)(const Model *m, const Layer *l, const Batch *b, int64_t r, int64_t g, const T *q,
+                         int64_t heads, int64_t W, int64_t V, T *o, float *space) {
+    const int64_t length = b->length[r], size = m->size, ld = (b->longest + 15) / 16 * 16 + 16;
+    const int32_t *table = b->table + r * b->J;
+    float *score = space, *sum = space + heads * ld, out[ROWS * OUTS];
+    const T *rows[ROWS];
+    for (int64_t h = 0; h < heads; h++) rows[h] = q + h * W;
+    for (int64_t s0 = 0; s0 < length; s0 += size) {
+        const T *keys = (const T *)l->keys + (table[s0 / size] * m->G + g) * size * W;
+        const int64_t count = length - s0 < size ? length - s0 : size;
+        for (int64_t s = 0; s < count; s += OUTS) {
+            const int64_t outs = count - s < OUTS ? count - s : OUTS;
+            NAME(tile)(rows, heads, keys + s * W, W, outs, W, out);
+            for (int64_t h = 0; h < heads; h++) memcpy(score + h * ld + s0 + s, out + h * OUTS, outs * sizeof(float));
+        }
+    }
+    for (int64_t h = 0; h < heads; h++) {
+        float *p = score + h * ld, top = -INFINITY, total = 0;
+        for (int64_t s = 0; s < length; s++) top = p[s] > top ? p[s] : top;
+#pragma omp simd reduction(+ : total)
+        for (int64_t s = 0; s < length; s++) {
+            p[s] = exp1((p[s] - top) * m->scale);
+            total += p[s];
+        }
+        const float share = 1.0f / total;
+        T *rounded = (T *)p; /* in place: never wider than what it overwrites */
+        for (int64_t s = 0; s < length; s++) rounded[s] = ROUND(p[s] * share);
+        rounded[length] = ROUND(0.0f); /* the partner of the last one, when that is alone */
+    }
+    memset(sum, 0, heads * V * sizeof(float));
+    for (int64_t s0 = 0; s0 < length; s0 += size) {
+        const T *values = (const T *)l->values + (table[s0 / size] * m->G + g) * size * W;
+        const float *p = (const float *)((const T *)score + s0);
+        NAME(values)(heads, p, ld, values, W, V, length - s0 < size ? length - s0 : size, sum);
+    }
+    for (int64_t i = 0; i < heads * V; i++) o[i] = ROUND(sum[i]);
+}

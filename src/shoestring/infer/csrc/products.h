@@ -1,0 +1,113 @@
+/* Products for one dtype T: tiles of 16 outputs, sums in fp32, the same order whatever the number of rows. */
+
+INLINE VECTOR NAME(rest)(const T *p, int64_t count) {
+#ifdef PAIRED
+    return _mm512_maskz_loadu_epi16((1u << count) - 1, p);
+#else
+    T padded[WIDE] __attribute__((aligned(64))) = {0};
+    memcpy(padded, p, count * sizeof(T));
+    return LOAD(padded);
+#endif
+}
+
+/* Row pointers times weight rows: RT x OT = 16 sums over `in`, row by row. */
+INLINE void NAME(block)(int RT, int OT, const T *const *x, const T *const *w, int64_t in, int64_t ahead, float *out) {
+    v16 acc[16];
+    UNROLL for (int i = 0; i < 16; i++) acc[i] = (v16){0};
+    UNROLL for (int o4 = 0; o4 < OT; o4 += 4) { /* four rows of weights at a time, so that memory is read in order */
+        int64_t k = 0;
+        for (; k + WIDE <= in; k += WIDE) {
+            VECTOR a[4];
+            UNROLL for (int r = 0; r < RT; r++) a[r] = LOAD(x[r] + k);
+            UNROLL for (int o = o4; o < o4 + 4; o++) {
+                const VECTOR b = LOAD(w[o] + k);
+                if (ahead) __builtin_prefetch(w[o] + k + ahead, 0, 2);
+                UNROLL for (int r = 0; r < RT; r++) acc[r * OT + o] = DOT(acc[r * OT + o], a[r], b);
+            }
+        }
+        if (k == in) continue;
+        VECTOR a[4]; /* what is left, with zeros behind it */
+        UNROLL for (int r = 0; r < RT; r++) a[r] = NAME(rest)(x[r] + k, in - k);
+        UNROLL for (int o = o4; o < o4 + 4; o++) {
+            const VECTOR b = NAME(rest)(w[o] + k, in - k);
+            UNROLL for (int r = 0; r < RT; r++) acc[r * OT + o] = DOT(acc[r * OT + o], a[r], b);
+        }
+    }
+    UNROLL for (int i = 0; i < 8; i++) acc[i] = pairs(acc[2 * i], acc[2 * i + 1]);
+    UNROLL for (int i = 0; i < 4; i++) acc[i] = pairs(acc[2 * i], acc[2 * i + 1]);
+    *(v16u *)out = pairs(pairs(acc[0], acc[1]), pairs(acc[2], acc[3]));
+}
+
+static NOINLINE void NAME(block1)(const T *const *x, const T *const *w, int64_t in, int64_t ahead, float *out) {
+    NAME(block)(1, 16, x, w, in, ahead, out);
+}
+static NOINLINE void NAME(block2)(const T *const *x, const T *const *w, int64_t in, int64_t ahead, float *out) {
+    NAME(block)(2, 8, x, w, in, ahead, out);
+}
+static NOINLINE void NAME(block4)(const T *const *x, const T *const *w, int64_t in, int64_t ahead, float *out) {
+    NAME(block)(4, 4, x, w, in, ahead, out);
+}
+
+/* n <= ROWS rows times up to OUTS rows of w that are `stride` apart: out [n, OUTS] */
+static void NAME(tile)(const T *const *x, int64_t n, const T *w, int64_t stride, int64_t outs, int64_t in, float *out) {
+    const T *rows[OUTS];
+    const int64_t ahead = OUTS * stride; /* the next tile is fetched while this one is computed */
+    float sum[16];
+    for (int64_t o = 0; o < OUTS; o++) rows[o] = w + (o < outs ? o : outs - 1) * stride;
+    int64_t r = 0;
+    for (; r + 4 <= n; r += 4)
+        for (int o = 0; o < OUTS; o += 4) {
+            if (o >= outs) break;
+            NAME(block4)(x + r, rows + o, in, r ? 0 : ahead, sum);
+            for (int i = 0; i < 4; i++) memcpy(out + (r + i) * OUTS + o, sum + 4 * i, 16);
+        }
+    for (; r + 2 <= n; r += 2)
+        for (int o = 0; o < OUTS; o += 8) {
+            if (o >= outs) break;
+            NAME(block2)(x + r, rows + o, in, r ? 0 : ahead, sum);
+            for (int i = 0; i < 2; i++) memcpy(out + (r + i) * OUTS + o, sum + 8 * i, 32);
+        }
+    if (r < n) NAME(block1)(x + r, rows, in, r ? 0 : ahead, out + r * OUTS);
+}
+
+INLINE float NAME(bias)(Matrix w, int64_t o) { return w.bias ? FLOAT(((const T *)w.bias)[o]) : 0.0f; }
+
+/* Thread t's share of x Wᵀ + b: into `y` (fp32) or `z` (rounded), or added to `sum`; whichever is not null. */
+static void NAME(product)(int t, int n, const T *x, int64_t ldx, int64_t R, Matrix w, float *y, T *z, float *sum,
+                          int64_t ldy) {
+    const int64_t end = low(w.out, OUTS, t + 1, n);
+    float out[ROWS * OUTS];
+    const T *rows[ROWS];
+    for (int64_t at = low(w.out, OUTS, t, n); at < end; at += OUTS)
+        for (int64_t r0 = 0; r0 < R; r0 += ROWS) {
+            const int64_t many = R - r0 < ROWS ? R - r0 : ROWS, outs = w.out - at < OUTS ? w.out - at : OUTS;
+            for (int64_t r = 0; r < many; r++) rows[r] = x + (r0 + r) * ldx;
+            NAME(tile)(rows, many, (const T *)w.weight + at * w.in, w.in, outs, w.in, out);
+            for (int64_t r = 0; r < many; r++)
+                for (int64_t o = 0; o < outs; o++) {
+                    const float s = out[r * OUTS + o] + NAME(bias)(w, at + o);
+                    const int64_t place = (r0 + r) * ldy + at + o;
+                    if (y) y[place] = s;
+                    else if (z) z[place] = ROUND(s);
+                    else sum[place] += s;
+                }
+        }
+}
+
+/* A product for each head: x [R, H, in] with W [H, out, in] into z[R, H, :out]. */
+static void NAME(heads)(int t, int n, const T *x, int64_t ldx, int64_t step_x, int64_t R, int64_t H, Matrix w, T *z,
+                        int64_t ldz, int64_t step_z) {
+    const int64_t tiles = (w.out + OUTS - 1) / OUTS, end = low(H * tiles, 1, t + 1, n);
+    float out[ROWS * OUTS];
+    const T *rows[ROWS];
+    for (int64_t i = low(H * tiles, 1, t, n); i < end; i++) {
+        const int64_t h = i / tiles, at = i % tiles * OUTS, outs = w.out - at < OUTS ? w.out - at : OUTS;
+        for (int64_t r0 = 0; r0 < R; r0 += ROWS) {
+            const int64_t many = R - r0 < ROWS ? R - r0 : ROWS;
+            for (int64_t r = 0; r < many; r++) rows[r] = x + (r0 + r) * ldx + h * step_x;
+            NAME(tile)(rows, many, (const T *)w.weight + (h * w.out + at) * w.in, w.in, outs, w.in, out);
+            for (int64_t r = 0; r < many; r++)
+                for (int64_t o = 0; o < outs; o++) z[(r0 + r) * ldz + h * step_z + at + o] = ROUND(out[r * OUTS + o]);
+        }
+    }
+}

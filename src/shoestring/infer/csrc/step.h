@@ -1,0 +1,249 @@
+/* The step for one dtype T: phases that the threads share, a barrier behind each. */
+
+typedef struct {
+    float *x, *wide, *y, *q; /* residual [R, D]; the normed row; the first products; q_b's */
+    T *h, *c, *nope, *query, *o, *v,
+        *a; /* normed row; normed query latent; q_nope; queries; attended; values; SwiGLU */
+    float *logit, *score, *weight, *space;
+    int64_t *chosen;
+} NAME(Work);
+
+INLINE char *NAME(take)(char **at, int64_t bytes) {
+    char *here = *at;
+    *at += (bytes + 63) / 64 * 64;
+    return here;
+}
+
+static int64_t NAME(first_width)(const Model *m) {
+    return m->latent ? (m->q_lora ? m->q_lora : m->H * (m->nope + m->rope)) + m->C + m->rope : (m->H + 2 * m->G) * m->v;
+}
+
+static int64_t NAME(lay)(const Model *m, int64_t R, int64_t longest, int64_t threads, int64_t shared, char *base,
+                         NAME(Work) * w) {
+    const int64_t W = m->latent ? m->C + m->rope : m->v, V = m->latent ? m->C : m->v;
+    const int64_t wide = m->A * m->F + shared, heads = m->H < ROWS ? m->H : ROWS;
+    char *at = base;
+    w->x = (float *)NAME(take)(&at, R * m->D * 4);
+    w->wide = (float *)NAME(take)(&at, R * m->D * 4);
+    w->y = (float *)NAME(take)(&at, R * NAME(first_width)(m) * 4);
+    w->q = (float *)NAME(take)(&at, R * m->H * (m->nope + m->rope) * 4);
+    w->h = (T *)NAME(take)(&at, R * m->D * sizeof(T));
+    w->c = (T *)NAME(take)(&at, R * m->q_lora * sizeof(T));
+    w->nope = (T *)NAME(take)(&at, R * m->H * m->nope * sizeof(T));
+    w->query = (T *)NAME(take)(&at, R * m->H * W * sizeof(T));
+    w->o = (T *)NAME(take)(&at, R * m->H * V * sizeof(T));
+    w->v = (T *)NAME(take)(&at, R * m->H * m->v * sizeof(T));
+    w->a = (T *)NAME(take)(&at, R * wide * sizeof(T));
+    w->logit = (float *)NAME(take)(&at, R * m->E * 4);
+    w->score = (float *)NAME(take)(&at, R * m->E * 4);
+    w->weight = (float *)NAME(take)(&at, R * m->A * 4);
+    w->chosen = (int64_t *)NAME(take)(&at, R * m->A * 8);
+    w->space = (float *)NAME(take)(&at, threads * heads * ((longest + 15) / 16 * 16 + 16 + V) * 4);
+    return at - base;
+}
+
+/* the queries in the order of the cache's entries, and this token's entry written */
+static void NAME(latent_queries)(const Model *m, const Layer *l, const Batch *b, NAME(Work) * w, int t, int n) {
+    const int64_t R = b->R, H = m->H, K = m->nope + m->rope, W = m->C + m->rope, Y = NAME(first_width)(m);
+    for (int64_t r = low(R, 1, t, n); r < low(R, 1, t + 1, n); r++) {
+        const int64_t at = b->length[r] - 1;
+        const float *cis = b->turn + at * m->rope, *y = w->y + r * Y + Y - W;
+        T *entry = (T *)l->keys + ((int64_t)b->table[r * b->J + at / m->size] * m->size + at % m->size) * W;
+        NAME(norm)(y, l->k_norm, l->k_eps, m->C, entry, 0);
+        NAME(turn)(y + m->C, cis, m->rope, m->interleaved, entry + m->C);
+        if (m->q_lora) NAME(norm)(w->y + r * Y, l->q_norm, l->q_eps, m->q_lora, w->c + r * m->q_lora, 0);
+    }
+    const float *q = w->y;
+    int64_t ld = Y;
+    if (m->q_lora) {
+#pragma omp barrier
+        NAME(product)(t, n, w->c, m->q_lora, R, l->q_b, w->q, 0, 0, H * K);
+        q = w->q, ld = H * K;
+    }
+#pragma omp barrier
+    for (int64_t i = low(R * H, 1, t, n); i < low(R * H, 1, t + 1, n); i++) {
+        const int64_t r = i / H, h = i % H;
+        const float *from = q + r * ld + h * K, *cis = b->turn + (b->length[r] - 1) * m->rope;
+        for (int64_t d = 0; d < m->nope; d++) w->nope[i * m->nope + d] = ROUND(from[d]);
+        NAME(turn)(from + m->nope, cis, m->rope, m->interleaved, w->query + i * W + m->C);
+    }
+#pragma omp barrier
+    const Matrix uk = {l->uk, 0, m->C, m->nope};
+    NAME(heads)(t, n, w->nope, H * m->nope, m->nope, R, H, uk, w->query, H * W, W);
+}
+
+static void NAME(plain_queries)(const Model *m, const Layer *l, const Batch *b, NAME(Work) * w, int t, int n) {
+    const int64_t R = b->R, H = m->H, G = m->G, K = m->v, Y = NAME(first_width)(m);
+    T head[K];
+    float wide[K];
+    for (int64_t i = low(R * (H + G), 1, t, n); i < low(R * (H + G), 1, t + 1, n); i++) {
+        const int64_t r = i / (H + G), h = i % (H + G), at = b->length[r] - 1, g = h - H;
+        const int64_t block = b->table[r * b->J + at / m->size], slot = ((block * G + g) * m->size + at % m->size) * K;
+        const float *from = w->y + r * Y + h * K;
+        const T *weight = h < H ? l->q_norm : l->k_norm;
+        if (weight) NAME(norm)(from, weight, h < H ? l->q_eps : l->k_eps, K, head, wide), from = wide;
+        NAME(turn)(from, b->turn + at * m->rope, m->rope, m->interleaved,
+                   h < H ? w->query + (r * H + h) * K : (T *)l->keys + slot);
+        if (h >= H)
+            for (int64_t d = 0; d < K; d++) ((T *)l->values + slot)[d] = ROUND(w->y[r * Y + (H + G + g) * K + d]);
+    }
+}
+
+/* silu(gate) · up of thread t's share of the columns, for rows of h, into a[i * lda] */
+static void NAME(swiglu)(int t, int n, const T *const *h, int64_t R, int64_t in, const T *gate, const T *up, Matrix bg,
+                         Matrix bu, int64_t F, T *a, int64_t lda) {
+    float g[ROWS * OUTS], u[ROWS * OUTS];
+    const int64_t end = low(F, OUTS, t + 1, n);
+    for (int64_t at = low(F, OUTS, t, n); at < end; at += OUTS)
+        for (int64_t r0 = 0; r0 < R; r0 += ROWS) {
+            const int64_t many = R - r0 < ROWS ? R - r0 : ROWS, outs = F - at < OUTS ? F - at : OUTS;
+            NAME(tile)(h + r0, many, gate + at * in, in, outs, in, g);
+            NAME(tile)(h + r0, many, up + at * in, in, outs, in, u);
+            for (int64_t r = 0; r < many; r++) {
+                float z[OUTS];
+#pragma omp simd
+                for (int64_t o = 0; o < OUTS; o++) {
+                    const float s = FLOAT(ROUND(g[r * OUTS + o]));
+                    z[o] = s / (1.0f + exp1(-s)) * u[r * OUTS + o];
+                }
+                if (bg.bias || bu.bias)
+                    for (int64_t o = 0; o < outs; o++) {
+                        const float s = g[r * OUTS + o] + NAME(bias)(bg, at + o);
+                        z[o] = s / (1.0f + exp1(-s)) * (u[r * OUTS + o] + NAME(bias)(bu, at + o));
+                    }
+                for (int64_t o = 0; o < outs; o++) a[(r0 + r) * lda + at + o] = ROUND(z[o]);
+            }
+        }
+}
+
+/* y[row[i]] += weight[i] · W a[i] for thread t's share of the columns; row null: i itself, weight null: 1 */
+static void NAME(down)(int64_t from, int64_t to, const T *a, int64_t count, Matrix w, const int64_t *row,
+                       const float *weight, float *y, int64_t D) {
+    float out[ROWS * OUTS];
+    const T *rows[ROWS];
+    for (int64_t at = from; at < to; at += OUTS)
+        for (int64_t i0 = 0; i0 < count; i0 += ROWS) {
+            const int64_t many = count - i0 < ROWS ? count - i0 : ROWS, outs = D - at < OUTS ? D - at : OUTS;
+            for (int64_t i = 0; i < many; i++) rows[i] = a + (i0 + i) * w.in;
+            NAME(tile)(rows, many, (const T *)w.weight + at * w.in, w.in, outs, w.in, out);
+            for (int64_t i = 0; i < many; i++) {
+                float *to_row = y + (row ? row[i0 + i] : i0 + i) * D + at;
+                const float by = weight ? weight[i0 + i] : 1.0f;
+                for (int64_t o = 0; o < outs; o++) to_row[o] += by * (out[i * OUTS + o] + NAME(bias)(w, at + o));
+            }
+        }
+}
+
+static void NAME(feed_forward)(const Model *m, const Layer *l, const Batch *b, NAME(Work) * w, int t, int n,
+                               int64_t *chosen_out) {
+    const int64_t R = b->R, D = m->D, E = l->gate.weight ? m->E : 0, A = m->A, F = m->F, S = l->gate_proj.out;
+    const Matrix none = {0, 0, 0, 0};
+    int64_t begin[E + 1], row[E ? R * A : 1];
+    float weight[E ? R * A : 1];
+    const T *h[R];
+    T *shared = w->a + (E ? R * A * F : 0);
+    if (E) {
+        product_f32(t, n, w->wide, D, R, l->gate, w->logit, 0, 0, E);
+#pragma omp barrier
+        for (int64_t r = low(R, 1, t, n); r < low(R, 1, t + 1, n); r++) {
+            route(m, l, w->logit + r * E, w->score + r * E, w->chosen + r * A, w->weight + r * A);
+            if (chosen_out) memcpy(chosen_out + r * A, w->chosen + r * A, A * sizeof(int64_t));
+        }
+    }
+    if (S) { /* before the barrier: needs nobody's choice */
+        for (int64_t r = 0; r < R; r++) h[r] = w->h + r * D;
+        NAME(swiglu)(t, n, h, R, D, l->gate_proj.weight, l->up_proj.weight, l->gate_proj, l->up_proj, S, shared, S);
+    }
+    if (E) {
+#pragma omp barrier
+        int64_t at[E];
+        memset(begin, 0, sizeof begin); /* every thread sorts for itself: cheaper than meeting once more */
+        for (int64_t i = 0; i < R * A; i++) begin[w->chosen[i] + 1]++;
+        for (int64_t e = 0; e < E; e++) at[e] = begin[e], begin[e + 1] += begin[e];
+        for (int64_t i = 0; i < R * A; i++) {
+            const int64_t here = at[w->chosen[i]]++;
+            row[here] = i / A, weight[here] = FLOAT(ROUND(w->weight[i]));
+        }
+        for (int64_t e = 0; e < E; e++) {
+            const int64_t many = begin[e + 1] - begin[e];
+            if (!many) continue;
+            for (int64_t i = 0; i < many; i++) h[i] = w->h + row[begin[e] + i] * D;
+            const T *up = (const T *)l->gate_up + (2 * e + 1) * F * D, *gate = up - F * D;
+            NAME(swiglu)(t, n, h, many, D, gate, up, none, none, F, w->a + begin[e] * F, F);
+        }
+    }
+#pragma omp barrier
+    const int64_t from = low(D, OUTS, t, n), to = low(D, OUTS, t + 1, n);
+    if (S) NAME(down)(from, to, shared, R, l->down_proj, 0, 0, w->x, D);
+    for (int64_t e = 0; e < E; e++) {
+        const Matrix down = {(const T *)l->down + e * D * F, 0, D, F};
+        NAME(down)(from, to, w->a + begin[e] * F, begin[e + 1] - begin[e], down, row + begin[e], weight + begin[e],
+                   w->x, D);
+    }
+}
+
+static void NAME(layer)(const Model *m, const Layer *l, const Batch *b, NAME(Work) * w, int t, int n, int64_t *chosen) {
+    const int64_t R = b->R, D = m->D, H = m->H, G = m->G, Y = NAME(first_width)(m);
+    const int64_t W = m->latent ? m->C + m->rope : m->v, V = m->latent ? m->C : m->v, share = H / G;
+    for (int64_t r = low(R, 1, t, n); r < low(R, 1, t + 1, n); r++)
+        NAME(norm)(w->x + r * D, l->norm1, l->eps1, D, w->h + r * D, 0);
+#pragma omp barrier
+    for (int64_t i = 0, at = 0; i < 3; at += l->first[i++].out)
+        if (l->first[i].weight) NAME(product)(t, n, w->h, D, R, l->first[i], w->y + at, 0, 0, Y);
+#pragma omp barrier
+    if (m->latent) NAME(latent_queries)(m, l, b, w, t, n);
+    else NAME(plain_queries)(m, l, b, w, t, n);
+#pragma omp barrier
+    int64_t part = R * G >= n ? share : (share * R * G + n - 1) / n; /* heads that read the keys together */
+    part = part < 1 ? 1 : part < ROWS ? part : ROWS;
+    const int64_t parts = (share + part - 1) / part;
+    float *space = w->space + t * (H < ROWS ? H : ROWS) * ((b->longest + 15) / 16 * 16 + 16 + V);
+    for (int64_t i = t; i < R * G * parts; i += n) {
+        const int64_t r = i / (G * parts), g = i / parts % G, h = g * share + i % parts * part;
+        const int64_t many = (g + 1) * share - h < part ? (g + 1) * share - h : part;
+        NAME(attend)(m, l, b, r, g, w->query + (r * H + h) * W, many, W, V, w->o + (r * H + h) * V, space);
+    }
+#pragma omp barrier
+    const T *o = w->o;
+    if (m->latent) {
+        const Matrix uv = {l->uv, 0, m->v, m->C};
+        NAME(heads)(t, n, w->o, H * V, V, R, H, uv, w->v, H * m->v, m->v);
+        o = w->v;
+#pragma omp barrier
+    }
+    NAME(product)(t, n, o, H * m->v, R, l->o, 0, 0, w->x, D);
+#pragma omp barrier
+    for (int64_t r = low(R, 1, t, n); r < low(R, 1, t + 1, n); r++)
+        NAME(norm)(w->x + r * D, l->norm2, l->eps2, D, w->h + r * D, l->gate.weight ? w->wide + r * D : 0);
+#pragma omp barrier
+    NAME(feed_forward)(m, l, b, w, t, n, chosen);
+#pragma omp barrier
+}
+
+static int64_t NAME(shared)(const Model *m) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < m->layers; i++) most = m->layer[i].gate_proj.out > most ? m->layer[i].gate_proj.out : most;
+    return most;
+}
+
+int64_t NAME(shoestring_workspace)(const Model *m, int64_t R, int64_t longest, int64_t threads) {
+    NAME(Work) w;
+    return NAME(lay)(m, R, longest, threads, NAME(shared)(m), 0, &w);
+}
+
+void NAME(shoestring_decode)(const Model *m, const Batch *b) {
+    NAME(Work) work;
+    NAME(lay)(m, b->R, b->longest, b->threads, NAME(shared)(m), b->work, &work);
+#pragma omp parallel num_threads(b->threads)
+    {
+        const int t = omp_get_thread_num(), n = omp_get_num_threads();
+        const int64_t from = low(b->R, 1, t, n), to = low(b->R, 1, t + 1, n), D = m->D;
+        int64_t *chosen = b->chosen;
+        for (int64_t i = from * D; i < to * D; i++) work.x[i] = FLOAT(((const T *)b->x)[i]);
+        for (int64_t i = 0; i < m->layers; i++) {
+            NAME(layer)(m, m->layer + i, b, &work, t, n, chosen);
+            if (chosen && m->layer[i].gate.weight) chosen += b->R * m->A;
+        }
+        for (int64_t r = from; r < to; r++) NAME(norm)(work.x + r * D, m->norm, m->eps, D, (T *)b->hidden + r * D, 0);
+    }
+}

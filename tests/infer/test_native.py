@@ -1,0 +1,179 @@
+"""The step in C: equal to the plain forward, a row the same whoever else is there, left out where it must be."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoestring.core.errors import UserError
+from shoestring.core.nouns import Sampling
+from shoestring.infer import native
+from shoestring.infer.engine import Engine
+
+from .conftest import deepseek, dense
+from .test_paged import FAMILIES, IDS, hidden_of, relative, v3
+
+REASON = native.why_not(torch.float32, torch.device("cpu"))
+needs_native = pytest.mark.skipif(REASON is not None, reason=f"no native steps here: {REASON}")
+
+ODD = {  # widths that are no multiple of any vector
+    "odd": lambda: v3(
+        hidden_size=41, intermediate_size=37, moe_intermediate_size=19, kv_lora_rank=21, q_lora_rank=23,
+        qk_nope_head_dim=5, qk_rope_head_dim=6, v_head_dim=7, num_attention_heads=3,
+    ),
+    "wide": lambda: v3(
+        hidden_size=96, kv_lora_rank=80, moe_intermediate_size=48, qk_nope_head_dim=32, v_head_dim=64,
+        num_attention_heads=6,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=[*FAMILIES, *ODD])
+def any_model(request: pytest.FixtureRequest) -> Any:
+    return (FAMILIES | ODD)[request.param]()
+
+
+def in_bf16(model: Any) -> Any:
+    model.kernels = dataclasses.replace(model.kernels, dtype="bfloat16")
+    return model
+
+
+@needs_native
+@pytest.mark.parametrize("cuts", [list(range(1, 60)), [1, 2, 12, 21, 33, 34]], ids=["tokens", "mixed"])
+def test_logits_are_those_of_the_plain_forward(any_model: Any, cuts: list[int]) -> None:
+    with torch.no_grad():
+        expected = any_model(torch.tensor([IDS])).logits_BTV[0]
+        found = any_model.unembed(hidden_of(any_model, cuts, native=True))
+    assert relative(found, expected) < 1e-5
+
+
+@needs_native
+def test_in_bf16_it_errs_no_more_than_the_plain_steps(any_model: Any) -> None:
+    """Median error against fp32, at most 1.1 times the twin's (the mean hangs on single tokens' choice of experts)."""
+    with torch.no_grad():
+        truth = any_model(torch.tensor([IDS])).hidden_BTD[0]
+        errors = [
+            float((hidden_of(in_bf16(any_model), list(range(1, 60)), native=way).float() - truth).abs().median())
+            for way in (True, False)
+        ]
+    assert 0 < errors[0] <= 1.1 * errors[1]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", [ODD["wide"], dense])
+def test_a_row_does_not_depend_on_the_others(family: Any, dtype: str) -> None:
+    """To the bit, whatever the other rows, their number, and the number of threads."""
+    model = in_bf16(family()) if dtype == "bfloat16" else family()
+    sampling = Sampling(temperature=1.0, seed=1, max_new_tokens=12, ignore_eos=True)
+    crowd = [IDS[i : i + 5 + i % 9] for i in range(40)] * 3
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads, others in ((1, 0), (2, 0), (2, 3), (2, 119)):
+            torch.set_num_threads(threads)
+            engine = Engine(model, native=True, prefix_cache=False)
+            for ids in [IDS[:5], *crowd[:others]]:
+                engine.add(ids, sampling)
+            singles = [single for work in engine._scheduler.schedule() for single in engine._runner._singles(work)]
+            found.append(engine._runner.run(singles).hidden_ND[:5].clone())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@needs_native
+def test_every_row_may_want_the_same_expert() -> None:
+    model = v3(n_group=1, topk_group=1)
+    with torch.no_grad():
+        for block in model.model.layers[1:]:
+            block.mlp.gate.e_score_correction_bias.copy_(torch.tensor([9.0, 8, 0, 0, 0, 0, 0, 0]))
+    sampling = Sampling(temperature=0.0, max_new_tokens=3, ignore_eos=True, routed_experts=True)
+    prompts = [IDS[i : i + 9] for i in range(30)] * 5
+    ours = Engine(model, native=True).generate(prompts, sampling)
+    plain = Engine(model, native=False).generate(prompts, sampling)
+    for (a,), (b,) in zip(ours, plain, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.routed_experts is not None and b.routed_experts is not None
+        assert [[sorted(layer) for layer in token] for token in a.routed_experts] == [
+            [sorted(layer) for layer in token] for token in b.routed_experts
+        ]
+        assert all(sorted(layer) == [0, 1] for token in a.routed_experts for layer in token)
+
+
+@needs_native
+@pytest.mark.parametrize("family", [deepseek, v3])
+def test_nan_weights_are_found(family: Any) -> None:
+    model = family()
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="NaN"):
+        Engine(model, native=True).generate([[1]], Sampling(max_new_tokens=2))
+
+
+# ---- where it is left out
+@pytest.fixture
+def fresh_library() -> Iterator[None]:
+    """As if nothing had been built in this process."""
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"SHOESTRING_NATIVE": "0"}, "SHOESTRING_NATIVE is 0"),
+        ({"CC": "no-such-compiler"}, "there is no C compiler"),
+        ({"CC": "false"}, "false failed"),
+        ({"PATH": ""}, "there is no C compiler"),
+    ],
+)
+def test_without_a_compiler_steps_are_plain(
+    environment: dict[str, str], reason: str, monkeypatch: pytest.MonkeyPatch, fresh_library: None, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    engine = Engine(deepseek())
+    assert engine.stats()["native"] is False
+    (completion,) = engine.generate([[1, 2, 3]], Sampling(max_new_tokens=2))[0]
+    assert len(completion.token_ids) == 2
+    with pytest.raises(UserError, match=reason):
+        Engine(deepseek(), native=True)
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@needs_native
+def test_it_is_built_once_and_whole(
+    monkeypatch: pytest.MonkeyPatch, fresh_library: None, tmp_path: Path
+) -> None:  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library()
+    (built,) = (tmp_path / "shoestring").iterdir()
+    stamp = built.stat().st_mtime_ns
+    native.library.cache_clear()
+    native.library()
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "shoestring").iterdir()] == [stamp]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_cache_folder_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, fresh_library: None, tmp_path: Path
+) -> None:  # fmt: skip
+    tmp_path.chmod(0o500)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "cache folder" in str(native.why_not(torch.float32, torch.device("cpu")))
+
+
+def test_odd_blocks_are_plain() -> None:
+    assert Engine(deepseek(), block_size=7).stats()["native"] is False
+    with pytest.raises(UserError, match="block_size 7 is odd"):
+        Engine(deepseek(), block_size=7, native=True)

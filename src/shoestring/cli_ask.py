@@ -28,7 +28,7 @@ from shoestring.core.errors import UserError
 if TYPE_CHECKING:
     from shoestring.data.claims import Budget
     from shoestring.teachers._job import Api
-    from shoestring.teachers._session import Outcome
+    from shoestring.teachers._session import Job, Outcome
 
 KEYS = {  # host -> the environment variable its users know
     "api.deepseek.com": "DEEPSEEK_API_KEY", "api.openai.com": "OPENAI_API_KEY", "openrouter.ai": "OPENROUTER_API_KEY",
@@ -55,7 +55,10 @@ def ask(
     teachers: Annotated[Path | None, typer.Option(help="Several teachers: a JSON or YAML list of their options.")] = None,
     questions: Annotated[str | None, typer.Option(help="A .jsonl, .jsonl.gz or .txt file, a task, or hf:NAME.")] = None,
     samples: Annotated[int, typer.Option(help="Answers to each question.")] = 1,
-    out: Annotated[Path, typer.Option(help="The folder of the traces store.")] = Path("traces"),
+    out: Annotated[str, typer.Option(help="The folder of the traces store; or postgresql://… for workers on many machines.")] = "traces",
+    workers: Annotated[int, typer.Option(help="Ask from so many processes, by Ray (--out is then in PostgreSQL).")] = 0,
+    ray: Annotated[str | None, typer.Option(help="A Ray cluster's address; none: this machine.")] = None,
+    copy_to: Annotated[Path | None, typer.Option(help="A folder to copy a store in PostgreSQL to, for curate and export.")] = None,
     budget: Annotated[str | None, typer.Option(help="Dollars this store may ever cost.")] = None,
     budget_tokens: Annotated[int | None, typer.Option(help="Tokens in and out it may ever take.")] = None,
     budget_answers: Annotated[int | None, typer.Option(help="Answers it may ever hold.")] = None,
@@ -103,10 +106,17 @@ def ask(
 
 def _ask(given: SimpleNamespace) -> None:
     """Ask as the options of `ask` say."""
+    from shoestring.data.places import is_url
     from shoestring.data.questions import Skipped, source_of
     from shoestring.teachers._local import is_local
-    from shoestring.teachers._session import Job, run
+    from shoestring.teachers._session import Job
 
+    far = is_url(given.out)
+    given.out = given.out if far else Path(given.out)
+    if not far and (given.copy_to is not None or given.workers or given.ray):
+        raise UserError(
+            "--workers, --ray and --copy-to are for a store in PostgreSQL: --out postgresql://HOST/DATABASE."
+        )
     if given.questions is None:
         raise UserError("say what to ask: --questions FILE, or the name of a task (`shoestring list tasks`).")
     if given.samples < 1:
@@ -116,6 +126,8 @@ def _ask(given: SimpleNamespace) -> None:
         given.questions, system=given.system, count=given.count, difficulty=given.difficulty, skipped=skipped
     )
     if given.teacher is not None and is_local(given.teacher):
+        if far:
+            raise UserError("a teacher in this process keeps its answers in a folder; give one as --out.")
         outcome = _ask_here(given, source, identity)
     else:
         budget = budget_of(given.budget, given.budget_tokens, given.budget_answers)
@@ -123,16 +135,31 @@ def _ask(given: SimpleNamespace) -> None:
             given.out, source, identity, _apis(given), given.samples, budget, given.share, given.retry_failed,
             given.dry_run, skipped, given.quiet,
         )  # fmt: skip
-        if given.batch:
-            from shoestring.teachers._batch import run_batch
-
-            outcome = run_batch(job, poll_s=given.poll)
-        else:
-            outcome = run(job)
+        outcome = _run(given, job)
     if skipped and skipped.count:
         typer.echo(f"{skipped.count} line(s) left out, the first: {skipped.first}.", err=True)
-    _page(given.out)
+    if given.copy_to is not None:
+        from shoestring.data.pg_worker import copy_down
+
+        copy_down(given.out, given.copy_to)
+    if not far or given.copy_to is not None:
+        _page(given.copy_to or given.out)
     _show(outcome, given.out, given.json)
+
+
+def _run(given: SimpleNamespace, job: Job) -> Outcome:
+    """Ask over HTTP: from this process, from many, or by batches."""
+    if given.batch:
+        from shoestring.teachers._batch import run_batch
+
+        return run_batch(job, poll_s=given.poll)
+    if given.workers or given.ray:
+        from shoestring.teachers._ray import run_many
+
+        return run_many(job, given.workers or 2, given.ray)
+    from shoestring.teachers._session import run
+
+    return run(job)
 
 
 def _page(out: Path) -> None:
@@ -238,7 +265,7 @@ def _listed(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _show(outcome: Outcome, out: Path, json: bool) -> None:
+def _show(outcome: Outcome, out: Path | str, json: bool) -> None:
     """What came of it; a session that was stopped exits with 2 for a mistake of the user's, else 1."""
     if json:
         emit_json(outcome.report())
@@ -249,13 +276,13 @@ def _show(outcome: Outcome, out: Path, json: bool) -> None:
         raise typer.Exit(2 if outcome.told.mistake else 1)
 
 
-def _print(outcome: Outcome, out: Path) -> None:
+def _print(outcome: Outcome, out: Path | str) -> None:
     report = outcome.report()
     counts, purse = outcome.counts, outcome.purse
     rows = [
         {"what": state, "rows": counts[state]} for state in ("answered", "planned", "sent", "failed") if counts[state]
     ]
-    print_table(rows, title=f"{out}: {sum(counts.values()):,} answers wanted")
+    print_table(rows, title=f"{_without_password(out)}: {sum(counts.values()):,} answers wanted")
     usd = report["spent_usd"]
     print(f"{report['answers_now']:,} answers now in {short(outcome.seconds, 'seconds')} "
           f"({report['answers_per_s']:,.0f}/s), {short(report['tokens_in'])} tokens in, {short(report['tokens_out'])} out")  # fmt: skip
@@ -272,3 +299,9 @@ def _print(outcome: Outcome, out: Path) -> None:
         told = outcome.forecast
         print(f"all {told['questions']:,} would cost ${told['usd']:,.4f} (95 %: ${told['usd_95'][0]:,.4f} to "
               f"${told['usd_95'][1]:,.4f}), from {told['answers']} answers of {told['tokens_out']:.0f} tokens")  # fmt: skip
+
+
+def _without_password(out: Path | str) -> str:
+    import re
+
+    return re.sub(r"//([^:/@]+):[^@/]*@", r"//\1@", str(out))

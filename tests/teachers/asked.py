@@ -55,4 +55,5 @@ def job(server: Server, folder: Path, texts: list[str] | None = None, **options:
     whole = {name: options.pop(name) for name in [*options] if name in Job.__dataclass_fields__}
     source, identity = source_of(str(folder / "q.jsonl"), skipped=whole.get("skipped"))
     api = Api(server.url, "m", **{"name": "t", "max_tokens": 50, "price": "1,2,0.5", "start": 64} | options)
-    return Job(folder / "traces", source, identity, **{"apis": [api], "budget": Budget(10**14)} | whole)
+    whole = {"out": folder / "traces", "apis": [api], "budget": Budget(10**14)} | whole
+    return Job(source=source, identity=identity, **whole)

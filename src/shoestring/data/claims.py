@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -88,6 +89,20 @@ class Purse:
     sends: int = 0
     doubts: int = 0  # rows that were perhaps billed without an answer, counted each time
 
+    def settle(self, op: Settled | Returned) -> None:
+        """Free what was reserved for a claim that came back, and count what it cost or may have cost."""
+        self.reserved -= op.claim.pico
+        self.tokens_reserved -= op.claim.tokens
+        self.in_flight -= len(op.claim.ids)
+        if type(op) is Settled:
+            self.spent += op.pico
+            self.tokens += op.tokens
+            self.answers += len(op.answers)
+        elif type(op) is Returned and op.doubt:
+            self.doubt += op.claim.pico
+            self.tokens_doubt += op.claim.tokens
+            self.doubts += len(op.claim.ids)
+
 
 PURSE = tuple(field.name for field in fields(Purse))
 
@@ -108,3 +123,23 @@ class Budget:
         if self.tokens is not None and used + claim.tokens > self.tokens:
             return False
         return self.answers is None or purse.answers + purse.in_flight + len(claim.ids) <= self.answers
+
+
+def decide(
+    budget: Budget, purse: Purse, claims: Sequence[Claim], taken: Collection[int] = ()
+) -> tuple[list[int], list[Claim]]:
+    """(what each claim is answered, those granted), their worst case reserved in `purse`; rows of `taken` are gone."""
+    answers, granted = [], []
+    for claim in claims:
+        if taken and any(row in taken for row in claim.ids):
+            answers.append(TAKEN)
+        elif budget.allows(purse, claim):
+            answers.append(GRANTED)
+            granted.append(claim)
+            purse.reserved += claim.pico
+            purse.tokens_reserved += claim.tokens
+            purse.in_flight += len(claim.ids)
+            purse.sends += 1
+        else:
+            answers.append(POOR)
+    return answers, granted

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from shoestring.core.atomic import DiskFull
 from shoestring.data.claims import Claim, Op, Purse, Returned, Settled
-from shoestring.data.store import Store
+from shoestring.data.places import AnyStore
 
 LINGER = 0.004  # seconds between the starts of two transactions of a busy job, so that its changes come together
 BUSY = 4000  # changes a second; below that a transaction begins at once, since the processor has time for them
@@ -27,15 +27,16 @@ BALLAST = 16 << 20  # bytes kept aside beside the store
 class Journal:
     """The writer of a store, for one event loop. Open it inside the loop; `close` waits until all is on disk."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: AnyStore) -> None:
         self._store = store
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[tuple[Op, asyncio.Future[int] | None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
         self.error: BaseException | None = None
         self.commits = 0
-        self._ballast = Path(f"{store.file}.ballast")
-        _keep_aside(self._ballast)
+        self._ballast = store.ballast
+        if self._ballast is not None:
+            _keep_aside(self._ballast)
         self._thread.start()
 
     @property
@@ -64,8 +65,7 @@ class Journal:
         """Wait until everything is on disk. Raises what stopped the writer."""
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
-        with suppress(FileNotFoundError):
-            self._ballast.unlink()
+        self._free()
         if self.error is not None:
             raise self.error
 
@@ -112,9 +112,12 @@ class Journal:
             if self.error is not None:
                 raise
             self.error = error
-            with suppress(FileNotFoundError):
-                self._ballast.unlink()
+            self._free()
             return self._store.apply([op for op in ops if type(op) is not Claim])
+
+    def _free(self) -> None:
+        if self._ballast is not None:
+            self._ballast.unlink(missing_ok=True)
 
     def _tell(self, futures: list[asyncio.Future[int]], error: BaseException) -> None:
         if futures:

@@ -10,16 +10,14 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from shoestring.data.claims import (
-    GRANTED,
-    POOR,
     PURSE,
-    TAKEN,
     Budget,
     Claim,
     Op,
@@ -28,6 +26,7 @@ from shoestring.data.claims import (
     Returned,
     Row,
     Settled,
+    decide,
 )  # fmt: skip
 from shoestring.data.schema import ANSWERED, FAILED, SENT, STATES, file_of, open_file, told
 
@@ -47,6 +46,7 @@ class Store:
     def __init__(self, path: str | Path, *, create: bool = False, worker: int = 0, share: bool = False) -> None:
         self.file = file_of(path)
         self.base = open_file(self.file, create=create)
+        self.ballast = Path(f"{self.file}.ballast")  # where the journal keeps space aside
         self.worker, self.share = worker, share
         self.budget = Budget()
         self.purse = self.read_purse()
@@ -152,6 +152,15 @@ class Store:
         cursor.close()
         return found
 
+    def spread(self, job: int, how: int, wanted: int) -> list[Row]:
+        """`wanted` planned rows, evenly over the job."""
+        found = self.base.execute(
+            "SELECT id FROM (SELECT id, row_number() OVER (ORDER BY id) AS place, count(*) OVER () AS whole "
+            "FROM rows WHERE state = 0 AND job = ? AND how = ?) WHERE (place - 1) * ? / whole != place * ? / whole",
+            (job, how, wanted, wanted),
+        ).fetchall()
+        return [row for (first,) in found for row in self.planned(job, how, first - 1, rows=1)]
+
     # ---- the transaction of the journal ----------------------------------------------------------------------------
 
     def apply(self, ops: Sequence[Op]) -> list[int]:
@@ -185,20 +194,13 @@ class Store:
         self._set(ANSWERED, [answer.row for answer in done])
         self._set(0, [row for op in settled for row in op.back])
         for op in settled:
-            self._free(op.claim, purse)
-            purse.spent += op.pico
-            purse.tokens += op.tokens
-            purse.answers += len(op.answers)
+            purse.settle(op)
 
     def _return(self, returned: Sequence[Returned], purse: Purse) -> None:
         if not returned:
             return
         for op in returned:
-            self._free(op.claim, purse)
-            if op.doubt:
-                purse.doubt += op.claim.pico
-                purse.tokens_doubt += op.claim.tokens
-                purse.doubts += len(op.claim.ids)
+            purse.settle(op)
         rows = [
             [row, FAILED if op.final else 0, op.turn, op.doubt, op.kind, op.told[:500]]
             for op in returned for row in op.claim.ids
@@ -218,21 +220,7 @@ class Store:
         )
 
     def _claim(self, claims: Sequence[Claim], purse: Purse) -> list[int]:
-        answers = []
-        granted = []
-        taken = self._taken(claims) if self.share else set()
-        for claim in claims:
-            if taken and not taken.isdisjoint(claim.ids):
-                answers.append(TAKEN)
-            elif self.budget.allows(purse, claim):
-                answers.append(GRANTED)
-                granted.append(claim)
-                purse.reserved += claim.pico
-                purse.tokens_reserved += claim.tokens
-                purse.in_flight += len(claim.ids)
-                purse.sends += 1
-            else:
-                answers.append(POOR)
+        answers, granted = decide(self.budget, purse, claims, self._taken(claims) if self.share else ())
         rows = [[row, *((c.pico, c.tokens) if row == c.ids[0] else (0, 0))] for c in granted for row in c.ids]
         if rows:
             self.base.execute(
@@ -259,12 +247,6 @@ class Store:
                 (json.dumps(rows),),
             )
 
-    @staticmethod
-    def _free(claim: Claim, purse: Purse) -> None:
-        purse.reserved -= claim.pico
-        purse.tokens_reserved -= claim.tokens
-        purse.in_flight -= len(claim.ids)
-
     # ---- the purse and the counts ----------------------------------------------------------------------------------
 
     def read_purse(self) -> Purse:
@@ -288,9 +270,21 @@ class Store:
         rows = self.base.execute("SELECT kind, count, told FROM troubles ORDER BY count DESC")
         return {kind: (count, words) for kind, count, words in rows}
 
+    def costs(self, job: int) -> list[tuple[int, int, int]]:
+        """(pico-dollars, tokens out, tokens in) of the answers of a job."""
+        return self.base.execute(
+            "SELECT a.pico, a.tokens_out, a.tokens_in FROM answers a JOIN rows r ON r.id = a.row WHERE r.job = ?",
+            (job,),
+        ).fetchall()
+
     def rows_in_doubt(self) -> Iterable[tuple[str, int]]:
         """(trace id, how often) of every row that was perhaps billed without an answer."""
         return self.base.execute("SELECT trace, doubts FROM rows WHERE doubts > 0 ORDER BY id").fetchall()
+
+    @contextmanager
+    def planning(self) -> Iterator[None]:
+        """While a job is planned; several processes may plan at once, and find each other's rows there."""
+        yield
 
     def transaction(self) -> _Transaction:
         return _Transaction(self.base, self.file)

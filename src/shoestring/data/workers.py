@@ -43,6 +43,11 @@ class Worker:
         store.worker, store.share = self.id, self.share
         return store.recover(self.dead(store) if self.share else None)
 
+    def take_over(self, store: Store) -> int:
+        """Put what has been left as sent by workers that died meanwhile in doubt; the number of such rows."""
+        dead = self.dead(store) if self.share else []
+        return store.recover(dead) if dead else 0
+
     def dead(self, store: Store) -> list[int]:
         """Workers that left rows as sent and live no more."""
         found = []

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 
 from shoestring.data.claims import GRANTED, POOR, Answer, Claim, Returned, Row, Settled
 from shoestring.data.journal import Journal
-from shoestring.data.store import Store
+from shoestring.data.places import AnyStore
 from shoestring.teachers._pace import Pace
 from shoestring.teachers._price import Rate
 from shoestring.teachers._send import Sender
@@ -76,7 +76,7 @@ class Asking:
     """One session of asking. `await run()` once; `stop()` ends it after what is in flight."""
 
     def __init__(
-        self, store: Store, job: int, lanes: list[Lane], *, tick: Callable[[Asking], None] | None = None,
+        self, store: AnyStore, job: int, lanes: list[Lane], *, tick: Callable[[Asking], None] | None = None,
         tick_s: float = 0.5,
     ) -> None:  # fmt: skip
         self.store, self.job, self.lanes = store, job, lanes

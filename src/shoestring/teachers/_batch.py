@@ -12,12 +12,14 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from shoestring.core.errors import UserError
 from shoestring.data.claims import GRANTED, Answer, Claim, Returned, Row, Settled
+from shoestring.data.postgres import is_url
 from shoestring.data.store import Store
 from shoestring.data.workers import Worker
 from shoestring.teachers._ask import TEMPLATE_TOKENS, Lane, Told
@@ -35,7 +37,9 @@ def run_batch(job: Job, *, poll_s: float = 30.0) -> Outcome:
     """Ask what is missing through the provider's batch API. Raises UserError for mistakes and for its refusals."""
     if len(job.apis) != 1 or job.apis[0].n != 1 or job.share:
         raise UserError("--batch asks one teacher, one sample a request, from one process.")
-    with Worker(job.out) as worker:
+    if is_url(job.out):
+        raise UserError("--batch keeps its answers in a folder; give one as --out.")
+    with Worker(Path(job.out)) as worker:
         store = Store(job.out, create=True)
         try:
             doubtful = worker.register(store)

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 from shoestring.core.errors import UserError
 from shoestring.data.claims import Planned
+from shoestring.data.places import AnyStore
 from shoestring.data.questions import Asked, Skipped
-from shoestring.data.store import Store
 from shoestring.data.traces import TraceIds, canonical, question_hash, texts
 from shoestring.teachers._ask import Lane
 from shoestring.teachers._pace import Pace
@@ -62,7 +62,7 @@ class Api:
     def rate(self) -> Rate:
         return rate_of(self.model, self.price, local=is_local(self.url), discount=self.discount)
 
-    def lane(self, store: Store) -> Lane:
+    def lane(self, store: AnyStore) -> Lane:
         """The lane that asks it. Raises UserError for a bad address, an unknown price, a missing key."""
         self.check()
         url, rate = check_url(self.url, "completions" if self.raw else "chat/completions"), self.rate()
@@ -108,7 +108,7 @@ def signature(apis: Sequence[Api], identity: str, samples: int) -> str:
 
 
 def plan(
-    store: Store, job: int, source: Callable[[], Iterator[Asked]], apis: Sequence[Api], lanes: Sequence[Lane],
+    store: AnyStore, job: int, source: Callable[[], Iterator[Asked]], apis: Sequence[Api], lanes: Sequence[Lane],
     samples: int, *, skipped: Skipped | None = None, seen: Callable[[int], None] | None = None,
 ) -> int:  # fmt: skip
     """Put every question of `source` into the store as rows of `job`; the number of questions.
@@ -138,7 +138,7 @@ def plan(
     return count
 
 
-def _with_one_meaning(store: Store, chunk: Sequence[Asked], skipped: Skipped | None) -> Iterable[Asked]:
+def _with_one_meaning(store: AnyStore, chunk: Sequence[Asked], skipped: Skipped | None) -> Iterable[Asked]:
     """The questions whose id means only them."""
     refs = [(one.ref, hash(str(one.messages)), one.line) for one in chunk if one.ref is not None]
     bad: set[int] = set()

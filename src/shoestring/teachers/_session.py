@@ -16,9 +16,8 @@ from typing import Any
 from shoestring.core.errors import UserError
 from shoestring.core.progress import Progress
 from shoestring.data.claims import Budget, Purse
+from shoestring.data.places import AnyStore, Seat, seat_at
 from shoestring.data.questions import Asked, Skipped
-from shoestring.data.store import Store
-from shoestring.data.workers import Worker
 from shoestring.teachers._ask import Asking, Lane, Told
 from shoestring.teachers._job import Api, plan, signature
 from shoestring.teachers._price import usd
@@ -31,7 +30,7 @@ DRAIN = "interrupted; what was in flight is kept, and the same command goes on"
 class Job:
     """What to ask: questions, teachers, samples, limits; where the answers go."""
 
-    out: Path
+    out: Path | str  # a folder, or the address of a PostgreSQL database
     source: Callable[[], Iterator[Asked]]
     identity: str
     apis: Sequence[Api]
@@ -79,29 +78,25 @@ def run(job: Job, *, watch: Callable[[Asking], None] | None = None) -> Outcome:
         raise UserError(
             "asking a paid teacher needs a limit over the life of --out: --budget USD (or of tokens or answers)."
         )
-    if job.out.exists() and not job.out.is_dir():
-        raise UserError(f"{job.out} is a file; --out is a folder.")
-    with Worker(job.out, share=job.share) as worker:
-        store = Store(job.out, create=True)
-        try:
-            doubtful = worker.register(store)
-            store.budget = job.budget
-            started = time.monotonic()
-            told, number = asyncio.run(_session(job, store, watch))
-            seconds = time.monotonic() - started
-            forecast = _forecast(job, store, number) if job.pilot else None
-            return Outcome(
-                told, store.counts(number), store.read_purse(), doubtful, store.troubles(), seconds, forecast
-            )
-        finally:
-            store.close()
+    with seat_at(job.out, share=job.share) as seat:
+        store = seat.store
+        store.budget = job.budget
+        started = time.monotonic()
+        told, number = asyncio.run(_session(job, seat, watch))
+        seconds = time.monotonic() - started
+        forecast = _forecast(store, number) if job.pilot else None
+        return Outcome(
+            told, store.counts(number), store.read_purse(), seat.doubtful, store.troubles(), seconds, forecast
+        )
 
 
-async def _session(job: Job, store: Store, watch: Callable[[Asking], None] | None) -> tuple[Told, int]:
+async def _session(job: Job, seat: Seat, watch: Callable[[Asking], None] | None) -> tuple[Told, int]:
+    store = seat.store
     number = store.job(signature(job.apis, job.identity, job.samples))
     lanes = [api.lane(store) for api in job.apis]
-    if not store.is_planned(number):
-        plan(store, number, job.source, job.apis, lanes, job.samples, skipped=job.skipped)
+    with store.planning():
+        if not store.is_planned(number):
+            plan(store, number, job.source, job.apis, lanes, job.samples, skipped=job.skipped)
     if job.retry_failed:
         store.repeat_failed(number)
     if job.pilot:
@@ -119,6 +114,10 @@ async def _session(job: Job, store: Store, watch: Callable[[Asking], None] | Non
         asking = Asking(store, number, lanes, tick=tick)
         with _interruptible(asking):
             told = await asking.run()
+            while job.share and told.stopped is None and seat.take_over():  # of workers that died meanwhile
+                for lane in lanes:
+                    lane.drained, lane.last = False, 0
+                told = await asking.run()
     return told, number
 
 
@@ -164,29 +163,17 @@ def _interruptible(asking: Asking) -> Iterator[None]:
                 loop.remove_signal_handler(number)
 
 
-def _spread(store: Store, number: int, lanes: Sequence[Lane]) -> None:
+def _spread(store: AnyStore, number: int, lanes: Sequence[Lane]) -> None:
     """Give the lanes PILOT rows in all, evenly over the job, unless as many have been answered."""
     answered = store.counts(number)["answered"]
     for lane in lanes:
         lane.drained = True
-        wanted = max(0, PILOT - answered) // len(lanes)
-        found = [
-            row
-            for (row,) in store.base.execute(
-                "SELECT id FROM (SELECT id, row_number() OVER (ORDER BY id) AS place, count(*) OVER () AS whole "
-                "FROM rows WHERE state = 0 AND job = ? AND how = ?) WHERE (place - 1) * ? / whole != place * ? / whole",
-                (number, lane.how, wanted, wanted),
-            )
-        ]
-        for row in found:
-            lane.fresh.extend(store.planned(number, lane.how, row - 1, rows=1))
+        lane.fresh.extend(store.spread(number, lane.how, max(0, PILOT - answered) // len(lanes)))
 
 
-def _forecast(job: Job, store: Store, number: int) -> dict[str, Any]:
+def _forecast(store: AnyStore, number: int) -> dict[str, Any]:
     """What the whole job costs, from the answers there are: mean x questions, with a 95 % interval; and at worst."""
-    rows = store.base.execute(
-        "SELECT a.pico, a.tokens_out, a.tokens_in FROM answers a JOIN rows r ON r.id = a.row WHERE r.job = ?", (number,)
-    ).fetchall()
+    rows = store.costs(number)
     counts = store.counts(number)
     total = sum(counts.values())
     costs = [float(pico) for pico, _, _ in rows]

@@ -62,6 +62,8 @@ class Engine:
         deterministic: bool = False, prefix_cache: bool = True, speculative: bool | Literal["auto"] = False,
         native: bool | Literal["auto"] = "auto",
     ):  # fmt: skip
+        if hasattr(model, "hf"):  # a model of transformers says what samples it
+            model.new_cache(1, 1)
         block_size = BLOCK_SIZE[model.kernels.dtype] if block_size is None else block_size
         options = {
             "max_batch_tokens": max_batch_tokens, "block_size": block_size, "cache_tokens": cache_tokens,

@@ -2,8 +2,8 @@
 
 For architectures that `models/` does not have itself; loading, saving and key names are theirs. A model whose logits
 are more than one product with its head (softcaps, scales, biases) is refused when loaded: losses see the head alone.
-`trust_remote_code` stays off. Left out: sampling (our engine keeps its own caches), so on-policy ways and `eval` need
-one of our families: deepseek, llama, qwen2, qwen3.
+`trust_remote_code` stays off. Our engine keeps caches of its own and does not run them: they are sampled by their own
+`generate` (infer/borrowed.py).
 """
 
 from __future__ import annotations
@@ -64,6 +64,12 @@ class AnyModel(nn.Module):
         weight: Tensor = self.hf.get_output_embeddings().weight
         return weight
 
+    @property
+    def embedding(self) -> Tensor:
+        """[V, D] of the input."""
+        weight: Tensor = self.hf.get_input_embeddings().weight
+        return weight
+
     def unembed(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
 
@@ -87,8 +93,8 @@ class AnyModel(nn.Module):
 
     def new_cache(self, batch: int, capacity: int) -> Any:
         raise UserError(
-            f"{self.config.theirs.model_type} runs through transformers and is not sampled by this engine; sample it "
-            "with vLLM or transformers, or take a student of one of the families of `shoestring list models`."
+            f"{self.config.theirs.model_type} runs through transformers and is not sampled by this engine; `eval`, "
+            "`ask`, `reject` and `distill` sample it, vLLM serves it."
         )
 
     def save_weights(self, folder: Path, max_shard_bytes: float, dtype: torch.dtype | None) -> None:

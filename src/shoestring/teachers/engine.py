@@ -114,10 +114,10 @@ def as_row(message: Message) -> dict[str, Any]:
 
 def teacher(*, model: str, licence: str, name: str | None = None, **options: Any) -> Teacher:
     """Load the checkpoint `model` (a folder or hub id) and answer with it; `options` are EngineTeacher's."""
-    from shoestring.infer.engine import Engine
+    from shoestring.infer.borrowed import generator_of
     from shoestring.models.checkpoint import load
 
     network, tokenizer = load(model)
     if tokenizer is None:
         raise UserError(f"{model} has no tokenizer.json; a teacher needs its tokenizer beside its weights.")
-    return EngineTeacher(Engine(network, tokenizer), tokenizer, name=name or model, licence=licence, **options)
+    return EngineTeacher(generator_of(network, tokenizer), tokenizer, name=name or model, licence=licence, **options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from shoestring.infer.engine import Engine
+from shoestring.infer.borrowed import generator_of
 from shoestring.teachers.engine import EngineTeacher
 from shoestring.train.answering import ask_all, curation
 from shoestring.train.configs import AskStage
@@ -22,7 +22,7 @@ def run(stage: AskStage, ctx: Context) -> Outcome:
     model, tokenizer = load_model(ctx, "teacher")
     use_kernels(model, ctx, stage.compute, tokens=stage.problems_per_batch * 64, seq_len=64)
     teacher = EngineTeacher(
-        Engine(model, tokenizer), tokenizer, name=ctx.inputs["teacher"].name, licence=stage.licence,
+        generator_of(model, tokenizer), tokenizer, name=ctx.inputs["teacher"].name, licence=stage.licence,
         usd_per_hour=ctx.usd_per_hour,
     )  # fmt: skip
     ctx.run.note(tokenizer=tokenizer.digest())

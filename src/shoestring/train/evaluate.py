@@ -15,7 +15,7 @@ from shoestring.core.atomic import append_line, read_lines, write_json
 from shoestring.core.nouns import Problem
 from shoestring.data.textbook import distinct_problems
 from shoestring.evals.runner import evaluate, summarise, tokens_of
-from shoestring.infer.engine import Engine
+from shoestring.infer.borrowed import generator_of
 from shoestring.tasks.grading import Grader, check_golds, own_tasks
 from shoestring.train.configs import EvalStage
 from shoestring.train.context import Context, Outcome, derived_seed
@@ -53,7 +53,7 @@ def run(stage: EvalStage, ctx: Context) -> Outcome:
 
         check_golds(grade, asked[len(done) :])
         result = evaluate(
-            Engine(model, tokenizer), tokenizer, asked, sampling, grade, batch=batch, done=done, on_batch=keep
+            generator_of(model, tokenizer), tokenizer, asked, sampling, grade, batch=batch, done=done, on_batch=keep
         )
     path = write_json(ctx.run.path / "result.json", result.to_dict())
     overall = result.overall

@@ -21,7 +21,7 @@ from shoestring.core.errors import UserError
 from shoestring.core.nouns import Message
 from shoestring.data.batch import Batch, Example, packed_batch
 from shoestring.data.textbook import conversation, problems
-from shoestring.infer.engine import Engine
+from shoestring.infer.borrowed import generator_of
 from shoestring.text.chat import render
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.beside import Beside
@@ -39,7 +39,7 @@ class OnPolicyLesson:
     def __init__(self, stage: DistillStage, ctx: Context, student: Any, tokenizer: Tokenizer):
         self.stage, self.ctx, self.tokenizer = stage, ctx, tokenizer
         self.teacher = Beside(stage, ctx, student, tokenizer)
-        self.engine = Engine(student, tokenizer)
+        self.engine = generator_of(student, tokenizer)
         padding = range(tokenizer.vocab_size, student.config.vocab_size)  # rows that are no tokens are never written
         self.banned = {row: float("-inf") for row in padding} or None
         self.kept: list[Example] = []

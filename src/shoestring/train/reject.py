@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from shoestring.core.nouns import Trace
-from shoestring.infer.engine import Engine
+from shoestring.infer.borrowed import generator_of
 from shoestring.teachers.engine import EngineTeacher
 from shoestring.train.answering import ask_all, curation
 from shoestring.train.configs import RejectStage
@@ -24,7 +24,7 @@ def run(stage: RejectStage, ctx: Context) -> Outcome:
     """Sample, verify, keep; traces.db is the output."""
     model, tokenizer = load_model(ctx, "model")
     use_kernels(model, ctx, stage.compute, tokens=stage.problems_per_batch * 64, seq_len=64)
-    teacher = EngineTeacher(Engine(model, tokenizer), tokenizer, name="self", licence="own model")
+    teacher = EngineTeacher(generator_of(model, tokenizer), tokenizer, name="self", licence="own model")
     curated = curation(stage.curate)
 
     def keep(traces: Sequence[Trace]) -> list[Trace]:

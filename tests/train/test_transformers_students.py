@@ -1,0 +1,106 @@
+"""Students of families that the engine does not know: they write, are judged and examined, through transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distilling import COMPUTE, run_stage, stage_of, trace_of, weights_of
+
+from shoestring.data.textbook import problems
+from shoestring.data.traces import TraceStore
+from shoestring.models import checkpoint
+from shoestring.models.any import AnyModel
+from shoestring.recipes import quickstart
+from shoestring.road import run_recipe
+from shoestring.text.tokenizer import Tokenizer
+from shoestring.train.configs import AskStage, Decoding, EvalStage, Recipe, TaskMix
+
+transformers = pytest.importorskip("transformers")
+SHORT = Decoding(max_new_tokens=12)
+
+
+@pytest.fixture(params=["olmo2", "gpt_neox"])
+def theirs(request: pytest.FixtureRequest, tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    """A tiny student of another family, its tables padded beyond the tokenizer."""
+    config = transformers.AutoConfig.for_model(
+        request.param, vocab_size=tokenizer.vocab_size + 5, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1,
+        pad_token_id=None, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "theirs")
+    tokenizer.save(tmp_path / "theirs")
+    return tmp_path / "theirs"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"policy_gradient": True}, marks=pytest.mark.slow)], ids=["divergence", "policy"]
+)
+def test_it_writes_and_learns_from_what_it_wrote(
+    options: dict[str, Any], theirs: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = stage_of(
+        theirs, way="on_policy", inputs={"teacher": folder}, decoding=SHORT, mix=quickstart.EXAM, **options
+    )
+    whole = run_stage(stage, tmp_path / "whole")
+    rows = whole.metrics()
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[-1]["sampled_tokens"] > 4 * 4 * 10
+    if not options:
+        assert rows[-1]["loss"] < rows[0]["loss"]
+    from shoestring.train import distill
+
+    real, count = distill.train_step, 0
+
+    def dying(*args: Any, **more: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return real(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "train_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(stage, tmp_path / "killed")
+    again = run_stage(stage, tmp_path / "killed")
+    one, other = weights_of(whole), weights_of(again)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    _, tokenizer = checkpoint.load(theirs)
+    assert tokenizer is not None
+    written = (whole.path / "samples" / "first.jsonl").read_text()
+    assert written.count("finish_reason") == 4
+
+
+def test_it_is_examined_and_asked(theirs: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A student that has learnt one answer by heart gives it; greedy answers are those of transformers' generate."""
+    problem = next(problems(quickstart.LEARN, 5))
+    mix = (TaskMix(task=problem.task, kinds=(problem.meta["kind"],), difficulty=(problem.difficulty,) * 2),)
+    TraceStore(tmp_path / "one").append([trace_of(0, problem, "short")])
+    learnt = stage_of(theirs, inputs={"traces": tmp_path / "one"}, steps=60, examples_per_step=1, checkpoint_every=60)
+    exam = EvalStage(name="exam", inputs={"model": "distilled"}, mix=mix, problems=6, samples=1, compute=COMPUTE,
+                     decoding=Decoding(max_new_tokens=12, temperature=0.0))  # fmt: skip
+    ask = AskStage(name="ask", inputs={"teacher": "distilled"}, mix=mix, problems=5, decoding=SHORT, compute=COMPUTE,
+                   curate=("dedup",), samples=2)  # fmt: skip
+    made = run_recipe(Recipe(name="x", stages=(learnt, exam, ask)), tmp_path / "runs", quiet=True).runs
+    latest = made["distilled"].latest_checkpoint()
+    assert latest is not None
+    model, _ = checkpoint.load(latest[1])
+    assert isinstance(model, AnyModel)
+    from shoestring.core.atomic import read_lines
+    from shoestring.core.nouns import Message
+    from shoestring.text.chat import render
+
+    rows = read_lines(made["exam"].path / "samples" / "answers.jsonl")
+    assert len(rows) == 6
+    for row in rows:
+        ids = render([Message("user", row["prompt"])], tokenizer, generation_prompt=True).ids
+        out = model.hf.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.end)
+        wanted = out[0, len(ids) :].tolist()
+        spoken = wanted[:-1] if wanted[-1] == tokenizer.end else wanted
+        assert row["texts"] == [tokenizer.decode(spoken)] and row["tokens"] == [len(wanted)]
+    assert made["exam"].manifest["headline_metric"]["name"] == "pass@1"
+    traces = TraceStore(made["ask"].path).read()
+    assert traces and all(trace.token_ids for trace in traces)

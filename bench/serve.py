@@ -7,13 +7,14 @@
 1. streams: `--streams` clients that each ask again as soon as they are answered (prompt of 64 tokens, 128 new ones,
    random weights of V3's architecture). Time to the first token, time between pieces, errors; meanwhile /health is
    asked ten times a second. The client is a process of its own that speaks HTTP/1.1 over plain sockets.
-2. overhead: the same load put straight into the Engine, in one process, the two in turn. The share lost is HTTP's,
+2. overhead: the same load put straight into the Engine, in one process, in turn with it (30 s at most). The share lost is HTTP's,
    tokenising's, the pipe's and the client's, who all share the machine's cores with the engine.
 3. soak: short requests, one after the other on 32 connections; memory and open files of server and engine are read
    after a tenth of them and at the end.
 
-Peers: `transformers serve` of the same environment and of .venv-peers, with the same clients; vLLM for CPUs where it is
-installed there. What cannot run appears with its reason.
+Peers: `transformers serve` of .venv-peers, one request at a time and with its continuous batching, and vLLM for CPUs
+where it is installed there; the same clients, each after our own rounds, cut off after as long as one of them. They get
+texts of as many tokens, for not all take ids. What cannot run appears with its reason.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ from typing import Any
 from _bench import ROOT, machine, parser, result, table, versions, wanted
 
 PROMPT, NEW = 64, 128
-KNOWN_PEERS = ("transformers serve", "vllm")
+PEER_PORT = 18473
+ONSETS, VOWELS = "bdfgklmnprst", "aeiou"
+TRANSFORMERS = "from transformers.cli.transformers import main; main()"
+KNOWN_PEERS = ("transformers serve", "transformers serve, continuous batching", "vllm serve")
 SHAPE = {
     "vocab_size": 2048, "hidden_size": 384, "intermediate_size": 1024, "moe_intermediate_size": 256,
     "num_hidden_layers": 6, "num_attention_heads": 6, "kv_lora_rank": 128, "qk_nope_head_dim": 32,
@@ -49,31 +53,49 @@ TINY = SHAPE | {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_s
 
 # ---- the model and the servers
 def make_model(folder: Path, small: bool) -> tuple[Path, int]:
-    """A checkpoint of random weights with a tokenizer; and how many parameters it has."""
+    """A checkpoint of random weights with a tokenizer; and how many parameters it has.
+
+    It never says a special token or a part of a character (their logits are 0, far below the largest): every answer is
+    as long as it may be, and every token can be shown at once.
+    """
     import torch
 
     from shoestring.models.checkpoint import save
     from shoestring.models.deepseek import Deepseek, DeepseekConfig
+    from shoestring.serve.tokens import TokenTexts
     from shoestring.text.tokenizer import Tokenizer
 
-    words = " ".join(f"w{number} {number * number}" for number in range(3000))
-    tokenizer = Tokenizer.train([words], SHAPE["vocab_size"])
+    words = [f"{ONSETS[a]}{VOWELS[b]}{ONSETS[c]}{VOWELS[d]}" for a in range(12) for b in range(5) for c in range(12)
+             for d in range(5)]  # fmt: skip
+    tokenizer = Tokenizer.train([" ".join(words)], SHAPE["vocab_size"])
     model = Deepseek(DeepseekConfig(**(TINY if small else SHAPE)), generator=torch.Generator().manual_seed(0))
+    shown = TokenTexts(tokenizer)
+    unsaid = [i for i in range(SHAPE["vocab_size"]) if "\ufffd" in shown.text(i) or not shown.text(i)]
+    with torch.no_grad():
+        model.head_weight[[*unsaid, *tokenizer.specials.values()]] = 0.0
     count = sum(parameter.numel() for parameter in model.parameters())
+    texts = []
+    while len(texts) < 256:
+        text = " ".join(words[(13 * len(texts) + 7 * place) % len(words)] for place in range(PROMPT))
+        texts.append(tokenizer.decode(tokenizer.encode(text)[:PROMPT]))
+    (folder / "texts.json").write_text(json.dumps(texts))
     return save(model, tokenizer, folder / "model", dtype="bfloat16"), count
 
 
 @contextlib.contextmanager
-def serving(command: list[str], ready: str, log: Path, seconds: float = 120) -> Iterator[subprocess.Popen[bytes]]:
+def serving(
+    command: list[str], ready: str, log: Path, seconds: float = 120, **more: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """A server's process, once `ready` stands in what it prints."""
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    environment |= more
     with open(log, "wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
     try:
         until = time.monotonic() + seconds
         while ready not in log.read_text("utf-8", "replace"):
             if process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(log.read_text("utf-8", "replace").strip().splitlines()[-1:] or ["it said nothing"])
+                raise RuntimeError((log.read_text("utf-8", "replace").strip().splitlines() or ["it said nothing"])[-1])
             time.sleep(0.1)
         yield process
     finally:
@@ -106,8 +128,8 @@ async def ask(where: tuple[str, int], body: dict[str, Any], found: dict[str, lis
         )
         began = last = time.perf_counter()
         writer.write(f"{head}\r\nConnection: close\r\n\r\n".encode() + data)
-        if b" 200 " not in await reader.readline():
-            raise ValueError("refused")
+        if b" 200 " not in (status := await reader.readline()):
+            raise ValueError(f"refused: {status.decode().strip()}")
         pieces, tokens = 0, 0
         while line := await reader.readline():
             if line.startswith(b"data: {"):
@@ -116,35 +138,44 @@ async def ask(where: tuple[str, int], body: dict[str, Any], found: dict[str, lis
                     tokens = json.loads(line[6:])["usage"]["completion_tokens"]
                 elif b'"error"' in line:
                     raise ValueError(line.decode())
-                else:
+                if b'"choices":[]' not in line:
                     found["ttft" if pieces == 0 else "gap"].append(now - (began if pieces == 0 else last))
                     pieces, last = pieces + 1, now
-            elif line.startswith(b"data: [DONE]"):
-                return tokens or pieces
-        raise ValueError("broke off")
+        if not tokens:  # all of them tell in their last chunk
+            raise ValueError("broke off")
+        return tokens
     finally:
         writer.close()
 
 
 async def load(options: dict[str, Any]) -> dict[str, Any]:
-    """`streams` clients for `seconds`; tokens are counted between the first and the last tenth."""
+    """`streams` clients for `seconds`, until the last answer is there; with `cut` what is not finished then is left.
+
+    With `texts` (a file) prompts are texts, and nothing is asked that OpenAI's fields do not know.
+    """
     where = (options["host"], options["port"])
     found: dict[str, list[float]] = {"ttft": [], "gap": [], "health": []}
     errors: list[str] = []
-    done: list[tuple[float, int]] = []
+    done: list[int] = []
     until = time.perf_counter() + options["seconds"]
+    texts = json.loads(Path(options["texts"]).read_text()) if options.get("texts") else []
+
+    def body_of(number: int, turn: int) -> dict[str, Any]:
+        body = {"model": options["model"], "max_tokens": NEW, "temperature": 0, "stream": True}
+        if texts:
+            return body | {"prompt": texts[(number + turn * options["streams"]) % len(texts)]}
+        ids = [(number * 7919 + turn * 104729 + place * 31) % 2000 + 20 for place in range(PROMPT)]
+        return body | {"prompt": ids, "ignore_eos": True, "stream_options": {"include_usage": True}}
 
     async def client(number: int) -> None:
         turn = 0
         while time.perf_counter() < until:
             turn += 1
-            ids = [(number * 7919 + turn * 104729 + place * 31) % 2000 + 20 for place in range(PROMPT)]
-            body = {"model": options["model"], "prompt": ids, "max_tokens": NEW, "temperature": 0, "ignore_eos": True,
-                    "stream": True, "stream_options": {"include_usage": True}}  # fmt: skip
             try:
-                done.append((time.perf_counter(), await ask(where, body, found)))
+                done.append(await ask(where, body_of(number, turn), found))
             except (OSError, ValueError) as error:
                 errors.append(str(error)[:200])
+                await asyncio.sleep(0.1)
 
     async def health() -> None:
         while time.perf_counter() < until:
@@ -157,9 +188,13 @@ async def load(options: dict[str, Any]) -> dict[str, Any]:
             await asyncio.sleep(0.1)
 
     began = time.perf_counter()
-    await asyncio.gather(*(client(number) for number in range(options["streams"])), health())
-    seconds = time.perf_counter() - began
-    tokens = sum(count for _, count in done)
+    jobs = [asyncio.create_task(client(number)) for number in range(options["streams"])]
+    jobs.append(asyncio.create_task(health()))
+    _, left = await asyncio.wait(jobs, timeout=options["seconds"] if options.get("cut") else None)
+    seconds, tokens = time.perf_counter() - began, sum(done)
+    for job in left:
+        job.cancel()
+    await asyncio.gather(*jobs, return_exceptions=bool(left))
     return {"tokens_per_second": tokens / seconds, "tokens": tokens, "requests": len(done), "errors": errors, **found}
 
 
@@ -278,7 +313,8 @@ def under_load(model: Path, args: argparse.Namespace, folder: Path) -> list[dict
             spent = [cpu_seconds(pid) - b for pid, b in zip(family(process.pid), before, strict=True)]
             server.append(1e6 * spent[0] / runs[-1]["tokens"])
             engine.append(1e6 * sum(spent[1:]) / runs[-1]["tokens"])
-        alone.append(clients("engine", model=str(model), threads=args.threads, **common)["tokens_per_second"])
+        short = common | {"seconds": min(30.0, seconds)}
+        alone.append(clients("engine", model=str(model), threads=args.threads, **short)["tokens_per_second"])
         print(
             f"round {number + 1}: {runs[-1]['tokens_per_second']:.0f} tokens/s over HTTP, {alone[-1]:.0f} alone",
             file=sys.stderr,
@@ -300,6 +336,7 @@ def under_load(model: Path, args: argparse.Namespace, folder: Path) -> list[dict
     found = versions("torch", "fastapi", "uvicorn")
     entries = [
         ("http overhead", "share of the engine's throughput", "1", max(share, 0.0), 0.10),
+        ("throughput", "time a token, streams together", "us", 1e6 / over, 1e6 / straight),
         ("server cpu", "processor time of the server a token", "us", statistics.median(server), None),
         ("engine cpu", "processor time of the engine a token", "us", statistics.median(engine), None),
         ("errors", "streams that failed", "1", float(len(merged["errors"])), None),
@@ -339,36 +376,42 @@ def soaked(model: Path, args: argparse.Namespace, folder: Path) -> list[dict[str
     ]  # fmt: skip
 
 
-def peers(model: Path, args: argparse.Namespace, folder: Path) -> None:
-    """The same streams against other servers, where they run."""
+def peer_command(name: str, model: Path, args: argparse.Namespace) -> list[str]:
+    port = str(PEER_PORT)
+    if name == "vllm serve":
+        program = Path(args.peer_python).parent / "vllm"
+        return [str(program), "serve", str(model), "--port", port]
+    more = ["--continuous-batching"] if name.endswith("batching") else []
+    return [args.peer_python, "-c", TRANSFORMERS, "serve", str(model), "--port", port, "--device", "cpu", *more]
+
+
+def peers(model: Path, args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """The same streams against other servers, where they run: microseconds a token."""
+    rates: dict[str, float] = {}
     for name in wanted(args.peers, KNOWN_PEERS):
-        port = 18473
-        if name == "vllm":
-            program = Path(args.peer_python).parent / "vllm"
-            command = [str(program), "serve", str(model), "--port", str(port), "--served-model-name", "bench"]
-        else:
-            places = [Path(python).parent / "transformers" for python in (args.peer_python, sys.executable)]
-            program = next((place for place in places if place.exists()), places[0])
-            command = [str(program), "serve", "--port", str(port), "--force-model", str(model)]
-        if not program.exists():
-            print(f"{name}: not measured, {program.name} is not installed")
+        command = peer_command(name, model, args)
+        if not Path(command[0]).exists():
+            print(f"{name}: not measured, there is no {Path(command[0]).name} in .venv-peers (`make peers`)")
             continue
+        common = {"host": "127.0.0.1", "port": PEER_PORT, "model": str(model), "texts": str(folder / "texts.json")}
         try:
-            with serving(command, "running on", folder / "peer.log"):
-                found = clients(
-                    "load",
-                    host="127.0.0.1",
-                    port=port,
-                    model=str(model),
-                    streams=args.streams,
-                    seconds=args.seconds / args.repeats,
-                )
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            with serving(command, "running on", folder / "peer.log", OMP_NUM_THREADS=str(args.threads)):
+                clients("load", **common, streams=1, seconds=1.0)
+                found = clients("load", **common, streams=args.streams, seconds=args.seconds / args.repeats, cut=True)
+        except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
             print(f"{name}: not measured, {error}")
             continue
         errors = found["errors"]
-        rate = f"{found['tokens_per_second']:.0f} tokens/s, {found['requests']} requests"
-        print(f"{name}: {rate}, {len(errors)} errors {errors[:1]}")
+        if not found["tokens"]:
+            print(f"{name}: not measured, no answer was whole; {len(errors)} errors: {' '.join(errors[:1])}")
+            continue
+        rates[name] = 1e6 / found["tokens_per_second"]
+        first, between = quantiles(found["ttft"]), quantiles(found["gap"])
+        print(
+            f"{name}: {found['tokens_per_second']:.0f} tokens/s, {found['requests']} requests whole, {len(errors)} "
+            f"errors; first token p50 {first[0]:.0f} ms, p95 {first[1]:.0f}; between pieces p50 {between[0]:.1f} ms"
+        )
+    return rates
 
 
 def main() -> None:
@@ -391,8 +434,11 @@ def main() -> None:
         found = under_load(model, args, folder) if args.seconds else []
         if args.soak:
             found += soaked(model, args, folder)
-        if args.seconds:
-            peers(model, args, folder)
+        if args.seconds and args.peers != "none":
+            theirs = peers(model, args, folder)
+            ours = next(entry["ours"] for entry in found if entry["name"] == "throughput")
+            found.append(result("against peers", "time a token, streams together", "us", ours, theirs, small=args.small,
+                                versions=versions("torch", "uvicorn"), streams=args.streams))  # fmt: skip
     print(json.dumps(found))
 
 

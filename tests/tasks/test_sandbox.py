@@ -30,6 +30,17 @@ def test_outcomes_keep_their_order(sandbox: Sandbox) -> None:
     assert [outcome.values for outcome in outcomes] == [(3 * i,) for i in range(30)]
 
 
+def test_a_thousand_a_minute(isolated: Sandbox) -> None:
+    """Different candidates on two kept workers, at no less than a thousand a minute (alone it is several thousand)."""
+    programs = [Program(source=f"def f(x): return x + {i}", entry="f", tests=(((1,), 1 + i),)) for i in range(200)]
+    with Sandbox.open(isolated.layer, workers=2, limits=LIMITS) as several:
+        several.run(programs[:2])
+        began = time.perf_counter()
+        assert all(outcome.ok for outcome in several.run(programs))
+        seconds = time.perf_counter() - began
+    assert 60 * len(programs) / seconds > 1000, f"{60 * len(programs) / seconds:.0f} a minute"
+
+
 def test_each_test_has_its_verdict(sandbox: Sandbox) -> None:
     source = "def f(x):\n    if x == 2: raise ValueError('two')\n    return x"
     outcome = sandbox.run([Program(source=source, entry="f", tests=(((1,), 1), ((2,), 2), ((3,), 3), ((4,), 5)))])[0]

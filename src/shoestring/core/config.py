@@ -1,4 +1,4 @@
-"""Strict, frozen configs with a JSON round trip, a digest and `--set a.b=c` (DESIGN rule 6).
+"""Strict, frozen configs with a JSON round trip, a digest and `--set a.b=c`.
 
 An unknown key, a wrong type or a value out of range is a `UserError` of one sentence that says where it is and,
 for a misspelt key, what was probably meant. JSON is the truth: a config read from YAML, changed by `--set` or made

@@ -1,4 +1,4 @@
-"""The contracts between parts (DESIGN section 9), as types. Their contract tests live in tests/contracts.
+"""The contracts between parts, as types. Their contract tests live in tests/contracts.
 
 No torch here: a model is `Any`, token ids are sequences of int, logprobs lists of float.
 """

@@ -2,7 +2,7 @@
 
 Slotted dataclasses without tensors (core loads no torch): token ids are lists of int, logprobs lists of
 float. A Completion carries the ids and the sampler's logprobs of exactly what was sampled; nothing
-downstream decodes and encodes it again (DESIGN rule 3).
+downstream decodes and encodes it again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The run directory of one stage (DESIGN section 6): manifest, metrics, checkpoints, samples, ledger entry.
+"""The run directory of one stage: manifest, metrics, checkpoints, samples, ledger entry.
 
 Killed at any moment and opened again with the same config, parents and data, it goes on; a finished run is never
 edited. Whatever matters is written atomically (`core.atomic`): the manifest, checkpoints (a temporary folder renamed

@@ -7,10 +7,10 @@
 1. streams: `--streams` clients that each ask again as soon as they are answered (prompt of 64 tokens, 128 new ones,
    random weights of V3's architecture). Time to the first token, time between pieces, errors; meanwhile /health is
    asked ten times a second. The client is a process of its own that speaks HTTP/1.1 over plain sockets.
-2. overhead: the same load put straight into the Engine, in one process, in turn with it (30 s at most). The share lost is HTTP's,
-   tokenising's, the pipe's and the client's, who all share the machine's cores with the engine.
+2. overhead: the same load put straight into the Engine, in one process, in turn with it (30 s at most). The share
+   lost is HTTP's, tokenising's, the pipe's and the client's, who all share the machine's cores with the engine.
 3. soak: short requests, one after the other on 32 connections; memory and open files of server and engine are read
-   after a tenth of them and at the end.
+   after a tenth of them, after half and at the end.
 
 Peers: `transformers serve` of .venv-peers, one request at a time and with its continuous batching, and vLLM for CPUs
 where it is installed there; the same clients, each after our own rounds, cut off after as long as one of them. They get
@@ -356,21 +356,23 @@ def soaked(model: Path, args: argparse.Namespace, folder: Path) -> list[dict[str
     log = folder / "soak.log"
     with serving(our_command(model, args.threads), "Serving on", log) as process:
         host, port = address(log)
-        first = clients("soak", host=host, port=port, model="bench", count=max(1, args.soak // 10))
-        before = [of_process(pid) for pid in family(process.pid)]
-        rest = clients("soak", host=host, port=port, model="bench", count=args.soak - args.soak // 10)
-        after = [of_process(pid) for pid in family(process.pid)]
-    errors = len(first["errors"]) + len(rest["errors"])
+        counts = [max(1, args.soak // 10), args.soak // 2 - args.soak // 10, args.soak - args.soak // 2]
+        parts, seen = [], []
+        for count in counts:
+            parts.append(clients("soak", host=host, port=port, model="bench", count=count))
+            seen.append([of_process(pid) for pid in family(process.pid)])
+    errors = sum(len(part["errors"]) for part in parts)
     rows = [
-        [who, f"{b[0]:.0f} -> {a[0]:.0f}", f"{b[1]} -> {a[1]}"]
-        for who, b, a in zip(("server", "engine"), before, after, strict=True)
+        [who, " -> ".join(f"{at[0]:.0f}" for at in places), " -> ".join(str(at[1]) for at in places)]
+        for who, *places in zip(("server", "engine"), *seen, strict=True)
     ]
-    rate = (args.soak - args.soak // 10) / rest["seconds"]
-    print(f"\n{args.soak} short requests, {rate:.0f} a second, {errors} errors; from a tenth of them to the end:\n")
+    _, before, after = seen
+    rate = sum(counts[1:]) / sum(part["seconds"] for part in parts[1:])
+    print(f"\n{args.soak} short requests, {rate:.0f} a second, {errors} errors; after a tenth, half, all of them:\n")
     print(table(["", "resident MB", "open files"], rows))
     growth = sum(a[0] - b[0] for b, a in zip(before, after, strict=True))
     return [
-        result("soak growth", "resident memory, server and engine", "MB", growth, {}, small=args.small,
+        result("soak growth", "resident memory of both, second half", "MB", growth, {}, small=args.small,
                versions=versions("torch", "uvicorn"), requests=args.soak, errors=errors,
                files=sum(a[1] - b[1] for b, a in zip(before, after, strict=True))),
     ]  # fmt: skip

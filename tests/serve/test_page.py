@@ -216,6 +216,66 @@ def test_side_by_side(page: Page):
     assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
 
 
+def test_model_and_sampling_are_what_was_picked(page: Page):
+    from written_answers import Provider
+
+    page.driver.execute_script(
+        "const s = document.getElementById('model-0'); s.value = 'student'; s.dispatchEvent(new Event('change'))"
+    )
+    page.one("#settings-open").click()
+    for name, value in (("temperature", "0.2"), ("top_p", "0.9")):  # sliders
+        page.driver.execute_script(
+            "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
+            "for (const kind of ['input', 'change']) e.dispatchEvent(new Event(kind, { bubbles: true }))",
+            name, value,
+        )  # fmt: skip
+    for name, value in (("max_tokens", "77"), ("seed", "5"), ("system", "be brief")):
+        page.one(f"#{name}").send_keys(value)
+    page.one("#settings-close").click()
+    page.ask("hello")
+    asked = Provider.seen[-1]
+    assert (asked["model"], asked["temperature"], asked["top_p"], asked["seed"]) == ("student", 0.2, 0.9, 5)
+    assert asked.get("max_tokens", asked.get("max_completion_tokens")) == 77
+    assert asked["messages"][0] == {"role": "system", "content": "be brief"}
+    assert page.texts(".said")[0].startswith("student answers")
+    page.driver.refresh()  # and it is so after a reload
+    page.until(lambda: page.all("#model-0 option"))
+    assert page.one("#temperature").get_attribute("value") == "0.2"
+
+
+def test_copy(page: Page):
+    page.driver.execute_cdp_cmd(
+        "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    )
+    page.ask("think")
+    page.press("Copy the answer")
+    page.until(lambda: "Copied" in [button.text for button in page.all("button")])
+    read = "const done = arguments[0]; navigator.clipboard.readText().then(done, e => done(String(e)))"
+    assert page.driver.execute_async_script(read) == "The last digit is **5**."
+
+
+def test_the_problems_of_a_run_are_examples(chromium: Any, start: Any, checkpoint: Path, tmp_path: Path):
+    """One of each kind, unseen in training; a press asks it."""
+    from shoestring.recipes import quickstart
+    from shoestring.road import run_recipe
+    from shoestring.train.configs import Optim, Recipe, SftStage, Textbook
+
+    stage = SftStage(
+        name="sft", inputs={"model": str(checkpoint)}, textbook=Textbook(mix=quickstart.LEARN), problems=4, steps=1,
+        examples_per_step=2, optim=Optim(lr=1e-4), compute=quickstart.COMPUTE, row_tokens=512,
+    )  # fmt: skip
+    run = run_recipe(Recipe(name="t", stages=(stage,)), tmp_path / "runs", quiet=True).runs["sft"]
+    with start(f"mine={run.path}", folder=tmp_path) as running:
+        told = running.get("/page/about.json").json()["examples"]
+        assert {example["task"] for example in told} == {"questions", "logic", "programs"}
+        page = Page(chromium, running.url)
+        assert page.texts(".examples h2") == [example["task"] for example in told]
+        page.all(".example")[0].click()
+        page.until(lambda: page.texts(".bubble") == [told[0]["text"]])
+        page.press("Stop") if page.all(".answer.streaming") else None
+        page.done()
+
+
 def test_markup_and_scripts_stay_text(page: Page):
     page.ask("evil <b>bold</b>")
     assert page.driver.execute_script("return window.hacked") is None

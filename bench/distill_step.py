@@ -313,6 +313,8 @@ def report(
     print(json.dumps([
         _bench.result(name, "time", "s", statistics.median(ours.kept()),
                       {c.name: statistics.median(c.kept()) for c in shown[1:]}, limit=limit, **common),
+        _bench.result(name, "processor time", "s", statistics.median(ours.kept("cpu_seconds")),
+                      {c.name: statistics.median(c.kept("cpu_seconds")) for c in shown[1:]}, **common),
         _bench.result(name, "peak memory", "MB", ours.peak_mb, {c.name: c.peak_mb for c in shown[1:]}, **common),
     ]))  # fmt: skip
 

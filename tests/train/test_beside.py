@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from distilling import run_stage, stage_of, weights_of
 from safetensors.torch import load_file
 
+from shoestring.cli import main
 from shoestring.core.errors import UserError
 from shoestring.core.run import Run
 from shoestring.data.batch import packed_batches
@@ -114,6 +116,19 @@ def test_every_teacher_is_priced(student: Path, folder: Path, second: Path, trac
 
     both = flops(teacher=folder, teacher2=second)
     assert both > flops(teacher=folder) and both > flops(teacher=second)
+
+
+def test_the_command_takes_several_teachers(
+    student: Path, folder: Path, second: Path, traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["distill", "--student", str(student), "--teacher", str(folder), "--teacher", str(second), "--traces",
+             str(traces), "--set", "teacher_weights=[0.7, 0.3]", "--set", 'hidden_states=null', "--runs",
+             str(tmp_path / "runs"), "--dry-run", "--json"]  # fmt: skip
+    assert main(words) == 0
+    (row,) = json.loads(capsys.readouterr().out)["plan"]
+    assert f"teacher={folder}" in row["from"] and f"teacher2={second}" in row["from"]
+    assert main([*words, "--from", f"teacher2={folder}"]) == 2
+    assert "given twice" in capsys.readouterr().err
 
 
 def _says(words: str, make: Callable[[], Any]) -> None:

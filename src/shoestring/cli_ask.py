@@ -79,6 +79,8 @@ def ask(
     patience: Annotated[float, typer.Option(help="Seconds to wait for a server that went away.")] = 600.0,
     tries: Annotated[int, typer.Option(help="Attempts at a question whose request fails.")] = 5,
     price: Annotated[str | None, typer.Option(help="IN,OUT[,CACHED] dollars a million tokens, or a row of the list.")] = None,
+    truncated: Annotated[str, typer.Option(help="An answer cut off at --max-tokens: keep it, marked; drop it; or ask once with more (longer).")] = "keep",
+    longer_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer asked longer. [default: four times --max-tokens]")] = None,
     key: Annotated[str | None, typer.Option(help="The environment variable that holds the API key.")] = None,
     name: Annotated[str | None, typer.Option(help="What to call the teacher, whatever its address.")] = None,
     licence: Annotated[str | None, typer.Option(help="Of its answers.")] = None,
@@ -126,6 +128,8 @@ def _ask(given: SimpleNamespace) -> None:
         given.questions, system=given.system, count=given.count, difficulty=given.difficulty, skipped=skipped
     )
     if given.teacher is not None and is_local(given.teacher):
+        if given.truncated != "keep":
+            raise UserError("a teacher in this process keeps answers that were cut off; leave out --truncated.")
         if far:
             raise UserError("a teacher in this process keeps its answers in a folder; give one as --out.")
         outcome = _ask_here(given, source, identity)
@@ -203,6 +207,7 @@ def _apis(given: SimpleNamespace) -> list[Api]:
         "max_tokens": given.max_tokens, "n": given.n, "stream": given.stream, "most": given.concurrency,
         "rpm": given.rpm, "tpm": given.tpm, "tries": given.tries, "patience_s": given.patience,
         "permission": given.i_have_permission, "limits": Limits(total_s=given.timeout), "price": given.price,
+        "truncated": given.truncated, "longer_tokens": given.longer_tokens,
         "licence": given.licence, "discount": given.discount if given.batch else 0, "decoding": decoding_of(given.temperature, given.top_p, given.seed, given.extra),
     }  # fmt: skip
     return [Api(**shared | own) for own in whom(given.teacher, given.model, given.teachers, given.key, given.name)]
@@ -287,6 +292,13 @@ def _print(outcome: Outcome, out: Path | str) -> None:
     print(f"{report['answers_now']:,} answers now in {short(outcome.seconds, 'seconds')} "
           f"({report['answers_per_s']:,.0f}/s), {short(report['tokens_in'])} tokens in, {short(report['tokens_out'])} out")  # fmt: skip
     print(f"spent in all: ${usd:,.6f} for {purse.answers:,} answers, {purse.sends:,} requests")
+    if report["accepted"] is not None:
+        of = f"of {report['graded_sample']:,} that were graded" if report["graded_sample"] else "ended by themselves"
+        print(f"accepted:     {100 * report['accepted']:.1f} % {of}")
+    if report["asked_longer"]:
+        print(
+            f"asked longer: {report['asked_longer']:,} that were cut off, {report['whole_longer']:,} of them whole now"
+        )
     if purse.doubts:
         print(
             f"in doubt:     ${report['in_doubt_usd']:,.6f} at most, {purse.doubts:,} requests perhaps billed and not answered"

@@ -36,7 +36,7 @@ def curate(
         list[str] | None, typer.Option(metavar="FILTER.OPTION=VALUE", help="An option of a filter.")
     ] = None,
     export: Annotated[list[Path] | None, typer.Option(help="Write what is kept: .jsonl, .chat.jsonl or .parquet.")] = None,
-    card: Annotated[Path | None, typer.Option(help="Write a data card (.md) of what is kept.")] = None,
+    card: Annotated[Path | None, typer.Option(help="Write a data card (.md, its plots beside it) of what is kept.")] = None,
     page: Annotated[Path | None, typer.Option(help="Write a page with samples kept and dropped by each filter.")] = None,
     no_grading: Annotated[bool, typer.Option("--no-grading", help="Do not run the tasks' graders first.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the funnel; export nothing.")] = False,
@@ -46,8 +46,8 @@ def curate(
     """Run the chain of filters over a store."""
     from shoestring.core.progress import Progress
     from shoestring.curate._sieve import run
+    from shoestring.data.card import write_card
     from shoestring.data.export import export as write
-    from shoestring.data.export import write_card
     from shoestring.data.store import Store
 
     chain = chain_of((filters or ",".join(USUAL)).split(","), against or [], option or [])

@@ -22,6 +22,7 @@ from shoestring.data.claims import Budget
 from shoestring.data.questions import Skipped, source_of
 from shoestring.data.store import Store
 from shoestring.data.traces import TraceStore
+from shoestring.teachers._accept import Acceptance
 from shoestring.teachers._job import Api
 from shoestring.teachers._session import Job, run
 
@@ -448,3 +449,65 @@ def test_a_job_is_a_job(server: Server, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="cannot"):
             run(replace(job(server, tmp_path, ["a"]), out=tmp_path / "shut" / "t"))
     assert isinstance(job(server, tmp_path, ["a"]), Job)
+
+
+def test_answers_that_were_cut_off(start: Callable[..., Server], tmp_path: Path) -> None:
+    """Kept and marked; or dropped, paid for and not asked again; or asked once with more tokens, and no more than once."""
+    texts = ["question", "!length a", "!length*1 b", "!length*2 c"]
+    for policy, answers, requests in (("keep", 8, 8), ("drop", 3, 8), ("longer", 8, 13)):
+        server, folder = start(), tmp_path / policy
+        folder.mkdir()
+        given = {"samples": 2, "truncated": policy, "max_tokens": 50}
+        outcome = run(job(server, folder, texts, **given))
+        assert (
+            server.stats()["billed"] == requests == outcome.purse.spent // (15 * 10**6 + 5 * 500_000 + 40 * 2 * 10**6)
+        )
+        again = run(job(server, folder, retry_failed=True, **given))
+        assert again.told.answers == 0 and server.stats()["requests"] == requests  # never billed again
+        assert outcome.counts["answered"] == again.counts["answered"] == answers
+        traces = TraceStore(folder / "traces").read()
+        cut = [trace.finish_reason for trace in traces].count("length")
+        told = outcome.report()
+        if policy == "drop":
+            assert cut == 0 and outcome.counts["failed"] == 5 == len(texts) * 2 - len(traces)
+        elif policy == "keep":
+            assert cut == told["truncated"] and len(traces) == 8
+        else:
+            longer = [trace for trace in traces if trace.decoding["max_tokens"] == 200]
+            assert told["asked_longer"] == len(longer) == 5 and told["whole_longer"] == 3 == 5 - [
+                t.finish_reason for t in longer
+            ].count("length")
+    for more, words in (({"truncated": "no"}, "must be one of"), ({"truncated": "longer", "longer_tokens": 50}, "more than --max-tokens"),
+                        ({"longer_tokens": 500}, "belongs to --truncated longer")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            run(job(server, tmp_path, ["a"], **more))
+
+
+def test_the_share_accepted_while_asking(start: Callable[..., Server], tmp_path: Path) -> None:
+    """Of questions with a gold, those answered rightly, graded on the way; of others, those that ended by themselves."""
+    seen: list[float | None] = []
+    rows = [{"question": f"question {i}", "answer": "#### 7"} for i in range(60)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcome = run(
+        job(start("--latency", "0.1"), tmp_path, most=4, start=4), watch=lambda one: seen.append(one.told.accepted)
+    )
+    report = outcome.report()
+    assert 16 <= report["graded_sample"] <= 60 and report["accepted"] == 0.0 and outcome.counts["answered"] == 60
+    assert len([one for one in seen if one == 0.0]) >= 2  # while asking, not in the end alone
+    store = Store(tmp_path / "traces")
+    ids = [number for (number,) in store.base.execute("SELECT id FROM questions ORDER BY id")]
+    acceptance = Acceptance(store)
+    for number, answer, finish in (
+        (0, "\\boxed{7}", "stop"),
+        (1, "\\boxed{8}", "stop"),
+        (2, "\\boxed{7}", "length"),
+        (3, "\\boxed{7}", "stop"),
+    ):
+        acceptance.hear(ids[number], answer, finish)
+    acceptance.start()
+    acceptance.stop()
+    store.close()
+    assert (acceptance.graded, acceptance.right) == (4, 2)
+    (tmp_path / "b").mkdir()
+    outcome = run(job(start(), tmp_path / "b", ["a", "b", "c", "!length d"]))
+    assert outcome.report()["accepted"] == 0.75 and outcome.told.graded == 0

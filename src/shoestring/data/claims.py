@@ -57,6 +57,7 @@ class Settled(NamedTuple):
     back: tuple[int, ...]
     pico: int
     tokens: int
+    cut: tuple[int, ...] = ()  # rows whose answer was cut off and is not kept: paid for, and never asked again
 
 
 class Returned(NamedTuple):
@@ -71,6 +72,7 @@ class Returned(NamedTuple):
 
 
 Op = Claim | Settled | Returned
+CUT = "cut off"  # the kind of failure of a row in `Settled.cut`
 GRANTED, POOR, TAKEN = range(3)  # what a claim is answered
 
 

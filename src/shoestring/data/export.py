@@ -1,4 +1,4 @@
-"""Traces in other forms: JSON lines (whole traces), chat (messages to train on), Parquet; and the data card.
+"""Traces in other forms: JSON lines (whole traces), chat (messages to train on), Parquet.
 
 By the name's end: .jsonl, .chat.jsonl, .parquet. Written beside and renamed, so that half an export is never taken for
 one. Rows go through one at a time; Parquet in groups of 10,000. Chat rows are {"messages": [...]} with the thinking as
@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from shoestring.core.atomic import write_text
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Trace
 from shoestring.data.traces import TraceStore
@@ -87,42 +85,3 @@ def read_parquet(path: str | Path) -> Iterator[Trace]:
         for batch in file.iter_batches(GROUP):
             for row in batch.to_pylist():
                 yield Trace.from_dict(row | {name: json.loads(row[name]) for name in JSON_COLUMNS})
-
-
-def write_card(
-    traces: Iterable[Trace], path: Path, *, funnel: Sequence[dict[str, Any]] = (), title: str = "Traces"
-) -> Path:
-    """A Markdown card of a set: whose answers, under which terms, how they were asked for, what was dropped and why."""
-    teachers, licences, terms, reported = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    decodings, finishes, tasks, verdicts = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    usd, tokens, dates = 0.0, [0, 0], ["9999", "0000"]
-    count = 0
-    for trace in traces:
-        count += 1
-        teachers[trace.teacher] += 1
-        reported[trace.teacher_reported] += 1
-        licences[trace.licence] += 1
-        source = trace.source
-        terms[" ".join(str(source[k]) for k in ("terms", "permission") if source.get(k)) or "not recorded"] += 1
-        decodings[json.dumps({k: v for k, v in trace.decoding.items() if k != "sample"}, sort_keys=True)] += 1
-        finishes[trace.finish_reason] += 1
-        tasks[trace.task or "none"] += 1
-        verdicts[{True: "right", False: "wrong", None: "not graded"}[trace.correct]] += 1
-        usd += trace.cost_usd
-        tokens = [tokens[0] + trace.usage.get("prompt_tokens", 0), tokens[1] + trace.usage.get("completion_tokens", 0)]
-        dates = [min(dates[0], trace.date), max(dates[1], trace.date)]
-    lines = [f"# {title}", "", f"{count:,} traces, {tokens[0]:,} tokens in, {tokens[1]:,} out, ${usd:,.4f}."]
-    if count:
-        lines += [f"Answered from {dates[0][:10]} to {dates[1][:10]}.", ""]
-    for head, counts in (
-        ("Teacher", teachers), ("Model that answered", reported), ("Licence of the answers", licences),
-        ("Terms on record", terms), ("Decoding", decodings), ("Finish", finishes), ("Task", tasks),
-        ("Verdict", verdicts),
-    ):  # fmt: skip
-        lines += [f"## {head}", "", *(f"- {name}: {number:,}" for name, number in counts.most_common(20)), ""]
-    if funnel:
-        lines += ["## Dropped", "", "| filter | seen | kept | dropped because |", "|---|---|---|---|"]
-        for step in funnel:
-            why = ", ".join(f"{reason} {number:,}" for reason, number in step["dropped"].items()) or "-"
-            lines.append(f"| {step['filter']} {step['options'] or ''} | {step['seen']:,} | {step['kept']:,} | {why} |")
-    return write_text(path, "\n".join(lines) + "\n")

@@ -186,8 +186,17 @@ def _from_hub(name: str, system: str | None, count: int | None) -> Iterator[Aske
         raise UserError("questions from the hub need the package datasets: pip install datasets.") from None
     _, dataset, *rest = name.split(":")
     split, column = (rest[0] if rest and rest[0] else "train"), (rest[1] if len(rest) > 1 else None)
-    for number, row in enumerate(load_dataset(dataset, split=split, streaming=True), 1):
+    try:
+        rows = load_dataset(dataset, split=split, streaming=True)
+    except Exception as error:  # the package has an error of its own for each of a dozen mistakes
+        raise UserError(f"{name} cannot be read ({str(error).splitlines()[0][:200]}); check name and split.") from error
+    for number, row in enumerate(rows, 1):
         if count is not None and number > count:
             return
+        if column and column not in row:
+            raise UserError(f'{name}: there is no column "{column}".{did_you_mean(column, row)}')
         chosen = {"question": row[column]} if column else dict(row)
-        yield _asked(json.dumps(chosen, default=str).encode(), False, system, number)
+        try:
+            yield _asked(json.dumps(chosen, default=str).encode(), False, system, number)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{name}: row {number} {_why(error)}.") from error

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shoestring.data.claims import (
+    CUT,
     PURSE,
     Budget,
     Claim,
@@ -96,8 +97,8 @@ class Store:
         self.base.execute("UPDATE jobs SET planned = (id = ?)", (job,))
 
     def repeat_failed(self, job: int) -> None:
-        """Plan the failed rows of `job` again."""
-        self.base.execute(f"UPDATE rows SET state = 0 WHERE job = ? AND state = {FAILED}", (job,))
+        """Plan the failed rows of `job` again; not those whose answer was cut off, which would be again."""
+        self.base.execute(f"UPDATE rows SET state = 0 WHERE job = ? AND state = {FAILED} AND kind IS NOT ?", (job, CUT))
 
     def check_refs(self, refs: Sequence[tuple[str, int, int]]) -> tuple[str, int, int] | None:
         """Remember (the user's id, question hash, line); the first id given to two questions, with both lines."""
@@ -193,6 +194,9 @@ class Store:
             )
         self._set(ANSWERED, [answer.row for answer in done])
         self._set(0, [row for op in settled for row in op.back])
+        if cut := [(CUT, row) for op in settled for row in op.cut]:
+            self._set(FAILED, [row for _, row in cut])
+            self.base.executemany("UPDATE rows SET kind = ? WHERE id = ?", cut)
         for op in settled:
             purse.settle(op)
 
@@ -276,6 +280,23 @@ class Store:
             "SELECT a.pico, a.tokens_out, a.tokens_in FROM answers a JOIN rows r ON r.id = a.row WHERE r.job = ?",
             (job,),
         ).fetchall()
+
+    def cut(self, job: int) -> list[tuple[str, str | None, int]]:
+        """(messages, problem, how many answers were cut off) of the questions of a job with any."""
+        return self.base.execute(
+            "SELECT q.messages, q.problem, count(*) FROM answers a JOIN rows r ON r.id = a.row "
+            "JOIN questions q ON q.id = r.question WHERE r.job = ? AND a.finish = 'length' GROUP BY q.id ORDER BY q.id",
+            (job,),
+        ).fetchall()
+
+    def problems(self, questions: Sequence[int]) -> dict[int, str]:
+        """The problems (JSON) behind those of `questions` that have one."""
+        wanted = json.dumps(list(questions))
+        found = self.base.execute(
+            "SELECT id, problem FROM questions WHERE problem IS NOT NULL AND id IN (SELECT value FROM json_each(?))",
+            (wanted,),
+        )
+        return dict(found.fetchall())
 
     def rows_in_doubt(self) -> Iterable[tuple[str, int]]:
         """(trace id, how often) of every row that was perhaps billed without an answer."""

@@ -2,7 +2,7 @@
 
 As many workers as requests may be at once, each: take a row, wait for a place (pace), claim it (budget and store),
 send, and settle what came. A failed attempt gives its claim back and is claimed again, so that whatever stands in the
-store as sent is in flight. Left out: continuing an answer that was cut off (it would be billed again).
+store as sent is in flight.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 
 from shoestring.data.claims import GRANTED, POOR, Answer, Claim, Returned, Row, Settled
 from shoestring.data.journal import Journal
 from shoestring.data.places import AnyStore
+from shoestring.teachers._accept import Acceptance
 from shoestring.teachers._pace import Pace
 from shoestring.teachers._price import Rate
 from shoestring.teachers._send import Sender
@@ -43,6 +44,7 @@ class Lane:
     n: int = 1  # samples of a question in one request
     stream: bool = False
     tries: int = 5  # attempts at a row that fails in a way worth repeating
+    drop_cut: bool = False  # answers that were cut off are not kept
     patience_s: float = 600.0  # how long to wait for a server that is gone
     fresh: deque[Row] = field(default_factory=deque)
     last: int = 0  # the last row handed out
@@ -68,8 +70,28 @@ class Told:
     over_estimate: int = 0  # replies that used more than was asked for
     errors: Counter[str] = field(default_factory=Counter)
     other_models: Counter[str] = field(default_factory=Counter)
+    asked_longer: int = 0  # answers to questions whose first one was cut off, asked with more tokens
+    whole_longer: int = 0  # those of them that were not cut off again
+    graded: int = 0  # answers of the sample that is graded while they come
+    right: int = 0  # those of them that are right
     stopped: str | None = None  # why before the end; None: all was asked
     mistake: bool = False  # and that is the user's to mend
+
+    @property
+    def accepted(self) -> float | None:
+        """The share of answers that are right, of a sample; where questions bring no gold, of those that ended by
+        themselves. None before there is any."""
+        if self.graded:
+            return self.right / self.graded
+        came = self.answers + self.failed
+        return max(0, self.answers - self.truncated - self.filtered) / came if self.answers and came else None
+
+    def add(self, other: Told) -> None:
+        """Add what another session did."""
+        for one in fields(self):
+            if one.name not in ("stopped", "mistake"):
+                setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+        self.stopped, self.mistake = self.stopped or other.stopped, self.mistake or other.mistake
 
 
 class Asking:
@@ -105,6 +127,8 @@ class Asking:
     async def run(self) -> Told:
         """Ask until nothing is left or something stops it. Raises DiskFull and the errors of the program."""
         self.journal = Journal(self.store)
+        acceptance = self._acceptance = Acceptance(self.store)
+        acceptance.start()
         ticking = asyncio.create_task(self._ticks())
         workers = [asyncio.create_task(self._work(lane)) for lane in self.lanes for _ in range(lane.pace.most)]
         try:
@@ -115,6 +139,8 @@ class Asking:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
             await self.journal.close()
+            await asyncio.to_thread(acceptance.stop)
+            self._grades()
         if self._error is not None:
             raise self._error
         if self._tick:
@@ -124,7 +150,11 @@ class Asking:
     async def _ticks(self) -> None:
         while self._tick:
             await asyncio.sleep(self._tick_s)
+            self._grades()
             self._tick(self)
+
+    def _grades(self) -> None:
+        self.told.graded, self.told.right = self._acceptance.graded, self._acceptance.right
 
     async def _work(self, lane: Lane) -> None:
         async with _closing(lane.sender):
@@ -228,17 +258,22 @@ class Asking:
         if pico > claim.pico:
             told.over_estimate += 1
         date = self._now()
-        answers = []
+        answers, cut = [], []
         share_in, share_out, share = _split(tokens_in, count), _split(tokens_out, count), _split(pico, count)
         for i, choice in enumerate(reply.choices):
+            self._acceptance.hear(rows[0].question, choice.answer, choice.finish)
+            told.truncated += choice.finish == "length"
+            told.filtered += choice.finish == "content_filter"
+            if choice.finish == "length" and lane.drop_cut:
+                cut.append(rows[i].id)
+                continue
             answers.append(Answer(
                 rows[i].id, choice.finish, share_in[i], share_out[i], share[i], date, answer_body(choice, reply)
             ))  # fmt: skip
-            told.truncated += choice.finish == "length"
-            told.filtered += choice.finish == "content_filter"
-        self.journal.settle(Settled(claim, answers, claim.ids[count:], pico, tokens_in + tokens_out))
+        self.journal.settle(Settled(claim, answers, claim.ids[count:], pico, tokens_in + tokens_out, tuple(cut)))
         self._settled()
-        told.answers += count
+        told.answers += len(answers)
+        told.failed += len(cut)
         told.tokens_in += tokens_in
         told.tokens_out += tokens_out
         told.cached += reply.cached

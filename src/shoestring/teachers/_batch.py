@@ -37,6 +37,8 @@ def run_batch(job: Job, *, poll_s: float = 30.0) -> Outcome:
     """Ask what is missing through the provider's batch API. Raises UserError for mistakes and for its refusals."""
     if len(job.apis) != 1 or job.apis[0].n != 1 or job.share:
         raise UserError("--batch asks one teacher, one sample a request, from one process.")
+    if job.apis[0].truncated != "keep":
+        raise UserError("--batch keeps answers that were cut off; leave out --truncated.")
     if is_url(job.out):
         raise UserError("--batch keeps its answers in a folder; give one as --out.")
     with Worker(Path(job.out)) as worker:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +21,7 @@ from shoestring.teachers._price import Rate, rate_of, terms_of
 from shoestring.teachers._send import Limits, Sender, check_url, is_local, key_from
 from shoestring.teachers._wire import Body
 
+TRUNCATED = ("keep", "drop", "longer")
 CHUNK = 1000  # questions planned in one transaction
 
 
@@ -47,6 +48,8 @@ class Api:
     tries: int = 5
     patience_s: float = 600.0
     discount: int = 0
+    truncated: str = "keep"  # an answer that was cut off is kept and marked; or "drop"; or asked once "longer"
+    longer_tokens: int | None = None  # max_tokens of that; None: four times as many
     raw: bool = False  # text completions: a question is one message of role "raw", sent as it is
     limits: Limits = field(default_factory=Limits)
 
@@ -58,6 +61,10 @@ class Api:
     def asked(self) -> dict[str, Any]:
         """The decoding parameters of its requests."""
         return {"max_tokens": self.max_tokens, **self.decoding}
+
+    def longer(self) -> Api:
+        """The same teacher with more tokens; what is cut off then is kept."""
+        return replace(self, max_tokens=self.longer_tokens or 4 * self.max_tokens, truncated="keep", longer_tokens=None)
 
     def rate(self) -> Rate:
         return rate_of(self.model, self.price, local=is_local(self.url), discount=self.discount)
@@ -76,7 +83,7 @@ class Api:
             Sender(url, key=key_from(self.key), limits=self.limits, most=self.most, stream=self.stream),
             Body(self.model, self.asked, stream=self.stream, raw=self.raw),
             Pace(self.most, rpm=self.rpm, tpm=self.tpm, start=self.start), rate, self.model, self.max_tokens, self.n,
-            self.stream, self.tries, self.patience_s,
+            self.stream, self.tries, self.truncated == "drop", self.patience_s,
         )  # fmt: skip
 
     def forbids(self) -> bool:
@@ -89,6 +96,10 @@ class Api:
             raise UserError("concurrency, n, max tokens and tries must be at least 1.")
         if self.weight <= 0:
             raise UserError(f"the weight of {self.title} is {self.weight}; it must be positive.")
+        if self.truncated not in TRUNCATED:
+            raise UserError(f'--truncated is "{self.truncated}"; it must be one of {", ".join(TRUNCATED)}.')
+        if self.longer_tokens is not None and (self.truncated != "longer" or self.longer_tokens <= self.max_tokens):
+            raise UserError("--longer-tokens belongs to --truncated longer, and must be more than --max-tokens.")
         if self.raw and self.stream:
             raise UserError("text completions are not asked for as streams; leave out --stream.")
         for name in ("model", "messages", "prompt", "stream", "n", "max_completion_tokens"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
@@ -36,6 +36,8 @@ def run_many(job: Job, workers: int, address: str | None) -> Outcome:
         raise UserError(f"--workers is {workers}; it must be at least 1.")
     if not is_url(job.out):
         raise UserError("many workers share a store in PostgreSQL: --out postgresql://HOST/DATABASE.")
+    if any(api.truncated == "longer" for api in job.apis):
+        raise UserError("--truncated longer asks from one process; leave out --workers.")
     if job.pilot:
         raise UserError("--dry-run asks from this process alone; leave out --workers.")
     ray = _ray()
@@ -107,7 +109,7 @@ def _follow(ray: Any, job: Job, workers: int, store: Any, number: int) -> tuple[
                 for one in done:
                     try:
                         told, doubts = ray.get(one)
-                        _add(whole, told)
+                        whole.add(told)
                         doubtful += doubts
                     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
                         deaths += 1
@@ -147,18 +149,3 @@ def _work(job: Job, number: int) -> tuple[Told, int]:
 
     outcome = run(job, watch=watch)
     return outcome.told, outcome.doubtful
-
-
-def _add(whole: Told, part: Told) -> None:
-    """Add what one worker did to the sum."""
-    for name in _SUMS:
-        setattr(whole, name, getattr(whole, name) + getattr(part, name))
-    whole.errors += part.errors
-    whole.other_models += part.other_models
-    whole.stopped, whole.mistake = whole.stopped or part.stopped, whole.mistake or part.mistake
-
-
-_SUMS: Sequence[str] = (
-    "answers", "tokens_in", "tokens_out", "cached", "pico", "truncated", "filtered", "failed", "estimated",
-    "over_estimate",
-)  # fmt: skip

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -66,7 +68,9 @@ class Outcome:
             "over_estimate": told.over_estimate, "errors": dict(told.errors), "other_models": dict(told.other_models),
             "spent_usd": usd(purse.spent), "spent_now_usd": usd(told.pico), "in_doubt_usd": usd(purse.doubt),
             "in_doubt_rows": purse.doubts, "found_in_doubt": self.doubtful, "sends": purse.sends,
-            "stopped": told.stopped, "forecast": self.forecast,
+            "accepted": told.accepted, "graded_sample": told.graded,
+            "asked_longer": told.asked_longer, "whole_longer": told.whole_longer, "stopped": told.stopped,
+            "forecast": self.forecast,
         }  # fmt: skip
 
 
@@ -83,11 +87,31 @@ def run(job: Job, *, watch: Callable[[Asking], None] | None = None) -> Outcome:
         store.budget = job.budget
         started = time.monotonic()
         told, number = asyncio.run(_session(job, seat, watch))
+        if not job.pilot:
+            _longer(job, seat, watch, told, number)
         seconds = time.monotonic() - started
         forecast = _forecast(store, number) if job.pilot else None
         return Outcome(
             told, store.counts(number), store.read_purse(), seat.doubtful, store.troubles(), seconds, forecast
         )
+
+
+def _longer(job: Job, seat: Seat, watch: Callable[[Asking], None] | None, told: Told, number: int) -> None:
+    """Ask once more, with more tokens, where answers were cut off and `truncated` says so; added to `told`."""
+    if told.stopped is not None or not any(api.truncated == "longer" for api in job.apis):
+        return
+    groups: dict[int, list[Asked]] = {}
+    for messages, problem, count in seat.store.cut(number):
+        groups.setdefault(count, []).append(Asked(json.loads(messages), None, json.loads(problem) if problem else None))
+    for count, questions in sorted(groups.items()):
+        longer = replace(
+            job, source=partial(iter, questions), identity=f"{job.identity}|longer|{count}", samples=count,
+            apis=[api.longer() if api.truncated == "longer" else api for api in job.apis], skipped=None,
+        )  # fmt: skip
+        more, _ = asyncio.run(_session(longer, seat, watch))
+        told.add(more)
+        told.asked_longer += more.answers
+        told.whole_longer += more.answers - more.truncated
 
 
 async def _session(job: Job, seat: Seat, watch: Callable[[Asking], None] | None) -> tuple[Told, int]:
@@ -133,8 +157,8 @@ def _shown(bar: Progress, before: int, budget: Budget) -> Callable[[Asking], Non
             )
         if purse.doubt:
             facts["$ in doubt"] = usd(purse.doubt)
-        if told.answers:
-            facts["whole"] = 1 - told.truncated / told.answers
+        if (share := told.accepted) is not None:
+            facts["accepted"] = share
         facts |= {"in flight": asking.in_flight} | {kind: float(n) for kind, n in told.errors.most_common(3)}
         bar.update(before + told.answers, tokens=told.tokens_in + told.tokens_out, **facts)
 

@@ -12,8 +12,8 @@
 3. soak: short requests, one after the other on 32 connections; memory and open files of server and engine are read
    after a tenth of them, after half and at the end.
 
-Peers: `transformers serve` of .venv-peers, one request at a time and with its continuous batching, and vLLM for CPUs
-where it is installed there; the same clients, each after our own rounds, cut off after as long as one of them. They get
+Peers: `transformers serve` of .venv-peers, one request at a time and with its continuous batching, and vLLM for CPUs of
+.venv-vllm; the same clients, each after our own rounds, cut off after as long as one of them. They get
 texts of as many tokens, for not all take ids. What cannot run appears with its reason.
 """
 
@@ -381,8 +381,8 @@ def soaked(model: Path, args: argparse.Namespace, folder: Path) -> list[dict[str
 def peer_command(name: str, model: Path, args: argparse.Namespace) -> list[str]:
     port = str(PEER_PORT)
     if name == "vllm serve":
-        program = Path(args.peer_python).parent / "vllm"
-        return [str(program), "serve", str(model), "--port", port]
+        program = Path(args.vllm_python).parent / "vllm"
+        return [str(program), "serve", str(model), "--port", port, "--dtype", "bfloat16", "--max-model-len", "1024"]
     more = ["--continuous-batching"] if name.endswith("batching") else []
     return [args.peer_python, "-c", TRANSFORMERS, "serve", str(model), "--port", port, "--device", "cpu", *more]
 
@@ -393,11 +393,13 @@ def peers(model: Path, args: argparse.Namespace, folder: Path) -> dict[str, floa
     for name in wanted(args.peers, KNOWN_PEERS):
         command = peer_command(name, model, args)
         if not Path(command[0]).exists():
-            print(f"{name}: not measured, there is no {Path(command[0]).name} in .venv-peers (`make peers`)")
+            print(f"{name}: not measured, there is no {command[0]} (`make peers`, `make peers-engines`)")
             continue
         common = {"host": "127.0.0.1", "port": PEER_PORT, "model": str(model), "texts": str(folder / "texts.json")}
         try:
-            with serving(command, "running on", folder / "peer.log", OMP_NUM_THREADS=str(args.threads)):
+            few = {"OMP_NUM_THREADS": str(args.threads), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+            ready = "startup complete" if name == "vllm serve" else "running on"
+            with serving(command, ready, folder / "peer.log", **few):
                 clients("load", **common, streams=1, seconds=1.0)
                 found = clients("load", **common, streams=args.streams, seconds=args.seconds / args.repeats, cut=True)
         except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
@@ -421,6 +423,7 @@ def main() -> None:
     options.add_argument("--streams", type=int, default=64, help="clients at once (default 64)")
     options.add_argument("--seconds", type=float, default=180.0, help="of load in all (default 180); 0: none")
     options.add_argument("--soak", type=int, default=20_000, help="short requests (default 20,000); 0: none")
+    options.add_argument("--vllm-python", default=ROOT / ".venv-vllm" / "bin" / "python", help="what has vllm-cpu")
     args = options.parse_args()
     if args.serve:
         kinds = {"load": lambda: asyncio.run(load(args.options)), "soak": lambda: asyncio.run(soak(args.options)),

@@ -19,4 +19,5 @@ def test_it_runs_small():
     assert found.returncode == 0, found.stderr[-2000:]
     entries = {entry["name"]: entry for entry in json.loads(found.stdout.splitlines()[-1])}
     assert entries["errors"]["ours"] == 0 and entries["soak growth"]["errors"] == 0
-    assert entries["ttft p95"]["ours"] > 0 and entries["health p99"]["ours"] > 0
+    assert entries["ttft p95"]["ours"] > 0
+    assert 0 < entries["health p99"]["ours"] < 100  # 50 ms is aimed at; this machine may be busy with other tests

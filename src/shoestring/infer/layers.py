@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shoestring.infer.attend import FixedPlan, Plan, attend_blocks
 from shoestring.infer.chunks import Chunk, attend_absorbed, attend_expanded, attend_fresh, expands, together
-from shoestring.infer.products import Product
+from shoestring.infer.products import Product, through_int8
 from shoestring.infer.store import Store
 from shoestring.nn.gqa import GQA
 from shoestring.nn.linear import SwiGLU
@@ -66,15 +66,22 @@ class Norm:
 class Making:
     """How products are made: their dtype, their tile (0: as many rows as come), and the class that makes them.
 
-    `absorb`: multiply MLA's weights together where that pays for rows that decode.
+    `absorb`: multiply MLA's weights together where that pays for rows that decode. `int8`: with the weights that int8
+    leaves, so that prompts are read by the same model as native rows.
     """
 
     dtype: torch.dtype
     tile: int = 0
     absorb: bool = True
+    int8: bool = False
 
     def __call__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Product:
+        weight_OI = through_int8(weight_OI) if self.int8 else weight_OI
         return Product(weight_OI, bias_O, dtype=self.dtype, tile=self.tile)
+
+    def exactly(self, weight_OI: Tensor) -> Product:
+        """Of weights that are never rounded to int8: the head's, and MLA's from the latent to keys and values."""
+        return Product(weight_OI, None, dtype=self.dtype, tile=self.tile)
 
     def join(self, *layers: Any) -> Product:
         """Several linears of one input as one product."""
@@ -99,7 +106,7 @@ class PreparedMLA:
         uk_HNC, uv_HVC = kv_HXC.split([nope, mla.v], dim=1)
         self.uk_HNC, self.uv_HCV = uk_HNC.to(make.dtype), uv_HVC.transpose(1, 2).to(make.dtype).contiguous()
         self.o_proj = make(mla.o_proj.weight, mla.o_proj.bias)
-        self.kv_b = make(mla.kv_b_proj.weight)
+        self.kv_b = make.exactly(mla.kv_b_proj.weight)
         self.q_widths = [H * C, H * R]
         absorbed = wq_HKX.shape[-1] * H * (C + R)
         self.fused_q = make.absorb and absorbed <= FUSE * (wq_HKX.numel() + uk_HNC.numel())

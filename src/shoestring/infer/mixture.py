@@ -30,7 +30,7 @@ class PreparedMoE:
         self.down = [make(weight) for weight in down.detach()]
         self.tile = make.tile
         self.all_gate_up = self.all_down = None
-        if self._dense_flops(1) <= DENSE_FLOPS / 16 and not make.tile:
+        if self._dense_flops(1) <= DENSE_FLOPS / 16 and not make.tile and not make.int8:
             self.all_gate_up = make(gate_up.flatten(0, 1))
             self.all_down = make(down.transpose(0, 1).flatten(1))
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shoestring.infer.products import to_int8
 from shoestring.infer.store import Store
 from shoestring.nn.gqa import GQA
 from shoestring.nn.linear import Linear, SwiGLU
@@ -115,7 +116,7 @@ def _processor() -> str:
 class Matrix(Structure):
     """A product's weights, [out, in]."""
 
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("out", c_int64), ("in", c_int64)]
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("scale", c_void_p), ("out", c_int64), ("in", c_int64)]
 
 
 class Layer(Structure):
@@ -127,8 +128,7 @@ class Layer(Structure):
         ("first", Matrix * 3),
         *((name, Matrix) for name in ("q_b", "o", "gate_proj", "up_proj", "down_proj")),
         *((name, c_void_p) for name in ("uk", "uv", "keys", "values")),
-        ("gate", Matrix),
-        *((name, c_void_p) for name in ("gate_bias", "gate_up", "down")),
+        ("gate", Matrix), ("gate_bias", c_void_p), ("gate_up", Matrix), ("down", Matrix),
     ]  # fmt: skip
 
 
@@ -178,8 +178,11 @@ def make_rows(positions: Sequence[int], tables: Sequence[Sequence[int]], known: 
 class NativeLayers:
     """Some blocks over some layers of the cache, and the norm behind them: x [R, D] -> hidden [R, D]."""
 
-    def __init__(self, blocks: Sequence[Any], norm: RMSNorm, store: Store, first: int, rope: Any, dtype: torch.dtype):
-        self.dtype, self._rope = dtype, rope
+    def __init__(
+        self, blocks: Sequence[Any], norm: RMSNorm, store: Store, first: int, rope: Any, dtype: torch.dtype, *,
+        int8: bool = False,
+    ):  # fmt: skip
+        self.dtype, self._rope, self._int8 = dtype, rope, int8
         self._kept: list[Tensor] = []
         self._decode = getattr(library(), f"shoestring_decode_{SUFFIX[dtype]}")
         self._size = getattr(library(), f"shoestring_workspace_{SUFFIX[dtype]}")
@@ -200,8 +203,16 @@ class NativeLayers:
         self._kept.append(ready)
         return ready.data_ptr()
 
-    def _matrix(self, layer: Linear) -> Matrix:
-        return Matrix(self._at(layer.weight), self._at(layer.bias), *layer.weight.shape)
+    def _matrix(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Matrix:
+        """Of a linear's weights, in int8 where that is asked for."""
+        if not self._int8:
+            return Matrix(self._at(weight_OI), self._at(bias_O), None, *weight_OI.shape)
+        int8_OI, scale_O = to_int8(weight_OI)
+        at, scale = self._at(int8_OI, torch.int8), self._at(scale_O, torch.float32)
+        return Matrix(at, self._at(bias_O), scale, *weight_OI.shape)
+
+    def _linear(self, layer: Linear) -> Matrix:
+        return self._matrix(layer.weight, layer.bias)
 
     def _layer(self, block: Any, store: Store, index: int) -> Layer:
         attention, mlp = block.self_attn, block.mlp
@@ -209,24 +220,25 @@ class NativeLayers:
             norm1=self._at(block.input_layernorm.weight), eps1=block.input_layernorm.eps,
             norm2=self._at(block.post_attention_layernorm.weight), eps2=block.post_attention_layernorm.eps,
             keys=store.keys[index].data_ptr(), values=store.values[index].data_ptr(),
-            o=self._matrix(attention.o_proj),
+            o=self._linear(attention.o_proj),
         )  # fmt: skip
         firsts, q_norm, k_norm = self._latent(made, attention) if isinstance(attention, MLA) else _plain(attention)
         for place, linear in enumerate(firsts):
-            made.first[place] = self._matrix(linear)
+            made.first[place] = self._linear(linear)
         if q_norm is not None:
             made.q_norm, made.q_eps = self._at(q_norm.weight), q_norm.eps
         if k_norm is not None:
             made.k_norm, made.k_eps = self._at(k_norm.weight), k_norm.eps
         dense: SwiGLU | None = mlp.shared_experts if isinstance(mlp, MoE) else mlp
         if dense is not None:
-            made.gate_proj, made.up_proj = self._matrix(dense.gate_proj), self._matrix(dense.up_proj)
-            made.down_proj = self._matrix(dense.down_proj)
+            made.gate_proj, made.up_proj = self._linear(dense.gate_proj), self._linear(dense.up_proj)
+            made.down_proj = self._linear(dense.down_proj)
         if isinstance(mlp, MoE):
             gate = mlp.gate
-            made.gate = Matrix(self._at(gate.weight, torch.float32), None, *gate.weight.shape)
+            made.gate = Matrix(self._at(gate.weight, torch.float32), None, None, *gate.weight.shape)
             made.gate_bias = self._at(gate.e_score_correction_bias, torch.float32)
-            made.gate_up, made.down = self._at(mlp.experts.gate_up_proj), self._at(mlp.experts.down_proj)
+            made.gate_up = self._matrix(mlp.experts.gate_up_proj.flatten(0, 1))
+            made.down = self._matrix(mlp.experts.down_proj.flatten(0, 1))
         return made
 
     def _latent(self, made: Layer, mla: MLA) -> tuple[list[Linear], RMSNorm | None, RMSNorm]:
@@ -235,7 +247,7 @@ class NativeLayers:
         made.uk, made.uv = self._at(uk_HNC.transpose(1, 2)), self._at(uv_HVC)
         if mla.q_lora is None:
             return [mla.q_proj, mla.kv_a_proj_with_mqa], None, mla.kv_a_layernorm
-        made.q_b = self._matrix(mla.q_b_proj)
+        made.q_b = self._linear(mla.q_b_proj)
         return [mla.q_a_proj, mla.kv_a_proj_with_mqa], mla.q_a_layernorm, mla.kv_a_layernorm
 
     def _shape(self, blocks: Sequence[Any], norm: RMSNorm, store: Store) -> Model:

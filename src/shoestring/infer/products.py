@@ -20,6 +20,20 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.bfloat16 and device.type == "cpu" and torch.backends.mkldnn.is_available()
 
 
+def to_int8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights rounded to int8 [out, in], and a scale for each row: w = scale · int8, symmetric, largest to 127."""
+    wide = weight_OI.detach().float()
+    scale_O = wide.abs().amax(1).div_(127.0)
+    scale_O = torch.where(scale_O > 0, scale_O, 1.0)
+    return (wide / scale_O[:, None]).round_().to(torch.int8), scale_O
+
+
+def through_int8(weight_OI: Tensor) -> Tensor:
+    """What int8 leaves of the weights, in their dtype."""
+    int8_OI, scale_O = to_int8(weight_OI)
+    return (int8_OI.float() * scale_O[:, None]).to(weight_OI.dtype)
+
+
 class Product:
     """y = x Wᵀ (+ b) (+ add) for x [N, in]; the result has x's dtype."""
 

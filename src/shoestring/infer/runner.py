@@ -57,9 +57,9 @@ class ModelRunner:
 
     def __init__(
         self, model: Decoder, *, blocks: int, block_size: int, tile: int = 0, more_layers: int = 0,
-        native: bool = False,
+        native: bool = False, int8: bool = False,
     ):  # fmt: skip
-        self.tile, self.native = tile, native
+        self.tile, self.native, self.int8 = tile, native, int8
         self.dtype = model.kernels.torch_dtype
         attention = next(block.self_attn for block in model.model.layers)
         latent = isinstance(attention, MLA)
@@ -75,17 +75,21 @@ class ModelRunner:
         """Prepare these weights. Nothing may be using the cache: its blocks are zeroed again when they are taken, in
         case the old weights left NaN there."""
         self.store.ready = 0
-        make = Making(self.dtype, self.tile, absorb=not self.native)
+        make = self.making()
         self.model, self.device = model, model.embedding.device
         self.blocks = [PreparedBlock(block, make) for block in model.model.layers]  # type: ignore[arg-type]
         self.table_VD = model.embedding.detach().to(self.dtype)
-        self.head = make(model.head_weight)
+        self.head = make.exactly(model.head_weight)
         self.norm = Norm(model.model.norm, self.dtype)
         self.layers = self.native_layers(model.model.layers, model.model.norm, 0) if self.native else None
 
+    def making(self) -> Making:
+        """How this runner's products are made."""
+        return Making(self.dtype, self.tile, absorb=not self.native, int8=self.int8)
+
     def native_layers(self, blocks: Any, norm: Any, first: int) -> NativeLayers:
         """These blocks as one native call; their keys are in the cache's layers from `first` on."""
-        return NativeLayers(blocks, norm, self.store, first, self.model.rope, self.dtype)
+        return NativeLayers(blocks, norm, self.store, first, self.model.rope, self.dtype, int8=self.int8)
 
     @torch.inference_mode()
     def run(self, works: list[Work], *, routed: bool = False) -> Ran:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoestring.infer.layers import Making, Norm, Step
+from shoestring.infer.layers import Norm, Step
 from shoestring.infer.native import Rows
 from shoestring.infer.runner import ModelRunner, PreparedBlock, Ran
 from shoestring.infer.scheduler import Counts, Work
@@ -34,7 +34,7 @@ class Drafter:
     """The first MTP module, prepared; it uses the runner's table, head and cache (layer L)."""
 
     def __init__(self, module: MTPModule, runner: ModelRunner):
-        make = Making(runner.dtype, runner.tile, absorb=not runner.native)
+        make = runner.making()
         self._runner, self._layer = runner, len(runner.blocks)
         self._enorm, self._hnorm = Norm(module.enorm, runner.dtype), Norm(module.hnorm, runner.dtype)
         self._join = make(module.eh_proj.weight)

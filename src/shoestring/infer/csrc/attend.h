@@ -117,7 +117,7 @@ static void NAME(attend)(const Model *m, const Layer *l, const Batch *b, int64_t
         const int64_t count = length - s0 < size ? length - s0 : size;
         for (int64_t s = 0; s < count; s += OUTS) {
             const int64_t outs = count - s < OUTS ? count - s : OUTS;
-            NAME(tile)(rows, heads, keys + s * W, W, outs, W, out);
+            NAME(tile)(rows, heads, keys + s * W, W, outs, W, OUTS * W, out);
             for (int64_t h = 0; h < heads; h++) memcpy(score + h * ld + s0 + s, out + h * OUTS, outs * sizeof(float));
         }
     }

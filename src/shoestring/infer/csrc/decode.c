@@ -28,9 +28,10 @@ typedef uint32_t i16 __attribute__((vector_size(64)));
 #define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
-    const void *weight, *bias;
+    const void *weight, *bias; /* bias may be null; weight too: no product */
+    const float *scale;        /* one for each row of int8 weights; null: the weights have the model's dtype */
     int64_t out, in;
-} Matrix; /* bias may be null; weight too: no product */
+} Matrix;
 
 typedef struct {
     const void *norm1, *norm2, *q_norm, *k_norm; /* MLA: of the query's and the keys' latent; else of each head */
@@ -41,7 +42,7 @@ typedef struct {
     void *keys, *values;                          /* this layer's arenas [blocks, G, size, W] */
     Matrix gate;                                  /* fp32; null where the layer has no experts */
     const float *gate_bias;                       /* may be null */
-    const void *gate_up, *down;                   /* [E, 2F, D] and [E, D, F] */
+    Matrix gate_up, down;                         /* [E · 2F, D] and [E · D, F] */
 } Layer;
 
 typedef struct {

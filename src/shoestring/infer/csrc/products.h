@@ -48,10 +48,10 @@ static NOINLINE void NAME(block4)(const T *const *x, const T *const *w, int64_t 
     NAME(block)(4, 4, x, w, in, ahead, out);
 }
 
-/* n <= ROWS rows times up to OUTS rows of w that are `stride` apart: out [n, OUTS] */
-static void NAME(tile)(const T *const *x, int64_t n, const T *w, int64_t stride, int64_t outs, int64_t in, float *out) {
+/* n <= ROWS rows times up to OUTS rows of w that are `stride` apart: out [n, OUTS]. What lies `ahead` is fetched. */
+static void NAME(tile)(const T *const *x, int64_t n, const T *w, int64_t stride, int64_t outs, int64_t in,
+                       int64_t ahead, float *out) {
     const T *rows[OUTS];
-    const int64_t ahead = OUTS * stride; /* the next tile is fetched while this one is computed */
     float sum[16];
     for (int64_t o = 0; o < OUTS; o++) rows[o] = w + (o < outs ? o : outs - 1) * stride;
     int64_t r = 0;
@@ -70,6 +70,37 @@ static void NAME(tile)(const T *const *x, int64_t n, const T *w, int64_t stride,
     if (r < n) NAME(block1)(x + r, rows, in, r ? 0 : ahead, out + r * OUTS);
 }
 
+/* n rows times rows [at, at + outs) of a matrix; the next tile is fetched meanwhile. int8 becomes T, which holds it
+   exactly, a tile at a time; its scales are applied to the sums. */
+static void NAME(multiply)(const T *const *x, int64_t n, Matrix w, int64_t at, int64_t outs, float *out) {
+    if (!w.scale) {
+        NAME(tile)(x, n, (const T *)w.weight + at * w.in, w.in, outs, w.in, OUTS * w.in, out);
+        return;
+    }
+    T wide[OUTS * w.in] __attribute__((aligned(64)));
+    const int8_t *from = (const int8_t *)w.weight + at * w.in;
+    const int64_t count = outs * w.in;
+    int64_t i = 0;
+#ifdef PAIRED
+    for (; i + 32 <= count; i += 32) {
+        if (i % 64 == 0) __builtin_prefetch(from + OUTS * w.in + i, 0, 2);
+        const __m512 a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(from + i))));
+        const __m512 b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(from + i + 16))));
+        _mm512_storeu_si512(wide + i, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    }
+#endif
+    for (; i < count; i++) wide[i] = ROUND((float)from[i]);
+    NAME(tile)(x, n, wide, w.in, outs, w.in, 0, out);
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t o = 0; o < outs; o++) out[r * OUTS + o] *= w.scale[at + o];
+}
+
+/* rows [row, row + out) of a matrix, as a matrix */
+INLINE Matrix NAME(part)(Matrix w, int64_t row, int64_t out) {
+    const int64_t size = w.scale ? 1 : sizeof(T);
+    return (Matrix){(const char *)w.weight + row * w.in * size, 0, w.scale ? w.scale + row : 0, out, w.in};
+}
+
 INLINE float NAME(bias)(Matrix w, int64_t o) { return w.bias ? FLOAT(((const T *)w.bias)[o]) : 0.0f; }
 
 /* Thread t's share of x Wᵀ + b: into `y` (fp32) or `z` (rounded), or added to `sum`; whichever is not null. */
@@ -82,7 +113,7 @@ static void NAME(product)(int t, int n, const T *x, int64_t ldx, int64_t R, Matr
         for (int64_t r0 = 0; r0 < R; r0 += ROWS) {
             const int64_t many = R - r0 < ROWS ? R - r0 : ROWS, outs = w.out - at < OUTS ? w.out - at : OUTS;
             for (int64_t r = 0; r < many; r++) rows[r] = x + (r0 + r) * ldx;
-            NAME(tile)(rows, many, (const T *)w.weight + at * w.in, w.in, outs, w.in, out);
+            NAME(multiply)(rows, many, w, at, outs, out);
             for (int64_t r = 0; r < many; r++)
                 for (int64_t o = 0; o < outs; o++) {
                     const float s = out[r * OUTS + o] + NAME(bias)(w, at + o);
@@ -105,7 +136,7 @@ static void NAME(heads)(int t, int n, const T *x, int64_t ldx, int64_t step_x, i
         for (int64_t r0 = 0; r0 < R; r0 += ROWS) {
             const int64_t many = R - r0 < ROWS ? R - r0 : ROWS;
             for (int64_t r = 0; r < many; r++) rows[r] = x + (r0 + r) * ldx + h * step_x;
-            NAME(tile)(rows, many, (const T *)w.weight + (h * w.out + at) * w.in, w.in, outs, w.in, out);
+            NAME(multiply)(rows, many, w, h * w.out + at, outs, out);
             for (int64_t r = 0; r < many; r++)
                 for (int64_t o = 0; o < outs; o++) z[(r0 + r) * ldz + h * step_z + at + o] = ROUND(out[r * OUTS + o]);
         }

@@ -68,7 +68,7 @@ static void NAME(latent_queries)(const Model *m, const Layer *l, const Batch *b,
         NAME(turn)(from + m->nope, cis, m->rope, m->interleaved, w->query + i * W + m->C);
     }
 #pragma omp barrier
-    const Matrix uk = {l->uk, 0, m->C, m->nope};
+    const Matrix uk = {l->uk, 0, 0, m->C, m->nope};
     NAME(heads)(t, n, w->nope, H * m->nope, m->nope, R, H, uk, w->query, H * W, W);
 }
 
@@ -90,15 +90,14 @@ static void NAME(plain_queries)(const Model *m, const Layer *l, const Batch *b, 
 }
 
 /* silu(gate) · up of thread t's share of the columns, for rows of h, into a[i * lda] */
-static void NAME(swiglu)(int t, int n, const T *const *h, int64_t R, int64_t in, const T *gate, const T *up, Matrix bg,
-                         Matrix bu, int64_t F, T *a, int64_t lda) {
+static void NAME(swiglu)(int t, int n, const T *const *h, int64_t R, Matrix gate, Matrix up, T *a, int64_t lda) {
     float g[ROWS * OUTS], u[ROWS * OUTS];
-    const int64_t end = low(F, OUTS, t + 1, n);
+    const int64_t F = gate.out, end = low(F, OUTS, t + 1, n);
     for (int64_t at = low(F, OUTS, t, n); at < end; at += OUTS)
         for (int64_t r0 = 0; r0 < R; r0 += ROWS) {
             const int64_t many = R - r0 < ROWS ? R - r0 : ROWS, outs = F - at < OUTS ? F - at : OUTS;
-            NAME(tile)(h + r0, many, gate + at * in, in, outs, in, g);
-            NAME(tile)(h + r0, many, up + at * in, in, outs, in, u);
+            NAME(multiply)(h + r0, many, gate, at, outs, g);
+            NAME(multiply)(h + r0, many, up, at, outs, u);
             for (int64_t r = 0; r < many; r++) {
                 float z[OUTS];
 #pragma omp simd
@@ -106,10 +105,10 @@ static void NAME(swiglu)(int t, int n, const T *const *h, int64_t R, int64_t in,
                     const float s = FLOAT(ROUND(g[r * OUTS + o]));
                     z[o] = s / (1.0f + exp1(-s)) * u[r * OUTS + o];
                 }
-                if (bg.bias || bu.bias)
+                if (gate.bias || up.bias)
                     for (int64_t o = 0; o < outs; o++) {
-                        const float s = g[r * OUTS + o] + NAME(bias)(bg, at + o);
-                        z[o] = s / (1.0f + exp1(-s)) * (u[r * OUTS + o] + NAME(bias)(bu, at + o));
+                        const float s = g[r * OUTS + o] + NAME(bias)(gate, at + o);
+                        z[o] = s / (1.0f + exp1(-s)) * (u[r * OUTS + o] + NAME(bias)(up, at + o));
                     }
                 for (int64_t o = 0; o < outs; o++) a[(r0 + r) * lda + at + o] = ROUND(z[o]);
             }
@@ -125,7 +124,7 @@ static void NAME(down)(int64_t from, int64_t to, const T *a, int64_t count, Matr
         for (int64_t i0 = 0; i0 < count; i0 += ROWS) {
             const int64_t many = count - i0 < ROWS ? count - i0 : ROWS, outs = D - at < OUTS ? D - at : OUTS;
             for (int64_t i = 0; i < many; i++) rows[i] = a + (i0 + i) * w.in;
-            NAME(tile)(rows, many, (const T *)w.weight + at * w.in, w.in, outs, w.in, out);
+            NAME(multiply)(rows, many, w, at, outs, out);
             for (int64_t i = 0; i < many; i++) {
                 float *to_row = y + (row ? row[i0 + i] : i0 + i) * D + at;
                 const float by = weight ? weight[i0 + i] : 1.0f;
@@ -137,7 +136,6 @@ static void NAME(down)(int64_t from, int64_t to, const T *a, int64_t count, Matr
 static void NAME(feed_forward)(const Model *m, const Layer *l, const Batch *b, NAME(Work) * w, int t, int n,
                                int64_t *chosen_out) {
     const int64_t R = b->R, D = m->D, E = l->gate.weight ? m->E : 0, A = m->A, F = m->F, S = l->gate_proj.out;
-    const Matrix none = {0, 0, 0, 0};
     int64_t begin[E + 1], row[E ? R * A : 1];
     float weight[E ? R * A : 1];
     const T *h[R];
@@ -152,7 +150,7 @@ static void NAME(feed_forward)(const Model *m, const Layer *l, const Batch *b, N
     }
     if (S) { /* before the barrier: needs nobody's choice */
         for (int64_t r = 0; r < R; r++) h[r] = w->h + r * D;
-        NAME(swiglu)(t, n, h, R, D, l->gate_proj.weight, l->up_proj.weight, l->gate_proj, l->up_proj, S, shared, S);
+        NAME(swiglu)(t, n, h, R, l->gate_proj, l->up_proj, shared, S);
     }
     if (E) {
 #pragma omp barrier
@@ -168,15 +166,15 @@ static void NAME(feed_forward)(const Model *m, const Layer *l, const Batch *b, N
             const int64_t many = begin[e + 1] - begin[e];
             if (!many) continue;
             for (int64_t i = 0; i < many; i++) h[i] = w->h + row[begin[e] + i] * D;
-            const T *up = (const T *)l->gate_up + (2 * e + 1) * F * D, *gate = up - F * D;
-            NAME(swiglu)(t, n, h, many, D, gate, up, none, none, F, w->a + begin[e] * F, F);
+            const Matrix gate = NAME(part)(l->gate_up, 2 * e * F, F), up = NAME(part)(l->gate_up, (2 * e + 1) * F, F);
+            NAME(swiglu)(t, n, h, many, gate, up, w->a + begin[e] * F, F);
         }
     }
 #pragma omp barrier
     const int64_t from = low(D, OUTS, t, n), to = low(D, OUTS, t + 1, n);
     if (S) NAME(down)(from, to, shared, R, l->down_proj, 0, 0, w->x, D);
     for (int64_t e = 0; e < E; e++) {
-        const Matrix down = {(const T *)l->down + e * D * F, 0, D, F};
+        const Matrix down = NAME(part)(l->down, e * D, D);
         NAME(down)(from, to, w->a + begin[e] * F, begin[e + 1] - begin[e], down, row + begin[e], weight + begin[e],
                    w->x, D);
     }
@@ -206,7 +204,7 @@ static void NAME(layer)(const Model *m, const Layer *l, const Batch *b, NAME(Wor
 #pragma omp barrier
     const T *o = w->o;
     if (m->latent) {
-        const Matrix uv = {l->uv, 0, m->v, m->C};
+        const Matrix uv = {l->uv, 0, 0, m->v, m->C};
         NAME(heads)(t, n, w->o, H * V, V, R, H, uv, w->v, H * m->v, m->v);
         o = w->v;
 #pragma omp barrier

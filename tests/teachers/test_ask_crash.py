@@ -30,7 +30,9 @@ def command(server: Server, folder: Path, *more: str) -> list[str]:
 
 
 def kill_after_some_answers(process: subprocess.Popen[bytes], out: Path, more: int, draw: random.Random) -> None:
-    """Kill once `more` answers are in the store, a random moment later; the process may end before."""
+    """Kill once `more` answers are in the store, one of this process's among them (so that it has counted what the one
+    before had in flight), a random moment later; the process may end before."""
+    more = max(more, answered(out) + 1)
     deadline = time.monotonic() + 30
     while process.poll() is None and time.monotonic() < deadline and answered(out) < more:
         time.sleep(0.003)

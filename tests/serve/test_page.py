@@ -139,6 +139,7 @@ def test_a_real_model(chromium: Any, server: Any):
     page = Page(chromium, server.url)
     page.one("#settings-open").click()
     page.one("#max_tokens").send_keys("12")
+    page.one("#seed").send_keys("1")  # a random model ends when it likes: with this seed not within twelve tokens
     page.one("#settings-close").click()
     page.ask("last digit of 3 + 8 ?")
     page.ask("and of 4 + 9 ?")
@@ -272,7 +273,7 @@ def test_the_problems_of_a_run_are_examples(chromium: Any, start: Any, checkpoin
         assert page.texts(".examples h2") == [example["task"] for example in told]
         page.all(".example")[0].click()
         page.until(lambda: page.texts(".bubble") == [told[0]["text"]])
-        page.press("Stop") if page.all(".answer.streaming") else None
+        page.one("#composer-text").send_keys(Keys.ESCAPE)  # stops it where it has not ended by itself
         page.done()
 
 

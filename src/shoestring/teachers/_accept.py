@@ -56,6 +56,10 @@ class Acceptance:
                     self._grade(grader, heard)
                 except UserError:  # a task that is not here, a store that is gone: told by who needs them
                     self.wanted = False
+                except Exception:
+                    if not self._end.is_set():
+                        raise
+                    return  # `stop` no longer waited and the store is closed: nobody reads this sample
                 if tried >= TRIED and not self.graded:
                     self.wanted = False
 

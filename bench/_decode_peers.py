@@ -95,15 +95,22 @@ def convert(llama: Path, folder: str, made: Path) -> None:
     import conversion.deepseek
     import conversion.qwen  # type: ignore[import-not-found]
 
-    _no_vocab(conversion.base.TextModel)
+    # DeepSeek's converter writes how many rows the table has, the others leave it to the vocabulary.
+    config = json.loads(Path(folder, "config.json").read_text())
+    _no_vocab(conversion.base.TextModel, None if "deepseek" in config["model_type"] else config["vocab_size"])
     sys.argv = ["convert", folder, "--outtype", "bf16", "--outfile", str(made)]
     runpy.run_path(str(llama / "convert_hf_to_gguf.py"), run_name="__main__")
 
 
-def _no_vocab(kind: Any) -> None:
-    kind.set_vocab = kind._set_vocab_none
+def _no_vocab(kind: Any, rows: int | None) -> None:
+    def set_vocab(self: Any) -> None:
+        self._set_vocab_none()
+        if rows is not None:
+            self.gguf_writer.add_vocab_size(rows)
+
+    kind.set_vocab = set_vocab
     for each in kind.__subclasses__():
-        _no_vocab(each)
+        _no_vocab(each, rows)
 
 
 def serve_llama(options: dict[str, Any]) -> None:

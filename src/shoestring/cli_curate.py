@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
 
 
 def curate(
-    store: Annotated[Path, typer.Argument(help="The folder that `ask --out` filled.")],
+    store: Annotated[str, typer.Argument(help="The folder (or the postgresql://… address) that `ask --out` filled.")],
     filters: Annotated[str | None, typer.Option(help=f"In order, separated by commas. [default: {','.join(USUAL)}]")] = None,
     against: Annotated[list[Path] | None, typer.Option(help="Evaluation sets to keep out (adds decontaminate).")] = None,
     option: Annotated[
@@ -48,12 +48,12 @@ def curate(
     from shoestring.curate._sieve import run
     from shoestring.data.card import write_card
     from shoestring.data.export import export as write
-    from shoestring.data.store import Store
+    from shoestring.data.places import open_store
 
     chain = chain_of((filters or ",".join(USUAL)).split(","), against or [], option or [])
-    opened = Store(store, share=True)
+    opened = open_store(store)
     try:
-        (whole,) = opened.base.execute("SELECT count(*) FROM answers").fetchone()
+        (whole,) = opened.sql.execute("SELECT count(*) FROM answers").fetchone()
         with Progress(whole, title="curate", unit="traces", quiet=quiet) as bar:
             steps, view = run(opened, chain, grade=not no_grading, progress=lambda name, done: bar.update(done))
         funnel = [step.to_json() for step in steps]
@@ -62,11 +62,11 @@ def curate(
         if not dry_run:
             written = {str(path): write(view, path) for path in export or []}
             if card is not None:
-                write_card(view, card, funnel=funnel, title=f"Traces kept of {store.resolve().name}")
+                write_card(view, card, funnel=funnel, title=f"Traces kept of {opened.title}")
         if page is not None:
             from shoestring.report.sieve import write_sieve
 
-            write_sieve(page, store.resolve().name, whole, steps, view)
+            write_sieve(page, opened.title, whole, steps, view)
     finally:
         opened.close()
     _show(whole, kept, funnel, written, json)

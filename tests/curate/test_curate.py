@@ -292,6 +292,63 @@ def test_a_kill_in_a_filter_costs_that_filter(folder: Path, monkeypatch: pytest.
     store.close()
 
 
+def test_answers_that_come_late_are_judged(folder: Path) -> None:
+    """A row before those that were judged: its answer took longer, or failed and was asked for again."""
+    store = Store(folder)
+    late = store.sql.execute("SELECT * FROM answers WHERE row IN (3, 4, 62)").fetchall()
+    store.sql.execute("DELETE FROM answers WHERE row IN (3, 4, 62)")
+    assert len(list(run(store, CHAIN)[1])) == 39
+    store.sql.executemany("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", late)
+    steps, view = run(store, CHAIN)
+    assert [dict(s.dropped) for s in steps] == [{"cut off": 5}, {"wrong": 20}, {"repeat": 4}] and len(list(view)) == 40
+    store.close()
+
+
+def test_a_kill_in_a_filter_that_judges_each_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on near where it was; an answer that came late, before that place, makes it begin anew."""
+    store, seen = Store(folder), list[str]()
+    late = store.sql.execute("SELECT * FROM answers WHERE row = 3").fetchall()
+    store.sql.execute("DELETE FROM answers WHERE row = 3")
+    module, ends = load_part("curate", "finished"), [40]
+    judge = module.judge
+
+    def dies(given: Any) -> Any:
+        for i, (trace, why) in enumerate(zip(given, judge(given), strict=True)):
+            if i == ends[0]:
+                raise KeyboardInterrupt
+            seen.append(trace.id)
+            yield why
+
+    monkeypatch.setattr("shoestring.curate._sieve.CHUNK", 7)
+    monkeypatch.setattr(module, "judge", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(store, CHAIN)
+    ends[0] = 30
+    with pytest.raises(KeyboardInterrupt):
+        run(store, CHAIN)
+    assert len(seen) == 70 and seen[40] == "g36"  # 35 of the first 40 were on record, and one is not there yet
+    store.sql.executemany("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", late)
+    ends[0] = 1000
+    steps, _ = run(store, CHAIN)
+    assert len(seen) == 70 + 69 and [dict(s.dropped) for s in steps] == [{"cut off": 5}, {"wrong": 20}, {"repeat": 4}]
+    store.close()
+
+
+def test_a_store_of_the_first_schema(folder: Path) -> None:
+    """It is brought up to date when it is opened; what was judged before is judged anew."""
+    store = Store(folder)
+    run(store, CHAIN)
+    store.sql.execute("ALTER TABLE filters DROP COLUMN judged")
+    store.sql.execute("PRAGMA user_version = 1")
+    store.close()
+    assert len(list(TraceStore(folder))) == 69
+    store = Store(folder)
+    steps, view = run(store, CHAIN)
+    assert [dict(s.dropped) for s in steps] == [{"cut off": 5}, {"wrong": 20}, {"repeat": 4}] and len(list(view)) == 40
+    assert store.sql.execute("PRAGMA user_version").fetchone() == (2,)
+    store.close()
+
+
 def test_grading_fills_in_verdicts(tmp_path: Path) -> None:
     store = Store(tmp_path / "traces", create=True)
     problem = {
@@ -311,7 +368,10 @@ def test_grading_fills_in_verdicts(tmp_path: Path) -> None:
         ]
     )
     store.base.execute("UPDATE questions SET problem = ?", (json.dumps(problem),))
+    before = run(store, [Filter("correct")], grade=False)[0]
+    assert dict(before[0].dropped) == {"not verified": 3}
     assert grade_all(store) == 3 and grade_all(store) == 0
+    assert dict(run(store, [Filter("correct")])[0][0].dropped) == {"wrong": 1}  # judged anew, with their verdicts
     assert [trace.correct for trace in View(store.base, [])] == [True, False, True]
     store.close()
 

@@ -136,7 +136,7 @@ def test_foreign_and_newer_files_are_refused_in_one_sentence(tmp_path: Path) -> 
     newer, other, text = tmp_path / "newer.db", tmp_path / "other.db", tmp_path / "text.db"
     TraceStore(newer).append(many(1))
     with sqlite3.connect(newer) as base:
-        base.execute("PRAGMA user_version = 2")
+        base.execute("PRAGMA user_version = 99")
     with sqlite3.connect(other) as base:
         base.execute("CREATE TABLE mine(a)")
     text.write_text("this is no database, whatever its name says\n" * 50)

@@ -76,6 +76,18 @@ def test_only_what_is_missing_is_asked(server: Server, tmp_path: Path) -> None:
     assert len({trace.id for trace in TraceStore(tmp_path / "traces")}) == 72
 
 
+def test_another_price_or_licence_asks_what_is_missing(server: Server, tmp_path: Path) -> None:
+    """They are no part of what is asked: nothing is asked twice, and what is still open is billed by the new one."""
+    run(job(server, tmp_path, texts(20), budget=Budget(answers=5)))
+    outcome = run(job(server, tmp_path, price="2,4,1", licence="MIT"))
+    assert outcome.counts["answered"] == 20 == server.stats()["billed"]
+    assert outcome.purse.spent == 5 * ONE + 15 * 2 * ONE
+    traces = TraceStore(tmp_path / "traces").read()
+    assert [t.licence for t in traces] == ["unknown"] * 5 + ["MIT"] * 15 and traces[5].source["price"][
+        "input"
+    ] == 2 * 10**6
+
+
 def test_fewer_questions_or_samples_leave_the_others_alone(server: Server, tmp_path: Path) -> None:
     """What an earlier, larger command planned is not asked by a smaller one."""
     stopped = job(server, tmp_path, texts(20), samples=2, budget=Budget(answers=5))

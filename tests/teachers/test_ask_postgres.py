@@ -133,6 +133,69 @@ def test_curation_and_export_of_a_copy(
     assert main(arguments) == 0 and json.loads(capsys.readouterr().out)["answers_now"] == 0  # a copy is made anew
 
 
+def test_curation_in_the_database(
+    server: Server, tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its address as in a folder: grading, every usual filter, the exports; late answers; going on."""
+    monkeypatch.setattr("shoestring.curate._sieve.CHUNK", 16)
+    leaked = "How many apples are left when seven of the twelve that lay there were eaten by noon today?"
+    questions = [*(f"question {i} é\0" for i in range(90)), "!badrequest*1 late", "!length", leaked]
+    rows = [{"question": text, "answer": "#### 7", "id": str(i)} for i, text in enumerate(questions)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.txt").write_text(f"{leaked}\n")
+
+    def curated(store: str, *more: str) -> Any:
+        names = "finished,refused,not_wrong,decontaminate,one_language,dedup,near_duplicates,majority,length"
+        line = [
+            "curate",
+            store,
+            "--filters",
+            names,
+            "--against",
+            str(tmp_path / "test.txt"),
+            "--option",
+            "majority.fewest=1",
+        ]
+        assert main([*line, "--quiet", "--json", *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    found = []
+    for _ in range(2):  # the second time, what failed is answered: a row before those that were judged
+        run(job(server, tmp_path, out=url, samples=2, retry_failed=True))
+        copy_down(url, tmp_path / "copy")
+        exports = [str(tmp_path / f"{name}.jsonl") for name in ("far", "near")]
+        far = curated(
+            url,
+            "--no-grading",
+            "--export",
+            exports[0],
+            "--page",
+            str(tmp_path / "page.html"),
+            "--card",
+            str(tmp_path / "CARD.md"),
+        )
+        near = curated(str(tmp_path / "copy"), "--no-grading", "--export", exports[1])
+        assert far["funnel"] == near["funnel"] and far["answers"] == near["answers"]
+        assert 0 < far["kept"] < far["answers"], far["funnel"]
+        assert Path(exports[0]).read_bytes() == Path(exports[1]).read_bytes()
+        found.append(far["answers"])
+    assert found == [185, 186] and "cut off (2)" in (tmp_path / "page.html").read_text()
+    graded = curated(url)
+    assert graded["kept"] == 0 and {"wrong": 184} in [step["dropped"] for step in graded["funnel"]]
+    assert curated(url) == graded
+
+
+def test_a_database_of_the_first_schema(server: Server, tmp_path: Path, url: str) -> None:
+    run(job(server, tmp_path, ["a"], out=url))
+    store = PgStore(url)
+    store.base.execute("ALTER TABLE filters DROP COLUMN judged")
+    store.base.execute("UPDATE stores SET schema = 1")
+    store.close()
+    store = PgStore(url)
+    assert store._one("SELECT schema FROM stores") == (2,) and store._all("SELECT judged FROM filters") == []
+    store.close()
+
+
 def test_a_budget_over_several_workers(start: Callable[..., Server], tmp_path: Path, url: str) -> None:
     """Three processes at once never spend more than all of them may, in doubt and in flight included."""
     server = start("--latency", "0.01")

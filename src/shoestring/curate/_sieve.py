@@ -2,15 +2,15 @@
 
 Each filter sees what those before it let through. In a store its reasons are kept under the filter, its options, its
 source and everything before it, so that the same chain goes on where it was stopped, does new answers only where a
-filter judges each by itself, and another chain lies beside it. Memory is that of the filters.
+filter judges each by itself, and another chain lies beside it. Answers that came late, among those judged before, and
+verdicts that did, make a filter begin anew. Memory is that of the filters. The store is a file or in PostgreSQL.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sqlite3
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,7 +21,8 @@ from typing import Any
 from shoestring.core.errors import UserError, did_you_mean
 from shoestring.core.nouns import Problem, Trace
 from shoestring.core.registry import load_part, part_hash
-from shoestring.data.store import Store
+from shoestring.data.places import AnyStore
+from shoestring.data.schema import Sql
 from shoestring.data.traces import stored
 from shoestring.tasks.grading import Grader
 
@@ -75,8 +76,8 @@ def keep(module: ModuleType, traces: Sequence[Trace], **options: Any) -> list[Tr
 class View:
     """The answers of a store behind `after` that no filter of `ids` has dropped; iterable again and again."""
 
-    def __init__(self, base: sqlite3.Connection, ids: Sequence[int], after: int = 0) -> None:
-        self._base, self._after, self.ids = base, after, list(ids)
+    def __init__(self, sql: Sql, ids: Sequence[int], after: int = 0) -> None:
+        self._sql, self._after, self.ids = sql, after, list(ids)
         marked = ",".join(map(str, ids))
         self._where = (
             f"AND NOT EXISTS (SELECT 1 FROM marks m WHERE m.row = a.row AND m.filter IN ({marked}))" if ids else ""
@@ -87,12 +88,13 @@ class View:
 
     def rows(self) -> Iterator[tuple[int, Trace]]:
         """(row, trace)."""
-        return stored(self._base, after=self._after, where=self._where)
+        return stored(self._sql, after=self._after, where=self._where)
 
 
 def run(
-    store: Store, filters: Sequence[Filter], *, grade: bool = True, progress: Callable[[str, int], None] | None = None
-) -> tuple[list[Step], View]:
+    store: AnyStore, filters: Sequence[Filter], *, grade: bool = True,
+    progress: Callable[[str, int], None] | None = None,
+) -> tuple[list[Step], View]:  # fmt: skip
     """Run the chain over `store`; what each filter did, and a view of what is left. Raises UserError."""
     modules = [one.load() for one in filters]
     if grade:
@@ -106,26 +108,26 @@ def run(
         _mark(store, module, one, number, ids, progress)
         steps.append(_step(store, one, number, ids))
         ids.append(number)
-    return steps, View(store.base, ids)
+    return steps, View(store.sql, ids)
 
 
-def grade_all(store: Store, progress: Callable[[str, int], None] | None = None) -> int:
+def grade_all(store: AnyStore, progress: Callable[[str, int], None] | None = None) -> int:
     """Grade every answer whose question brought a problem and that has no verdict yet; how many."""
     select = (
-        "SELECT a.row, q.problem, json_extract(a.body, '$.answer') FROM answers a JOIN rows r ON r.id = a.row "
-        "JOIN questions q ON q.id = r.question WHERE a.correct IS NULL AND q.problem IS NOT NULL AND a.row > ? "
-        "ORDER BY a.row LIMIT ?"
+        "SELECT a.row, q.problem, a.body FROM answers a JOIN rows r ON r.id = a.row JOIN questions q "
+        "ON q.id = r.question WHERE a.correct IS NULL AND q.problem IS NOT NULL AND a.row > ? ORDER BY a.row LIMIT ?"
     )
     done = after = 0
     with Grader() as grader:
-        while rows := store.base.execute(select, (after, GRADED_TOGETHER)).fetchall():
-            pairs = [(Problem(**json.loads(problem)), answer) for _, problem, answer in rows]
+        while rows := store.sql.execute(select, (after, GRADED_TOGETHER)).fetchall():
+            pairs = [(Problem(**json.loads(problem)), json.loads(body)["answer"]) for _, problem, body in rows]
             verdicts = grader(pairs)
             with store.transaction():
-                store.base.executemany(
+                store.sql.executemany(
                     "UPDATE answers SET correct = ? WHERE row = ?",
                     [(int(verdict), row) for (row, _, _), verdict in zip(rows, verdicts, strict=True)],
                 )
+                _anew(store, "upto >= ?", rows[0][0])  # filters that judged these answers without their verdicts
             after = rows[-1][0]
             done += len(rows)
             if progress:
@@ -133,57 +135,77 @@ def grade_all(store: Store, progress: Callable[[str, int], None] | None = None) 
     return done
 
 
+def _anew(store: AnyStore, which: str, value: int) -> None:
+    """Forget what filters have judged; inside a transaction."""
+    chosen = f"SELECT id FROM filters WHERE {which}"
+    store.sql.execute(f"DELETE FROM marks WHERE filter IN ({chosen})", (value,))
+    store.sql.execute(f"UPDATE filters SET upto = 0, judged = 0 WHERE {which}", (value,))
+
+
 def _mark(
-    store: Store, module: ModuleType, one: Filter, number: int, before: Sequence[int],
+    store: AnyStore, module: ModuleType, one: Filter, number: int, before: Sequence[int],
     progress: Callable[[str, int], None] | None,
 ) -> None:  # fmt: skip
     """Bring the marks of filter `number` up to the last answer."""
-    (upto,) = store.base.execute("SELECT upto FROM filters WHERE id = ?", (number,)).fetchone()
-    (last,) = store.base.execute("SELECT coalesce(max(row), 0) FROM answers").fetchone()
-    if upto >= last:
+    sql, last_and_count = store.sql, "SELECT coalesce(max(row), 0), count(*) FROM answers"
+    upto, judged = sql.execute("SELECT upto, judged FROM filters WHERE id = ?", (number,)).fetchone()
+    last, whole = sql.execute(last_and_count).fetchone()
+    (behind,) = sql.execute("SELECT count(*) FROM answers WHERE row <= ?", (upto,)).fetchone()
+    if upto >= last and behind == judged:
         return
-    if not module.STATELESS:
-        upto = 0
+    if behind != judged or not module.STATELESS:
+        upto = judged = 0
         with store.transaction():
-            store.base.execute("UPDATE filters SET upto = 0 WHERE id = ?", (number,))
-            store.base.execute("DELETE FROM marks WHERE filter = ?", (number,))
-    view = View(store.base, before, upto)
-    judged = zip((row for row, _ in view.rows()), module.judge(view, **one.options), strict=False)
+            _anew(store, "id = ?", number)
+    stops = _stops(sql, upto, last, judged) if module.STATELESS else deque()  # others begin anew when they are stopped
+    view = View(sql, before, upto)
+    verdicts = zip((row for row, _ in view.rows()), module.judge(view, **one.options), strict=False)
     seen = 0
-    while chunk := list(islice(judged, CHUNK)):
+    while chunk := list(islice(verdicts, CHUNK)):
         seen += len(chunk)
-        marks = [(number, row, why) for row, why in chunk if why]
         with store.transaction():
-            store.base.executemany("INSERT OR REPLACE INTO marks VALUES (?, ?, ?)", marks)
-            if module.STATELESS:  # a filter that looks at all of them begins anew when it is stopped
-                store.base.execute("UPDATE filters SET upto = ? WHERE id = ?", (chunk[-1][0], number))
+            sql.executemany(
+                "INSERT INTO marks(filter, row, why) VALUES (?, ?, ?) "
+                "ON CONFLICT (filter, row) DO UPDATE SET why = excluded.why",
+                [(number, row, why) for row, why in chunk if why],
+            )
+            while stops and stops[0][0] <= chunk[-1][0]:
+                sql.execute("UPDATE filters SET upto = ?, judged = ? WHERE id = ?", (*stops.popleft(), number))
         if progress:
             progress(one.name, seen)
-    store.base.execute("UPDATE filters SET upto = ? WHERE id = ?", (last, number))
+    sql.execute("UPDATE filters SET upto = ?, judged = ? WHERE id = ?", (last, whole, number))
 
 
-def _step(store: Store, one: Filter, number: int, before: Sequence[int]) -> Step:
+def _stops(sql: Sql, upto: int, last: int, judged: int) -> deque[tuple[int, int]]:
+    """(row, how many answers lie up to it) every CHUNK answers: where a chain that is stopped goes on. Counted before
+    anything is judged, so that an answer that comes meanwhile is missed by the count and never by the filter."""
+    numbered = "SELECT row, row_number() OVER (ORDER BY row) AS n FROM answers WHERE row > ? AND row <= ?"
+    found = sql.execute(f"SELECT row, n FROM ({numbered}) AS r WHERE n % ? = 0 ORDER BY row", (upto, last, CHUNK))
+    return deque((row, judged + n) for row, n in found.fetchall())
+
+
+def _step(store: AnyStore, one: Filter, number: int, before: Sequence[int]) -> Step:
     counts = Counter[str]()
     samples: dict[str, list[Trace]] = {}
-    for why, count in store.base.execute("SELECT why, count(*) FROM marks WHERE filter = ? GROUP BY why", (number,)):
+    for why, count in store.sql.execute("SELECT why, count(*) FROM marks WHERE filter = ? GROUP BY why", (number,)):
         counts[why] = count
-        first = store.base.execute(
+        first = store.sql.execute(
             "SELECT row FROM marks WHERE filter = ? AND why = ? ORDER BY row LIMIT ?", (number, why, SHOWN)
         ).fetchall()
         chosen = ",".join(str(row) for (row,) in first)
-        samples[why] = [trace for _, trace in stored(store.base, where=f"AND a.row IN ({chosen})")]
-    (answers,) = store.base.execute("SELECT count(*) FROM answers").fetchone()
+        samples[why] = [trace for _, trace in stored(store.sql, where=f"AND a.row IN ({chosen})")]
+    (answers,) = store.sql.execute("SELECT count(*) FROM answers").fetchone()
     earlier = 0
     if before:
         marked = ",".join(map(str, before))
-        (earlier,) = store.base.execute(f"SELECT count(*) FROM marks WHERE filter IN ({marked})").fetchone()
+        (earlier,) = store.sql.execute(f"SELECT count(*) FROM marks WHERE filter IN ({marked})").fetchone()
     return Step(one.name, one.options, answers - earlier, counts, samples)
 
 
-def _number(store: Store, name: str, chain: str) -> int:
-    found = store.base.execute("SELECT id FROM filters WHERE hash = ?", (chain,)).fetchone()
+def _number(store: AnyStore, name: str, chain: str) -> int:
+    found = store.sql.execute("SELECT id FROM filters WHERE hash = ?", (chain,)).fetchone()
     if found is None:
-        store.base.execute("INSERT INTO filters(name, hash, upto) VALUES (?, ?, 0)", (name, chain))
+        store.sql.execute("INSERT INTO filters(name, hash, upto) VALUES (?, ?, 0)", (name, chain))
         return _number(store, name, chain)
     return int(found[0])
 

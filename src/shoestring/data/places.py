@@ -16,6 +16,11 @@ from shoestring.data.workers import Worker
 AnyStore: TypeAlias = Store | PgStore
 
 
+def open_store(out: Path | str) -> AnyStore:
+    """The store that is at `out`, beside whoever asks into it. Raises UserError when there is none."""
+    return PgStore(str(out)) if is_url(out) else Store(Path(out), share=True)
+
+
 class Seat:
     """A process's place at a store: `store`, how many rows dead workers had left in doubt, and taking over more."""
 
@@ -48,4 +53,4 @@ def seat_at(out: Path | str, *, share: bool = False) -> Iterator[Seat]:
             store.close()
 
 
-__all__ = ["AnyStore", "Seat", "is_url", "seat_at"]
+__all__ = ["AnyStore", "Seat", "is_url", "open_store", "seat_at"]

@@ -7,7 +7,7 @@ lives; a lock that can be taken belongs to the dead: what they had sent is in do
 A connection that is lost is a death: nothing is written twice, and the same command goes on.
 
 The address is libpq's, with the store's name behind "#" (a schema of the database; "shoestring" when not given). The
-password comes from PGPASSWORD or ~/.pgpass. Left out: curation in place; see `pg_worker.copy_down`.
+password comes from PGPASSWORD or ~/.pgpass. `pg_worker.copy_down` makes a local copy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from urllib.parse import urlsplit
 
 from shoestring.core.errors import UserError
 from shoestring.data.claims import CUT, PURSE, Budget, Claim, Op, Planned, Purse, Returned, Row, Settled, decide
-from shoestring.data.schema import ANSWERED, FAILED, SCHEMA, SENT, STATES, pg_tables
+from shoestring.data.pg_sql import PgSql, cleaned, in_columns
+from shoestring.data.schema import ADDED, ANSWERED, FAILED, SCHEMA, SENT, STATES, pg_tables
 
 LEASE = 64  # rows a worker holds before it has sent them
 GONE_S = 30  # seconds of silence after which a connection is looked after, and lost a few tries later
@@ -60,6 +61,7 @@ class PgStore:
         self._side: Any
         try:
             self.base = psycopg.connect(self.url, autocommit=True, **options)
+            self.sql = PgSql(self.base, self._errors, self._told)
             self.base.execute("SET synchronous_commit = on")
             for option, value in (("idle", GONE_S), ("interval", 10), ("count", 3)):
                 self.base.execute(f"SET tcp_keepalives_{option} = {value}")
@@ -87,10 +89,18 @@ class PgStore:
                         self.base.execute(statement)
         self.base.execute(f"SET search_path TO {self.name}")
         (schema,) = self._one("SELECT schema FROM stores")
+        if schema < SCHEMA:
+            with self.base.transaction():
+                self.base.execute(ADDED.replace("COLUMN", "COLUMN IF NOT EXISTS"))
+                self.base.execute("UPDATE stores SET schema = %s", (SCHEMA,))
         if schema > SCHEMA:
             raise UserError(
                 f"the store was made by a newer version (schema {schema}; this one reads {SCHEMA}): update."
             )
+
+    @property
+    def title(self) -> str:
+        return self.name
 
     def close(self) -> None:
         self.base.close()
@@ -168,7 +178,7 @@ class PgStore:
                 "ON CONFLICT (trace) DO UPDATE SET job = excluded.job, "
                 f"how = CASE WHEN rows.state < {ANSWERED} THEN excluded.how ELSE rows.how END "
                 f"WHERE rows.job != excluded.job OR (rows.how != excluded.how AND rows.state < {ANSWERED})",
-                (how, job, *_columns(rows, 3)),
+                (how, job, *in_columns(rows, 3)),
             )
 
     def is_planned(self, job: int) -> bool:
@@ -200,7 +210,7 @@ class PgStore:
         clean = [(ref.replace("\0", ""), digest, line) for ref, digest, line in refs]
         added = self.base.execute(
             "INSERT INTO refs SELECT * FROM unnest(%s::text[], %s::bigint[], %s::bigint[]) ON CONFLICT DO NOTHING",
-            _columns(clean, 3),
+            in_columns(clean, 3),
         ).rowcount
         if added == len(refs):
             return None
@@ -291,7 +301,7 @@ class PgStore:
             self.base.execute(
                 "INSERT INTO answers(row, finish, tokens_in, tokens_out, pico, date, body) SELECT * FROM "
                 "unnest(%s::bigint[], %s::text[], %s::bigint[], %s::bigint[], %s::bigint[], %s::text[], %s::text[])",
-                _columns(done, 7),
+                in_columns(done, 7),
             )
         back, cut = [row for op in settled for row in op.back], [row for op in settled for row in op.cut]
         for state, rows, kind in ((ANSWERED, [a.row for a in done], None), (0, back, None), (FAILED, cut, CUT)):
@@ -305,7 +315,7 @@ class PgStore:
         if not returned:
             return
         rows = [
-            (row, FAILED if op.final else 0, int(op.turn), int(op.doubt), op.kind, _clean(op.told))
+            (row, FAILED if op.final else 0, int(op.turn), int(op.doubt), op.kind, cleaned(op.told))
             for op in returned for row in op.claim.ids
         ]  # fmt: skip
         self._mine(rows, self.base.execute(
@@ -313,9 +323,9 @@ class PgStore:
             "kind = j.kind, told = j.told, reserved = 0, reserved_tokens = 0 "
             "FROM unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::text[], %s::text[]) "
             "AS j(id, state, turn, doubt, kind, told) "
-            "WHERE rows.id = j.id AND rows.state = %s AND rows.worker = %s", (*_columns(rows, 6), SENT, self.worker),
+            "WHERE rows.id = j.id AND rows.state = %s AND rows.worker = %s", (*in_columns(rows, 6), SENT, self.worker),
         ).rowcount)  # fmt: skip
-        words = {op.kind: _clean(op.told) for op in returned}
+        words = {op.kind: cleaned(op.told) for op in returned}
         counts = sorted(Counter(op.kind for op in returned).items())  # in one order, so that two workers never deadlock
         self._many(
             "INSERT INTO troubles(kind, count, told) VALUES (%s, %s, %s) ON CONFLICT (kind) DO UPDATE SET "
@@ -329,7 +339,7 @@ class PgStore:
             self._mine(rows, self.base.execute(
                 "UPDATE rows SET state = %s, attempts = attempts + 1, reserved = j.pico, reserved_tokens = j.tokens "
                 "FROM unnest(%s::bigint[], %s::bigint[], %s::bigint[]) AS j(id, pico, tokens) WHERE rows.id = j.id "
-                "AND rows.state = 0 AND rows.worker = %s", (SENT, *_columns(rows, 3), self.worker),
+                "AND rows.state = 0 AND rows.worker = %s", (SENT, *in_columns(rows, 3), self.worker),
             ).rowcount)  # fmt: skip
 
     def _mine(self, rows: Sequence[Any], count: int) -> None:
@@ -385,11 +395,3 @@ class PgStore:
     def rows_in_doubt(self) -> Iterable[tuple[str, int]]:
         """(trace id, how often) of every row that was perhaps billed without an answer."""
         return self._all("SELECT trace, doubts FROM rows WHERE doubts > 0 ORDER BY id")
-
-
-def _columns(rows: Sequence[Sequence[Any]], width: int) -> list[list[Any]]:
-    return [[row[i] for row in rows] for i in range(width)]
-
-
-def _clean(text: str) -> str:
-    return text[:500].replace("\0", "")

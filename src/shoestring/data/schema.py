@@ -6,7 +6,9 @@ rows       question x how x sample: planned -> sent -> answered | failed
 answers    what came back, with its bill in pico-dollars (whole numbers: 1 $/M tokens = 10^6 pico-dollars a token)
 purse      what is spent, what is reserved for requests in flight, and what is in doubt
 batches    what lies at a provider's batch API; its rows have -id as their worker
-troubles   errors by kind; marks: what curation says of an answer
+troubles   errors by kind
+filters    chains of curation: how far each has come (`upto`), how many answers lay behind that (`judged`: an answer may
+           come late); marks: why each drops what it drops
 
 No index beside the keys: every change of state would pay for it, and a session reads the rows once, in order.
 WAL with synchronous=FULL: a commit that returned survives a kill and a power cut.
@@ -16,12 +18,15 @@ from __future__ import annotations
 
 import re
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 from shoestring.core.atomic import disk_full
 from shoestring.core.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2
+ADDED = "ALTER TABLE filters ADD COLUMN judged INTEGER NOT NULL DEFAULT -1"  # in schema 2; -1: judge anew
 APPLICATION = 0x73686F65  # "shoe": a file of ours says so in its header
 FILE = "traces.db"
 PLANNED, SENT, ANSWERED, FAILED = range(4)
@@ -50,9 +55,19 @@ INSERT INTO purse VALUES (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
 CREATE TABLE troubles(kind TEXT PRIMARY KEY, count INTEGER NOT NULL, told TEXT);
 CREATE TABLE workers(id INTEGER PRIMARY KEY, pid INTEGER NOT NULL, started TEXT NOT NULL);
 CREATE TABLE batches(id INTEGER PRIMARY KEY, made TEXT NOT NULL, remote TEXT, done INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE filters(id INTEGER PRIMARY KEY, name TEXT NOT NULL, hash TEXT NOT NULL UNIQUE, upto INTEGER NOT NULL);
+CREATE TABLE filters(
+  id INTEGER PRIMARY KEY, name TEXT NOT NULL, hash TEXT NOT NULL UNIQUE, upto INTEGER NOT NULL,
+  judged INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE marks(filter INTEGER, row INTEGER, why TEXT NOT NULL, PRIMARY KEY (filter, row)) WITHOUT ROWID;
 """
+
+
+class Sql(Protocol):
+    """A connection for statements that both databases understand, with `?` for a value."""
+
+    def execute(self, statement: str, values: Sequence[Any] = (), /) -> Any: ...
+
+    def executemany(self, statement: str, rows: Any, /) -> Any: ...
 
 
 def pg_tables() -> list[str]:
@@ -118,8 +133,9 @@ def _make(base: sqlite3.Connection) -> None:
     if base.execute("PRAGMA user_version").fetchone()[0] == SCHEMA:
         return
     base.execute("BEGIN EXCLUSIVE")
-    if base.execute("PRAGMA user_version").fetchone()[0] != SCHEMA:
-        for statement in TABLES.split(";\n"):
+    version = base.execute("PRAGMA user_version").fetchone()[0]
+    if version != SCHEMA:
+        for statement in TABLES.split(";\n") if version == 0 else [ADDED]:
             if statement.strip():
                 base.execute(statement)
         base.execute(f"PRAGMA application_id = {APPLICATION}")

@@ -29,7 +29,7 @@ from shoestring.data.claims import (
     Settled,
     decide,
 )  # fmt: skip
-from shoestring.data.schema import ANSWERED, FAILED, SENT, STATES, file_of, open_file, told
+from shoestring.data.schema import ANSWERED, FAILED, FILE, SENT, STATES, Sql, file_of, open_file, told
 
 LARGEST = 2**63 - 1
 ANSWERS_A_STATEMENT = 32
@@ -47,10 +47,15 @@ class Store:
     def __init__(self, path: str | Path, *, create: bool = False, worker: int = 0, share: bool = False) -> None:
         self.file = file_of(path)
         self.base = open_file(self.file, create=create)
+        self.sql: Sql = self.base
         self.ballast = Path(f"{self.file}.ballast")  # where the journal keeps space aside
         self.worker, self.share = worker, share
         self.budget = Budget()
         self.purse = self.read_purse()
+
+    @property
+    def title(self) -> str:
+        return self.file.resolve().parent.name if self.file.name == FILE else self.file.stem
 
     def close(self) -> None:
         self.base.close()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from shoestring.core.atomic import read_lines
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Trace
 from shoestring.data.claims import Answer
-from shoestring.data.schema import ANSWERED, FILE, PICO, file_of, open_file
+from shoestring.data.schema import ANSWERED, FILE, PICO, Sql, file_of, open_file
 from shoestring.data.store import Store
 
 NOT_CONTENT = ("date", "cost_usd")  # when it was said and at what price: not part of what was said
@@ -123,7 +122,7 @@ class TraceStore:
         return _sha256(sorted(said))[:12]
 
 
-def stored(base: sqlite3.Connection, *, after: int = 0, where: str = "") -> Iterator[tuple[int, Trace]]:
+def stored(base: Sql, *, after: int = 0, where: str = "") -> Iterator[tuple[int, Trace]]:
     """(row, trace) of every answer behind row `after`, in order. `where`: a further condition in SQL ("AND ...")."""
     statement, hows = _READ.format(where=where), dict[str, dict[str, Any]]()
     while rows := base.execute(statement, (after, CHUNK)).fetchall():

@@ -69,21 +69,28 @@ class Api:
     def rate(self) -> Rate:
         return rate_of(self.model, self.price, local=is_local(self.url), discount=self.discount)
 
+    @property
+    def endpoint(self) -> str:
+        return check_url(self.url, "completions" if self.raw else "chat/completions")
+
+    def how(self) -> dict[str, Any]:
+        """What every trace of its answers says of how it was asked. Raises UserError for an unknown price."""
+        return {
+            "teacher": self.title, "model": self.model, "endpoint": self.endpoint, "decoding": self.asked,
+            "price": self.rate().row(), "licence": self.licence or "unknown",
+            "terms": "forbid competing models" if self.forbids() else "", "permission": self.permission or "",
+        }  # fmt: skip
+
     def lane(self, store: AnyStore) -> Lane:
         """The lane that asks it. Raises UserError for a bad address, an unknown price, a missing key."""
         self.check()
-        url, rate = check_url(self.url, "completions" if self.raw else "chat/completions"), self.rate()
-        fields = {
-            "teacher": self.title, "model": self.model, "endpoint": url, "decoding": self.asked, "price": rate.row(),
-            "licence": self.licence or "unknown", "terms": "forbid competing models" if self.forbids() else "",
-            "permission": self.permission or "",
-        }  # fmt: skip
+        fields, url = self.how(), self.endpoint
         return Lane(
             self.title, store.how(hashlib.sha256(canonical(fields).encode()).hexdigest(), fields),
             Sender(url, key=key_from(self.key), limits=self.limits, most=self.most, stream=self.stream),
             Body(self.model, self.asked, stream=self.stream, raw=self.raw),
-            Pace(self.most, rpm=self.rpm, tpm=self.tpm, start=self.start), rate, self.model, self.max_tokens, self.n,
-            self.stream, self.tries, self.truncated == "drop", self.patience_s,
+            Pace(self.most, rpm=self.rpm, tpm=self.tpm, start=self.start), self.rate(), self.model, self.max_tokens,
+            self.n, self.stream, self.tries, self.truncated == "drop", self.patience_s,
         )  # fmt: skip
 
     def forbids(self) -> bool:
@@ -113,8 +120,9 @@ class Api:
 
 
 def signature(apis: Sequence[Api], identity: str, samples: int) -> str:
-    """What makes a command the same job as before."""
-    asked = [[api.title, api.asked, api.weight] for api in apis]
+    """What makes a command the same job as before: with another price or licence its open rows are planned anew, so
+    that they are billed by it; what is answered stays as it is."""
+    asked = [[api.how(), api.weight] for api in apis]
     return hashlib.sha256(canonical([asked, identity, samples]).encode()).hexdigest()
 
 

@@ -15,6 +15,7 @@ from shoestring.core.errors import UserError
 from shoestring.core.nouns import Sampling
 from shoestring.infer import native
 from shoestring.infer.engine import Engine
+from shoestring.infer.pages import LARGE, Pages
 from shoestring.infer.products import through_int8
 
 from .conftest import deepseek, dense
@@ -211,3 +212,16 @@ def test_odd_blocks_are_plain() -> None:
     assert Engine(deepseek(), block_size=7).stats()["native"] is False
     with pytest.raises(UserError, match="block_size 7 is odd"):
         Engine(deepseek(), block_size=7, native=True)
+
+
+def test_pages_hold_what_they_were_given() -> None:
+    pages = Pages()
+    tensors = [torch.randn(n, 33) for n in (1, 5, 700, 40_000)] + [torch.randn(6, 4).t()]
+    copies = [pages.copy(tensor, torch.bfloat16) for tensor in tensors]
+    for tensor, copied in zip(tensors, copies, strict=True):
+        assert copied.is_contiguous() and copied.data_ptr() % 64 == 0
+        assert torch.equal(copied, tensor.to(torch.bfloat16))
+    large = torch.ones(LARGE // 4)
+    assert pages.copy(large, torch.float32) is large and bool((large == 1).all())
+    copied = pages.copy(large, torch.bfloat16)
+    assert copied.numel() * 2 < LARGE and bool((copied == 1).all())

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shoestring.infer.store import Store
@@ -18,6 +17,7 @@ from shoestring.nn.attention import attend_fused
 from shoestring.nn.attention_blocks import attend_blocks
 
 SCORES = 1 << 22  # scores of an absorbed chunk alive at a time
+Parts = tuple[Tensor, ...]  # of a head, [N, heads, *] each
 
 
 @dataclass(slots=True)
@@ -83,24 +83,32 @@ def together(chunks: list[Chunk]) -> tuple[list[list[Chunk]], list[Chunk]]:
 
 
 def attend_fresh(
-    q_NHK: Tensor, k_NGK: Tensor, v_NGV: Tensor, groups: list[list[Chunk]], scale: float, out_NHV: Tensor
+    q: Parts, k: Parts, v: Parts, heads: int, groups: list[list[Chunk]], scale: float, out_NHV: Tensor
 ) -> None:
-    """Causal attention of chunks without a history, each group as one batch padded at the end, into `out_NHV`."""
-    share = q_NHK.shape[1] // k_NGK.shape[1]
+    """Causal attention of chunks without a history, each group as one batch padded at the end, into `out_NHV`.
+
+    A head of queries, keys or values is its parts side by side: each goes once to where attention reads it.
+    """
     for group in groups:
         T = group[0].count
-        q, k, v = (_padded(group, y, T).transpose(1, 2) for y in (q_NHK, k_NGK, v_NGV))
-        if q.device.type != "cpu":
-            o_BTHV = attend_fused(q, k, v, scale, None).transpose(1, 2)
+        if q[0].device.type != "cpu":
+            o_BHTV = attend_fused(*(_padded(group, y, y[0].shape[1], T) for y in (q, k, v)), scale, None)
         else:
-            k, v = (k, v) if share == 1 else (k.repeat_interleave(share, 1), v.repeat_interleave(share, 1))
-            o_BTHV = attend_blocks(q, k, v, scale, None).transpose(1, 2)
+            o_BHTV = attend_blocks(*(_padded(group, y, heads, T) for y in (q, k, v)), scale, None)
         for row, chunk in enumerate(group):
-            out_NHV[chunk.rows] = o_BTHV[row, : chunk.count]
+            out_NHV[chunk.rows] = o_BHTV[row, :, : chunk.count].transpose(0, 1)
 
 
-def _padded(group: list[Chunk], y_NHX: Tensor, T: int) -> Tensor:
-    """Side by side, [B, T, H, X], zeros at the end."""
-    if all(chunk.count == T for chunk in group):
-        return torch.stack([y_NHX[chunk.rows] for chunk in group])
-    return torch.stack([F.pad(y_NHX[chunk.rows], (0, 0, 0, 0, 0, T - chunk.count)) for chunk in group])
+def _padded(group: list[Chunk], parts: Parts, heads: int, T: int) -> Tensor:
+    """[B, heads, T, *]: zeros behind the end of a chunk, a part with fewer heads repeated."""
+    even = all(chunk.count == T for chunk in group)
+    size = (len(group), heads, T, sum(part.shape[-1] for part in parts))
+    made = parts[0].new_empty(size) if even else parts[0].new_zeros(size)
+    at = 0
+    for part_NGX in parts:
+        G, end = part_NGX.shape[1], at + part_NGX.shape[-1]
+        place = made[..., at:end].unflatten(1, (G, -1))
+        for row, chunk in enumerate(group):
+            place[row, :, :, : chunk.count] = part_NGX[chunk.rows].transpose(0, 1).unsqueeze(1)
+        at = end
+    return made

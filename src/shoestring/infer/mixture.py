@@ -70,6 +70,6 @@ class PreparedMoE:
         order = Order(chosen_NA, self.E, multiple=32 if many else 1)
         slices = order.slices()
         h_PD = h_ND.index_select(0, order.token_P)
-        a_PF = silu_gate(torch.cat([self.gate_up[e](h_PD[i:j]) for e, i, j in slices]))
+        a_PF = torch.cat([silu_gate(self.gate_up[e](h_PD[i:j])) for e, i, j in slices])
         y_PD = torch.cat([self.down[e](a_PF[i:j]) for e, i, j in slices])
         return gather_sum(y_PD, order.place_NA, weight_NA)

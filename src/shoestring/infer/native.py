@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shoestring.infer.pages import Pages
 from shoestring.infer.products import to_int8
 from shoestring.infer.store import Store
 from shoestring.nn.gqa import GQA
@@ -184,6 +185,7 @@ class NativeLayers:
     ):  # fmt: skip
         self.dtype, self._rope, self._int8 = dtype, rope, int8
         self._kept: list[Tensor] = []
+        self._pages = Pages()
         self._decode = getattr(library(), f"shoestring_decode_{SUFFIX[dtype]}")
         self._size = getattr(library(), f"shoestring_workspace_{SUFFIX[dtype]}")
         self._layers = (Layer * len(blocks))(
@@ -196,10 +198,10 @@ class NativeLayers:
 
     # ---- weights
     def _at(self, tensor: Tensor | None, dtype: torch.dtype | None = None) -> int | None:
-        """Where it lies, in this dtype; it is kept alive. The parameter itself where nothing has to change."""
+        """Where it lies, in this dtype and in huge pages; it is kept alive."""
         if tensor is None:
             return None
-        ready = tensor.detach().to(dtype or self.dtype).contiguous()
+        ready = self._pages.copy(tensor.detach(), dtype or self.dtype)
         self._kept.append(ready)
         return ready.data_ptr()
 

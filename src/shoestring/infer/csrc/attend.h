@@ -81,26 +81,27 @@ static void NAME(weigh1_1)(const float *const *p, const T *v, int64_t W, int64_t
 
 static void NAME(values)(int64_t heads, const float *p, int64_t ldp, const T *v, int64_t W, int64_t V, int64_t count,
                          float *out) {
+    float spare[64]; /* what a fourth head, there only to fill up, would get */
+    memset(spare, 0, sizeof spare);
     for (int64_t h = 0; h < heads;) {
-        const int four = heads - h >= 4;
+        const int many = heads - h >= 4 ? 4 : heads - h == 3 ? 3 : 1;
         const float *ps[4];
         float *outs[4];
         int64_t c = 0;
+        for (int i = 0; i < 4; i++) ps[i] = p + (h + (i < many ? i : 0)) * ldp;
         for (; c + 64 <= V; c += 64) {
-            for (int i = 0; i < 4; i++)
-                ps[i] = p + (h + (four ? i : 0)) * ldp, outs[i] = out + (h + (four ? i : 0)) * V + c;
-            (four ? NAME(weigh4) : NAME(weigh1))(ps, v + c, W, count, outs);
+            for (int i = 0; i < 4; i++) outs[i] = i < many ? out + (h + i) * V + c : spare;
+            (many > 1 ? NAME(weigh4) : NAME(weigh1))(ps, v + c, W, count, outs);
         }
         for (; c + 16 <= V; c += 16) {
-            for (int i = 0; i < 4; i++)
-                ps[i] = p + (h + (four ? i : 0)) * ldp, outs[i] = out + (h + (four ? i : 0)) * V + c;
-            (four ? NAME(weigh4_1) : NAME(weigh1_1))(ps, v + c, W, count, outs);
+            for (int i = 0; i < 4; i++) outs[i] = i < many ? out + (h + i) * V + c : spare;
+            (many > 1 ? NAME(weigh4_1) : NAME(weigh1_1))(ps, v + c, W, count, outs);
         }
         for (; c < V; c++)
-            for (int i = 0; i < (four ? 4 : 1); i++)
+            for (int i = 0; i < many; i++)
                 for (int64_t s = 0; s < count; s++)
                     out[(h + i) * V + c] += FLOAT(((const T *)(p + (h + i) * ldp))[s]) * FLOAT(v[s * W + c]);
-        h += four ? 4 : 1;
+        h += many;
     }
 }
 

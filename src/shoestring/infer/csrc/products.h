@@ -48,19 +48,23 @@ static NOINLINE void NAME(block4)(const T *const *x, const T *const *w, int64_t 
     NAME(block)(4, 4, x, w, in, ahead, out);
 }
 
-/* n <= ROWS rows times up to OUTS rows of w that are `stride` apart: out [n, OUTS]. What lies `ahead` is fetched. */
+/* n <= ROWS rows times up to OUTS rows of w that are `stride` apart: out [n, OUTS]. What lies `ahead` is fetched,
+   a quarter at a time spread over the rows: in one burst it would wait for memory. */
 static void NAME(tile)(const T *const *x, int64_t n, const T *w, int64_t stride, int64_t outs, int64_t in,
                        int64_t ahead, float *out) {
     const T *rows[OUTS];
     float sum[16];
     for (int64_t o = 0; o < OUTS; o++) rows[o] = w + (o < outs ? o : outs - 1) * stride;
     int64_t r = 0;
-    for (; r + 4 <= n; r += 4)
+    for (; r + 3 <= n; r += 4) { /* three rows are four with the last one twice: one pass over the weights, not two */
+        const int many = n - r < 4 ? 3 : 4;
+        const T *const four[4] = {x[r], x[r + 1], x[r + 2], x[r + many - 1]};
         for (int o = 0; o < OUTS; o += 4) {
             if (o >= outs) break;
-            NAME(block4)(x + r, rows + o, in, r ? 0 : ahead, sum);
-            for (int i = 0; i < 4; i++) memcpy(out + (r + i) * OUTS + o, sum + 4 * i, 16);
+            NAME(block4)(four, rows + o, in, n / 4 * (o / 4) / 4 == r / 4 ? ahead : 0, sum);
+            for (int i = 0; i < many; i++) memcpy(out + (r + i) * OUTS + o, sum + 4 * i, 16);
         }
+    }
     for (; r + 2 <= n; r += 2)
         for (int o = 0; o < OUTS; o += 8) {
             if (o >= outs) break;

@@ -17,6 +17,7 @@ from shoestring.teachers._session import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tools'}", "NO_COLOR": "1"}
+ENVIRONMENT["RAY_worker_niceness"] = "0"  # on a busy machine a worker of low priority never begins
 
 
 class Server:

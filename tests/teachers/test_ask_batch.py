@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,53 @@ def test_a_batch_is_made_once(server: Server, tmp_path: Path, when: str, monkeyp
     outcome = run_batch(asked, poll_s=0.01)
     assert outcome.counts["answered"] == 30 and outcome.purse.doubts == 0
     assert server.stats()["batches"] == 1 and server.stats()["billed"] == 30
+
+
+CUT = ["question", "!length a", "!length*1 b", "!length*2 c"]
+
+
+@pytest.mark.parametrize(("policy", "answers", "billed"), [("keep", 8, 8), ("drop", 3, 8), ("longer", 8, 13)])
+def test_answers_of_a_batch_that_were_cut_off(
+    server: Server, tmp_path: Path, policy: str, answers: int, billed: int
+) -> None:
+    """The policies are those of single requests; nothing is billed again."""
+    asked = job(server, tmp_path, CUT, samples=2, truncated=policy, discount=50)
+    outcome = run_batch(asked, poll_s=0.01)
+    assert server.stats()["billed"] == billed and outcome.purse.spent == billed * ONE // 2
+    assert outcome.counts["answered"] == answers and outcome.counts["failed"] == 8 - answers
+    assert (outcome.told.asked_longer, outcome.told.whole_longer) == ((5, 3) if policy == "longer" else (0, 0))
+    traces = TraceStore(tmp_path / "traces").read()
+    assert len(traces) == {"keep": 8, "drop": 3, "longer": 13}[policy]
+    assert {t.decoding["max_tokens"] for t in traces} == ({50, 200} if policy == "longer" else {50})
+    run_batch(replace(asked, retry_failed=True), poll_s=0.01)
+    assert server.stats()["billed"] == billed
+
+
+@pytest.mark.parametrize("name", ["make", "wait"])
+def test_a_batch_of_longer_answers_is_made_once(
+    server: Server, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the second batch was made, and while it waits; another job leaves it alone meanwhile."""
+    asked = job(server, tmp_path, CUT, truncated="longer")
+    real, calls = getattr(_batch.Remote, name), []
+
+    async def dies(self: object, *arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return await real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_batch.Remote, name, dies)
+        with pytest.raises(KeyboardInterrupt):
+            run_batch(asked, poll_s=0.01)
+    (tmp_path / "other").mkdir()
+    other = replace(job(server, tmp_path / "other", ["something else"], name="another"), out=asked.out)
+    assert run_batch(other, poll_s=0.01).told.answers == 1
+    outcome = run_batch(asked, poll_s=0.01)
+    assert (outcome.told.asked_longer, outcome.told.whole_longer) == (3, 1)
+    assert server.stats()["batches"] == 3 and server.stats()["billed"] == 4 + 1 + 3
+    assert {t.decoding["max_tokens"] for t in TraceStore(tmp_path / "traces") if t.teacher == "t"} == {50, 200}
 
 
 def test_a_batch_within_the_budget(server: Server, tmp_path: Path) -> None:

@@ -337,6 +337,26 @@ def test_ray_and_a_worker_that_is_killed(start: Callable[..., Server], tmp_path:
     assert len(answers(url, tmp_path / "copy")) == 500
 
 
+@pytest.mark.timeout(300)
+def test_answers_that_were_cut_off_are_asked_longer_by_the_workers(server: Server, tmp_path: Path, url: str) -> None:
+    pytest.importorskip("ray")
+    texts = [*(f"question {i}" for i in range(30)), "!length a", "!length*1 b", "!length*2 c"]
+    write_questions(tmp_path / "q.jsonl", texts)
+    line = command(server, tmp_path, url, "--workers", "2", "--samples", "2", "--truncated", "longer")
+    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["answered"] == 66 and report["answers_now"] == 71 == server.stats()["billed"]
+    assert (report["asked_longer"], report["whole_longer"]) == (5, 3)
+    again = run(job(server, tmp_path, out=url, samples=2, truncated="longer"))  # from one process: the same job
+    assert again.told.answers == 0 and server.stats()["billed"] == 71
+    store = PgStore(url)
+    longer = store._all("SELECT finish FROM answers a JOIN rows r ON r.id = a.row JOIN hows h ON h.id = r.how "
+                        "WHERE h.fields::json->'decoding'->>'max_tokens' = '200' ORDER BY finish")  # fmt: skip
+    store.close()
+    assert longer == [("length",), ("length",), ("stop",), ("stop",), ("stop",)]
+
+
 def test_a_second_process_is_refused_unless_all_share(server: Server, tmp_path: Path, url: str) -> None:
     with PgWorker(url), pytest.raises(UserError, match="Another process is asking into the store"):
         run(job(server, tmp_path, ["a"], out=url))

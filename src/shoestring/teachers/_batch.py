@@ -25,7 +25,7 @@ from shoestring.data.workers import Worker
 from shoestring.teachers._ask import TEMPLATE_TOKENS, Lane, Told
 from shoestring.teachers._job import plan, signature
 from shoestring.teachers._send import check_url, key_from
-from shoestring.teachers._session import Job, Outcome
+from shoestring.teachers._session import Job, Outcome, ask_longer
 from shoestring.teachers._wire import Reply, Trouble, answer_body, read_reply, refusal
 
 MOST_ROWS, MOST_BYTES = 50_000, 190_000_000
@@ -37,8 +37,6 @@ def run_batch(job: Job, *, poll_s: float = 30.0) -> Outcome:
     """Ask what is missing through the provider's batch API. Raises UserError for mistakes and for its refusals."""
     if len(job.apis) != 1 or job.apis[0].n != 1 or job.share:
         raise UserError("--batch asks one teacher, one sample a request, from one process.")
-    if job.apis[0].truncated != "keep":
-        raise UserError("--batch keeps answers that were cut off; leave out --truncated.")
     if is_url(job.out):
         raise UserError("--batch keeps its answers in a folder; give one as --out.")
     with Worker(Path(job.out)) as worker:
@@ -48,6 +46,7 @@ def run_batch(job: Job, *, poll_s: float = 30.0) -> Outcome:
             store.budget = job.budget
             started = time.monotonic()
             told, number = asyncio.run(_session(job, store, poll_s))
+            ask_longer(job, store, number, told, lambda more: asyncio.run(_session(more, store, poll_s))[0])
             seconds = time.monotonic() - started
             return Outcome(told, store.counts(number), store.read_purse(), doubtful, store.troubles(), seconds)
         finally:
@@ -67,8 +66,8 @@ async def _session(job: Job, store: Store, poll_s: float) -> tuple[Told, int]:
     base = check_url(api.url).removesuffix("/chat/completions")
     async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=600)) as session:
         batches = Batches(store, lane, Remote(session, base, poll_s))
-        for open_ in store.base.execute("SELECT id FROM batches WHERE done = 0 ORDER BY id").fetchall():
-            await batches.finish(open_[0])
+        for open_ in batches.open():
+            await batches.finish(open_)
         while batches.told.stopped is None and (rows := batches.claim(number)):
             await batches.finish(rows)
     return batches.told, number
@@ -153,6 +152,14 @@ class Batches:
         self.told.stopped = "the budget does not allow another question; raise it and run the same command again"
         return None
 
+    def open(self) -> list[int]:
+        """Batches that are not done, but for those of other teachers, parameters or answers asked longer."""
+        found = self._store.base.execute(
+            "SELECT id FROM batches b WHERE done = 0 AND NOT EXISTS "
+            "(SELECT 1 FROM rows WHERE state = 1 AND worker = -b.id AND how != ?) ORDER BY id", (self._lane.how,),
+        )  # fmt: skip
+        return [number for (number,) in found.fetchall()]
+
     async def finish(self, number: int) -> None:
         """Make batch `number` if it is not made, wait for it, and settle what came."""
         (remote,) = self._store.base.execute("SELECT remote FROM batches WHERE id = ?", (number,)).fetchone()
@@ -206,13 +213,16 @@ class Batches:
         tokens_out = reply.tokens_out if reply.tokens_out is not None else self._lane.max_tokens
         told.estimated += reply.tokens_in is None or reply.tokens_out is None
         pico = self._lane.rate.cost(tokens_in, tokens_out, reply.cached)
-        told.answers += 1
         told.tokens_in, told.tokens_out, told.pico = (
             told.tokens_in + tokens_in,
             told.tokens_out + tokens_out,
             told.pico + pico,
         )
         told.truncated += choice.finish == "length"
+        if choice.finish == "length" and self._lane.drop_cut:
+            told.failed += 1
+            return Settled(claim, [], (), pico, tokens_in + tokens_out, (row.id,))
+        told.answers += 1
         date = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
         answer = Answer(row.id, choice.finish, tokens_in, tokens_out, pico, date, answer_body(choice, reply))
         return Settled(claim, [answer], (), pico, tokens_in + tokens_out)

@@ -62,9 +62,14 @@ class Api:
         """The decoding parameters of its requests."""
         return {"max_tokens": self.max_tokens, **self.decoding}
 
+    def once(self) -> Api:
+        """The same teacher, where what is cut off is not asked for again."""
+        return replace(self, truncated="keep", longer_tokens=None) if self.truncated == "longer" else self
+
     def longer(self) -> Api:
-        """The same teacher with more tokens; what is cut off then is kept."""
-        return replace(self, max_tokens=self.longer_tokens or 4 * self.max_tokens, truncated="keep", longer_tokens=None)
+        """The same teacher with more tokens, when it is to be asked for longer answers."""
+        more = self.longer_tokens or 4 * self.max_tokens
+        return replace(self.once(), max_tokens=more) if self.truncated == "longer" else self
 
     def rate(self) -> Rate:
         return rate_of(self.model, self.price, local=is_local(self.url), discount=self.discount)

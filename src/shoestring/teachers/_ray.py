@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from shoestring.data.questions import Asked
 from shoestring.teachers._ask import Asking, Told
 from shoestring.teachers._job import Api, plan, signature
 from shoestring.teachers._price import usd
-from shoestring.teachers._session import DRAIN, Job, Outcome, run
+from shoestring.teachers._session import DRAIN, Job, Outcome, ask_longer, run
 
 LOOK_S = 0.5  # between looks at the workers
 DEATHS = 3  # for each worker there is, before the job is given up
@@ -36,31 +36,39 @@ def run_many(job: Job, workers: int, address: str | None) -> Outcome:
         raise UserError(f"--workers is {workers}; it must be at least 1.")
     if not is_url(job.out):
         raise UserError("many workers share a store in PostgreSQL: --out postgresql://HOST/DATABASE.")
-    if any(api.truncated == "longer" for api in job.apis):
-        raise UserError("--truncated longer asks from one process; leave out --workers.")
     if job.pilot:
         raise UserError("--dry-run asks from this process alone; leave out --workers.")
     ray = _ray()
     job = replace(job, share=True, apis=[_part_of(api, workers) for api in job.apis])
     started = time.monotonic()
     with seat_at(job.out, share=True) as seat:
-        store = seat.store
+        store, doubtful = seat.store, 0
         number = _plan(job, store)
-        with redirect_stdout(sys.stderr):  # Ray's words about workers that died; standard output is for the report
-            told, doubtful = _with_workers(ray, job, workers, address, store, number)
+
+        def follow(part: Job, planned: int) -> Told:
+            nonlocal doubtful
+            told, doubts = _follow(ray, part, workers, store, planned)
+            doubtful += doubts
+            return told
+
+        with redirect_stdout(sys.stderr), _workers(ray, workers, address):  # Ray's words; the report is on stdout
+            told = follow(job, number)
+            ask_longer(job, store, number, told, lambda more: follow(more, _plan(more, store)))
         seat.take_over()
         seconds = time.monotonic() - started
         counts = store.counts(number)
         return Outcome(told, counts, store.read_purse(), seat.doubtful + doubtful, store.troubles(), seconds)
 
 
-def _with_workers(ray: Any, job: Job, workers: int, address: str | None, store: Any, number: int) -> tuple[Told, int]:
+@contextmanager
+def _workers(ray: Any, workers: int, address: str | None) -> Iterator[None]:
+    """Ray with places for the workers."""
     ray.init(
         address=address, num_cpus=None if address else workers, include_dashboard=None if address else False,
         log_to_driver=False, ignore_reinit_error=True, logging_level="ERROR",
     )  # fmt: skip
     try:
-        return _follow(ray, job, workers, store, number)
+        yield
     finally:
         ray.shutdown()
 
@@ -98,7 +106,8 @@ def _plan(job: Job, store: Any) -> int:
 
 def _follow(ray: Any, job: Job, workers: int, store: Any, number: int) -> tuple[Told, int]:
     """Run the workers to their end, in the place of each that dies another; what all of them did, rows in doubt."""
-    part = replace(job, source=_planned_before, skipped=None, retry_failed=False, quiet=True)
+    apis = [api.once() for api in job.apis]
+    part = replace(job, source=_planned_before, apis=apis, skipped=None, retry_failed=False, quiet=True)
     start = ray.remote(num_cpus=1, max_retries=0)(_work).remote
     running, whole, deaths, doubtful = [start(part, number) for _ in range(workers)], Told(), 0, 0
     total = sum(store.counts(number).values())

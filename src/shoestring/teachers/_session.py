@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import signal
 import time
@@ -88,7 +89,7 @@ def run(job: Job, *, watch: Callable[[Asking], None] | None = None) -> Outcome:
         started = time.monotonic()
         told, number = asyncio.run(_session(job, seat, watch))
         if not job.pilot:
-            _longer(job, seat, watch, told, number)
+            ask_longer(job, store, number, told, lambda more: asyncio.run(_session(more, seat, watch))[0])
         seconds = time.monotonic() - started
         forecast = _forecast(store, number) if job.pilot else None
         return Outcome(
@@ -96,22 +97,24 @@ def run(job: Job, *, watch: Callable[[Asking], None] | None = None) -> Outcome:
         )
 
 
-def _longer(job: Job, seat: Seat, watch: Callable[[Asking], None] | None, told: Told, number: int) -> None:
-    """Ask once more, with more tokens, where answers were cut off and `truncated` says so; added to `told`."""
-    if told.stopped is not None or not any(api.truncated == "longer" for api in job.apis):
+def ask_longer(job: Job, store: AnyStore, number: int, told: Told, ask: Callable[[Job], Told]) -> None:
+    """Have `ask` ask once more, with more tokens, where answers of job `number` were cut off and `truncated` says so;
+    added to `told`."""
+    if not any(api.truncated == "longer" for api in job.apis):
         return
     groups: dict[int, list[Asked]] = {}
-    for messages, problem, count in seat.store.cut(number):
+    for messages, problem, count in store.cut(number) if told.stopped is None else ():
         groups.setdefault(count, []).append(Asked(json.loads(messages), None, json.loads(problem) if problem else None))
     for count, questions in sorted(groups.items()):
-        longer = replace(
-            job, source=partial(iter, questions), identity=f"{job.identity}|longer|{count}", samples=count,
-            apis=[api.longer() if api.truncated == "longer" else api for api in job.apis], skipped=None,
-        )  # fmt: skip
-        more, _ = asyncio.run(_session(longer, seat, watch))
-        told.add(more)
-        told.asked_longer += more.answers
-        told.whole_longer += more.answers - more.truncated
+        if told.stopped is None:
+            these = hashlib.sha256(repr([one.messages for one in questions]).encode()).hexdigest()
+            more = ask(replace(
+                job, source=partial(iter, questions), identity=f"{job.identity}|longer|{count}|{these}", samples=count,
+                apis=[api.longer() for api in job.apis], skipped=None,
+            ))  # fmt: skip
+            told.add(more)
+            told.asked_longer += more.answers
+            told.whole_longer += more.answers - more.truncated
 
 
 async def _session(job: Job, seat: Seat, watch: Callable[[Asking], None] | None) -> tuple[Told, int]:

@@ -223,8 +223,9 @@ def measured(
         versions |= {f"peer {name}": number for name, number in peer.facts.get("versions", {}).items()}
     entry = _bench.result(
         "decode", f"{options.model}, batch {batch}, prefill included", "s", seconds["ours"],
-        {peer.name: seconds[peer.name] for peer in peers if peer.name != "ours int8"}, limit=limit, versions=versions, small=options.small,
-        absent=absent, tokens_per_s={c.name: c.steps[-1]["new_tokens"] / seconds[c.name] for c in everyone},
+        {name: took for name, took in seconds.items() if not name.startswith("ours")}, limit=limit,
+        versions=versions, small=options.small, absent=absent,
+        tokens_per_s={c.name: c.steps[-1]["new_tokens"] / seconds[c.name] for c in everyone},
     )  # fmt: skip
     return lines, entry
 

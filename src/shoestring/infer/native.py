@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -41,6 +42,7 @@ FLAGS = (
     "-fopenmp", "-shared", "-fPIC",
 )  # fmt: skip
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_log = logging.getLogger("shoestring.infer")
 
 
 # ---- the library
@@ -85,6 +87,7 @@ def _built(compiler: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shoestring"
     found = cache / f"decode-{digest.hexdigest()[:16]}.so"
     if not found.exists():
+        _log.info("building the native decoding step with %s: some seconds, once on this machine", compiler)
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as folder:  # then moved at once: two may build together

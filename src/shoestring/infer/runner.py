@@ -21,7 +21,7 @@ from shoestring.nn.gqa import GQA
 from shoestring.nn.mla import MLA
 from shoestring.nn.moe import MoE
 
-# Tokens of prompts that are computed row by row, natively: below that a pass of their own costs more (LOG.md, entry 11).
+# Tokens of prompts that are computed row by row, natively: a pass of their own would cost more (LOG.md, entry 11).
 # Matrix units make the pass's products several times as fast.
 SINGLES = 16 if torch.cpu._is_amx_tile_supported() else 128
 

@@ -13,6 +13,7 @@ a plain sum over a large tensor reaches, or the products at the speed of one lar
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -35,6 +36,7 @@ DENSE = {
     "model_type": "qwen2", "vocab_size": 8192, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8,
     "num_attention_heads": 12, "num_key_value_heads": 4, "max_position_embeddings": 2048, "initializer_range": 0.04,
 }  # fmt: skip
+GROUP = 16
 SMALL = {"vocab_size": 512, "hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 2}
 SMALL_V3 = SMALL | {"moe_intermediate_size": 32, "q_lora_rank": 32, "kv_lora_rank": 32}
 
@@ -69,9 +71,16 @@ def serve_ours(options: dict[str, Any]) -> None:
     pairs = [pairs for pairs in read.prompt_logprobs or () if pairs is not None]  # the token itself, the likeliest
 
     def step() -> dict[str, Any]:
-        batch = json.loads(Path(options["batch"]).read_text())
-        groups = engine.generate(options["prompts"][:batch], sampling)
-        return {"new_tokens": sum(len(completion.token_ids) for (completion,) in groups)}
+        batch, before = json.loads(Path(options["batch"]).read_text()), engine.stats()["computed_tokens"]
+        if batch < 0:  # as many samples of one prompt
+            groups = engine.generate(options["prompts"][:1], dataclasses.replace(sampling, n=-batch, temperature=1.0))
+        else:
+            groups = engine.generate(options["prompts"][:batch], sampling)
+        return {
+            "new_tokens": sum(len(completion.token_ids) for group in groups for completion in group),
+            "computed": engine.stats()["computed_tokens"] - before,
+            "cache_bytes": engine.stats()["cache_bytes_per_token"],
+        }  # fmt: skip
 
     channel.serve(step, top=[best for _, (best, _) in pairs], logprobs=[own for (_, own), _ in pairs])
 
@@ -161,7 +170,7 @@ def main() -> int:
         make(folder, config)
         asked = {
             "folder": str(folder), "batch": str(batch_file), "threads": options.threads, "new": sizes["new"],
-            "prompts": prompts(max(batches), sizes["prompt"], config["vocab_size"]),
+            "prompts": prompts(max(*batches, GROUP), sizes["prompt"], config["vocab_size"]),
         }  # fmt: skip
         ours = _bench.Contestant("ours", Path(__file__).resolve(), "ours", asked, options.threads)
         names = _bench.wanted(options.peers, _decode_peers.PEERS)
@@ -186,6 +195,7 @@ def main() -> int:
                 rows, entry = measured(everyone, batch, limit_seconds(config, batch, sizes, rates), options, absent)
                 lines += rows
                 entries.append(entry)
+            group_line = group(ours, batch_file, options.repeats, sizes)
     print(
         _bench.table(
             ["batch", "who", "s", "new tokens/s", "of the limit", "ours is faster by", "CPU s", "peak MB"], lines
@@ -196,6 +206,7 @@ def main() -> int:
         if "top" not in contestant.facts:
             continue
         print(agreement(everyone[0].facts, contestant))
+    print(group_line)
     print(json.dumps(entries))
     return 0
 
@@ -228,6 +239,19 @@ def measured(
         tokens_per_s={c.name: c.steps[-1]["new_tokens"] / seconds[c.name] for c in everyone},
     )  # fmt: skip
     return lines, entry
+
+
+def group(ours: _bench.Contestant, batch_file: Path, repeats: int, sizes: dict[str, int]) -> str:
+    """GROUP samples of one prompt, beside as many different prompts: time, and the tokens that were computed."""
+    said = []
+    for kind, batch in (("samples of one prompt", -GROUP), ("prompts", GROUP)):
+        batch_file.write_text(json.dumps(batch))
+        ours.steps.clear()
+        _bench.interleave([ours], warm_up=1, repeats=repeats)
+        took, computed = statistics.median(ours.kept()), ours.steps[-1]["computed"]
+        said.append(f"{GROUP} {kind}: {took:.2f} s, {computed} tokens computed")
+    read = sizes["prompt"] + GROUP * (sizes["new"] - 1)
+    return f"ours, {'; '.join(said)} (read once: {read}); cache {ours.steps[-1]['cache_bytes']} bytes a token"
 
 
 def agreement(ours: dict[str, Any], peer: _bench.Contestant) -> str:

@@ -148,4 +148,6 @@ def test_metrics(metered: Any, new_key: NewKey):
     assert float(lines[f"vllm:inter_token_latency_seconds_count{labels}"]) >= 5
     assert float(lines[f"vllm:num_requests_running{labels}"]) == 0
     assert float(lines['vllm:request_success_total{engine="0",finished_reason="length",model_name="tiny"}']) >= 1
+    drafted = 'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="tiny",position="0"}'
+    assert lines[drafted] == lines[f"vllm:spec_decode_num_accepted_tokens_total{labels}"]
     assert f"vllm:kv_cache_usage_perc{labels}" in lines and f"vllm:prefix_cache_queries_total{labels}" in lines

@@ -43,6 +43,9 @@ class Metrics:
             "spec_decode_num_draft_tokens": counter("spec_decode_num_draft_tokens", "Tokens drafted."),
             "spec_decode_num_accepted_tokens": counter("spec_decode_num_accepted_tokens", "Drafted tokens kept."),
         }
+        self.accepted_at = counter(
+            "spec_decode_num_accepted_tokens_per_pos", "Drafted tokens kept, by place in the draft.", "position"
+        )
         self.success = counter("request_success", "Answers finished.", "finished_reason")
         self.rejected = counter("admission_rejections", "Requests refused.", "reason")
         histogram = self._histogram
@@ -110,7 +113,10 @@ class Metrics:
             value = float(stats.get(name, 0))
             before = self._counted.get((model, name), 0.0)
             # an engine that was started again counts from zero
-            counter.labels(*labels).inc(value - before if value >= before else value)
+            gained = value - before if value >= before else value
+            counter.labels(*labels).inc(gained)
+            if name == "spec_decode_num_accepted_tokens":  # drafts are one token long
+                self.accepted_at.labels(*labels, "0").inc(gained)
             self._counted[model, name] = value
 
     def text(self) -> bytes:

@@ -4,13 +4,21 @@ import pytest
 
 from shoestring.core.errors import UserError
 from shoestring.cost.chips import Cluster, find_chip, parse_cluster
-from shoestring.cost.layout import Layout, check_layout, complete, parse_layout, parse_published
+from shoestring.cost.chunks import Chunks, share_out
+from shoestring.cost.layout import (
+    Layout,
+    check_layout,
+    complete,
+    even_chunks,
+    parse_layout,
+    parse_published,
+)
 from shoestring.cost.memory import check_fits, layer_activation_bytes, memory_per_rank
 from shoestring.cost.models import named_shape
 from shoestring.cost.pipeline import bubble, dualpipe_calls, in_flight
 from shoestring.cost.search import search
 from shoestring.cost.shape import ModelShape
-from shoestring.cost.step import Chunks, step_time
+from shoestring.cost.step import step_time
 from shoestring.cost.work import LINK, NETWORK, all_to_all_seconds, nodes_reached
 
 V3 = named_shape("deepseek-v3")
@@ -80,6 +88,61 @@ def test_more_stages_more_bubble_less_memory():
     assert [s.phases["bubble"] / s.seconds for s in steps] == sorted(s.phases["bubble"] / s.seconds for s in steps)
     sizes = [sum(memory_per_rank(shape, Layout(tp=8, pp=p, dp=64 // p), 4096, 8 * p).values()) for p in (1, 2, 4)]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_layers_are_shared_out():
+    """V3's 61 layers: the last stage carries both heads and the MTP layer, so it gets few; DualPipe halves the load."""
+    chunks = Chunks(V3, H800, 4096)
+    counts = share_out(61, V3_LAYOUT, chunks.of(V3_LAYOUT).layers(chunks.of(V3_LAYOUT).tail))
+    assert sum(counts) == 61 and len(counts) == 16 and max(counts) == 4 and counts[-1] < 4
+    assert share_out(126, Layout(pp=16), 0.4) == [7, *[8] * 14, 7]  # Llama 3 405B drops a layer at either end
+    assert share_out(96, Layout(pp=12, schedule="interleaved", virtual=2), 0.0) == [4] * 24
+    assert len(share_out(61, V3_LAYOUT.with_(schedule="dualpipev"), 1.5)) == 32
+
+
+def test_v3_s_ends_are_stages_of_their_own():
+    chunks = Chunks(V3, H800, 4096)
+    stages, parts = chunks.stages(V3_LAYOUT), chunks.of(V3_LAYOUT)
+    assert stages[0].parts["embedding"] > 0 and stages[-1].parts["head"] > 0 and "head" not in stages[1].parts
+    assert stages[0].message_forward == pytest.approx(stages[1].message_forward / 4)  # three of four layers are dense
+    whole = sum(s.forward for s in stages)
+    assert whole == pytest.approx(3 * parts.dense.forward + 58 * parts.experts.forward + parts.embedding.forward
+                                  + parts.tail.forward)  # fmt: skip
+    with_mtp, without = (
+        parts.tail.parts["products"],
+        Chunks(V3.with_(mtp_layers=0), H800, 4096).of(V3_LAYOUT).tail.parts,
+    )
+    projection = 6 * 4096 * 2 * 7168**2  # FLOPs, forward and backward
+    assert with_mtp > projection / H800.fp8 and "products" not in without
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb1p"])
+def test_played_is_the_formula_where_stages_are_even(schedule):
+    shape = ModelShape(vocab=64, d_model=4096, layers=32, heads=32, ffn=14336)
+    layout = Layout(pp=8, dp=8, schedule=schedule, virtual=2 if schedule == "interleaved" else 1)
+    cluster = parse_cluster("64xH100")
+    by_formula, played = (step_time(shape, cluster, layout, 4096, 512, played=p) for p in (False, True))
+    assert played.seconds == pytest.approx(by_formula.seconds, rel=2e-3)
+    assert played.phases["bubble"] == pytest.approx(by_formula.phases["bubble"], rel=0.05)
+
+
+def test_uneven_stages_wait_for_the_slowest():
+    """A wide head on the last of eight stages: every rank waits for it, and less than if all were as slow."""
+    shape, cluster = named_shape("llama-3.1-8b"), parse_cluster("64xH100")
+    layout = Layout(pp=8, dp=8)
+    by_formula, played = (step_time(shape, cluster, layout, 4096, 512, played=p) for p in (False, True))
+    even = step_time(shape.with_(vocab=64), cluster, layout, 4096, 512)
+    assert even.phases["bubble"] < played.phases["bubble"]
+    assert even.seconds < played.seconds < by_formula.seconds
+    assert played.phases["forward"] < by_formula.phases["forward"]  # mean over ranks, not the slowest
+
+
+def test_schedules_run_with_what_they_can_be_fed():
+    shape, cluster = named_shape("llama-2-70b"), parse_cluster("512xA100")
+    layout = Layout(tp=8, pp=8, dp=8, schedule="interleaved", virtual=2)
+    full, odd = (step_time(shape, cluster, layout, 4096, b) for b in (8 * 64, 8 * 57))
+    assert odd.seconds == pytest.approx(full.seconds, rel=5e-3) and odd.tokens < full.tokens  # 57 take as long as 64
+    assert even_chunks(105, 35) == 3 and even_chunks(96, 12) == 2 and even_chunks(61, 16) == 2
 
 
 def test_chunk_cache_changes_nothing():

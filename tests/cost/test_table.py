@@ -7,7 +7,7 @@ import pytest
 
 from shoestring.core.errors import UserError
 from shoestring.cost.plan import fitted_residual
-from shoestring.cost.residual import Interval, Observation, fit
+from shoestring.cost.residual import NAMES, Interval, Observation, features_of, fit
 from shoestring.cost.rows import read_run
 from shoestring.cost.table import (
     binomial_p,
@@ -41,7 +41,8 @@ def cases():
 def test_effective_utilisation_of_rows(name):
     row = next(r for r in shipped_rows("published_runs") if r["id"] == name)
     run = read_run(row)
-    flops = run.shape.flops_per_token(run.seq_len) * run.tokens
+    shape = run.shape.with_(window=0, window_layers=0)  # the golden values count attention without windows
+    flops = shape.flops_per_token(run.seq_len) * run.tokens
     assert flops / (run.truth * 3600 * run.cluster.chip.bf16) == pytest.approx(EFFECTIVE[name], rel=0.02)
 
 
@@ -61,10 +62,60 @@ def test_known_layout_rates(cases):
     assert summary(leave_one_out(rates), [c.run.truth for c in rates])["median_error"] <= 0.10
 
 
+def test_rows_with_known_layout(cases):
+    """Rates and hours; also with every row of the same paper left out, and in rows that no fit sees."""
+    known = [c for c in cases if c.run.layout_known]
+    held = [c for c in read_cases(shipped_rows("holdout_runs"))[0] if c.run.layout_known]
+    assert len(known) == 18 and len(held) == 17
+    for group, by_study in ((known, False), (known, True), (held, False)):
+        truths = [c.run.truth for c in group]
+        ours = summary(leave_one_out(group, by_study=by_study), truths)
+        assert ours["median_error"] <= 0.10 and ours["coverage_p"] > 0.05
+        assert all(ours["median_error"] < summary(m(group), truths)["median_error"]
+                   for m in (constant_method, class_method))  # fmt: skip
+
+
 def test_rows_outside_the_table_do_as_well():
     held, skipped = read_cases(shipped_rows("holdout_runs"))
     score = summary(leave_one_out(held), [c.run.truth for c in held])
     assert not skipped and score["median_error"] <= 0.15 and score["coverage_p"] > 0.05
+
+
+def row(name):
+    return dict(next(r for t in ("published_runs", "holdout_runs") for r in shipped_rows(t) if r["id"] == name))
+
+
+@pytest.mark.parametrize(
+    ("name", "metered"),
+    [("deepseek-v3-pretrain", False), ("pythia-12b", False), ("nanochat-d24", False), ("tinyllama-1.1b", False),
+     ("deepseek-67b", False), ("llama3.1-405b", True), ("bloom-176b", True), ("palm-540b", True),
+     ("mt-nlg-530b-280n", False)],
+)  # fmt: skip
+def test_hours_that_are_a_rate_times_tokens(name, metered):
+    """Their notes say so; restarts cannot be in them, so what whole runs lose is not added."""
+    assert read_run(row(name)).metered is metered
+    spent = read_run(row("llama2-7b") | {"notes": ""})
+    rate = read_run(row("llama2-7b") | {"notes": "published as hours PER TRILLION tokens"})
+    assert spent.metered and not rate.metered
+    fitted = residual_without()
+    at = [fitted.at(features_of(r, 0.45), steady=r.steady)[0] for r in (spent, rate)]
+    assert at[0] - at[1] == pytest.approx(fitted.mean[NAMES.index("whole")])
+
+
+def test_what_notes_state_is_read():
+    smol = read_run(row("smollm3-3b"))
+    assert smol.fixed["micro_batch"] == 3 and smol.fixed["zero"] == 0
+    nano = read_run(row("nanochat-d24"))
+    assert (nano.shape.window, nano.shape.window_layers) == (1024, 18)
+    assert read_run(row("deepseek-v2")).fixed["schedule"] == "zb1p"
+
+
+def test_an_unnamed_pipeline_is_1f1b():
+    """MT-NLG names no schedule, and its 240 micro-batches do not go in groups of 35 as interleaving needs."""
+    by_id = {c.run.id: c.physical.found.layout for c in shipped_cases()}
+    assert by_id["mt-nlg-530b-280n"].schedule == by_id["bloom-176b"].schedule == "1f1b"
+    assert (by_id["nemotron4-340b"].schedule, by_id["nemotron4-340b"].virtual) == ("interleaved", 2)
+    assert by_id["megatron2021-529.6b"].virtual == 3  # 105 layers on 35 ranks
 
 
 def test_stored_constants_are_the_fitted_ones():

@@ -103,6 +103,8 @@ def parse_published(text: str) -> dict[str, Any]:
         given["zero"] = int(zero.group(1) or 1)
     elif re.search(r"\bddp\b", words):
         given.update(zero=0, tp=1, pp=1)
+    if "zero-bubble" in words or "zero bubble" in words:
+        given["schedule"] = "zb1p"
     for name in ("dualpipev", "dualpipe", "zbv", "zb1p", "gpipe", "interleaved"):
         if name in words:
             given["schedule"] = name
@@ -133,6 +135,11 @@ def check_layout(shape: ModelShape, layout: Layout, chips: int) -> None:
         raise UserError(f"layout: ep={layout.ep} must divide both {shape.n_routed} experts and {group} chips a stage.")
     if layout.schedule == "dualpipe" and layout.pp % 2:
         raise UserError(f"layout: dualpipe needs an even pp; pp is {layout.pp}.")
+
+
+def even_chunks(layers: int, pp: int) -> int:
+    """Model chunks a rank where a layout says only "interleaved": the fewest, from 2, that share the layers evenly."""
+    return next((v for v in range(2, layers // pp + 1) if layers % (pp * v) == 0), 2)
 
 
 def complete(given: dict[str, Any], chips: int) -> Layout:

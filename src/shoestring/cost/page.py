@@ -15,12 +15,12 @@ from shoestring.cost import drawings
 from shoestring.cost.bill import MTBF_CHIP_HOURS, checkpoint_every, ledger, total, views
 from shoestring.cost.chips import all_chips
 from shoestring.cost.models import model_names, named_shape
-from shoestring.cost.pipeline import bubble
+from shoestring.cost.orders import FOLDED, ORDERS, fewest
 from shoestring.cost.plan import Plan
 from shoestring.cost.residual import Interval
 from shoestring.cost.show_plan import SAVE_SECONDS, span
 from shoestring.cost.table import shipped_cases
-from shoestring.cost.timetable import ORDERS, idle, play
+from shoestring.cost.timetable import idle, play
 from shoestring.cost.units import show, usd
 
 STYLE = """:root{color-scheme:light dark;--ink:#222;--paper:#fbfaf7;--dim:#666;--rule:#ddd8cd}
@@ -61,20 +61,22 @@ def _pipeline(answer: Plan) -> str:
     layout, step = answer.layout, answer.step
     if layout.pp == 1:
         return "<p>One stage: no pipeline, no bubble.</p>"
-    drawn = {"zbv": "zb1p", "dualpipev": "dualpipe"}.get(layout.schedule, layout.schedule)
-    ranks = min(layout.pp, 8) // 2 * 2 if drawn == "dualpipe" else min(layout.pp, 8)
-    micro = 2 * ranks + (4 if drawn == "dualpipe" else 0)
-    cells = play(drawn, ranks, micro, **step.chunk)
+    ranks = min(layout.pp, 4 if layout.schedule in FOLDED else 8)
+    micro = fewest(layout.schedule, ranks) + (4 if layout.schedule.startswith("dual") else ranks)
+    cells = play(layout.schedule, ranks, micro, **step.chunk)
     here = sum(idle(cells, ranks)) / ranks / max(cell.end for cell in cells)
-    words = f"Drawn: {ranks} ranks, {micro} micro-batches, order {drawn}, with this plan's durations; {here:.0%} idle."
-    if drawn != layout.schedule:
-        words += f" ({layout.schedule} folds two such stages onto a rank.)"
+    words = f"Drawn: {ranks} ranks, {micro} micro-batches, order {layout.schedule}, with the slowest stage's durations; {here:.0%} idle."
     share = step.phases.get("bubble", 0.0) / step.seconds
-    words += f" The plan: {layout.pp} ranks, {step.micro_batches} micro-batches, {layout.schedule}: {share:.1%} of the step idle."
-    rows = [(name, bubble(name, layout.pp, v=2, **step.chunk)) for name in ORDERS]
+    words += f" The plan: {layout.pp} ranks, {step.micro_batches} micro-batches, {layout.schedule}, each stage with its own durations: {share:.1%} of the step idle."
+    rows = [(name, _idle(name, layout.pp, step.chunk)) for name in ORDERS if name != "dualpipe" or layout.pp % 2 == 0]
     table = "".join(f'<tr><td>{name}</td><td class="n">{seconds:.3g} s</td></tr>' for name, seconds in rows)
-    head = f"<tr><th>schedule</th><th>idle time of a rank with {layout.pp} ranks, by formula</th></tr>"
+    head = f"<tr><th>schedule</th><th>idle time of a rank, {layout.pp} ranks with even stages</th></tr>"
     return f'<div class="wide">{drawings.timetable(cells, ranks)}</div><p class="small">{words}</p><table>{head}{table}</table>'
+
+
+def _idle(schedule: str, p: int, chunk: dict[str, float]) -> float:
+    """Mean idle seconds of a rank when every stage takes what the slowest one does."""
+    return sum(idle(play(schedule, p, fewest(schedule, p), **chunk), p)) / p
 
 
 def _time(answer: Plan) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from shoestring.core.errors import UserError
 from shoestring.cost.chips import Chip, Cluster, all_chips, parse_cluster
 from shoestring.cost.export import export_status
-from shoestring.cost.layout import Layout, check_layout, complete, parse_layout
+from shoestring.cost.layout import Layout, check_layout, complete, even_chunks, parse_layout
 from shoestring.cost.memory import check_fits, memory_per_rank
 from shoestring.cost.models import resolve_shape
 from shoestring.cost.residual import Interval, Residual, features, interval
@@ -191,6 +191,8 @@ def choose(
     shape: ModelShape, cluster: Cluster, seq_len: int, batch: float, fixed: dict[str, Any], guesses: list[str]
 ) -> list[Found]:  # fmt: skip
     """Layouts that fit, fastest first; what `fixed` leaves open is searched."""
+    if fixed.get("schedule") == "interleaved" and "pp" in fixed:
+        fixed.setdefault("virtual", even_chunks(shape.layers, fixed["pp"]))
     if {"tp", "pp", "dp"} <= set(fixed):
         whole = complete(fixed, cluster.n)
         check_layout(shape, whole, cluster.n)

@@ -13,6 +13,9 @@ from shoestring.core.errors import UserError
 from shoestring.cost.rows import Run
 from shoestring.cost.search import PRACTICE, Found, search
 
+UNNAMED = ("1f1b",)  # a stated pipeline without a named schedule: whoever interleaves says so
+KEEP = 3  # layouts of a search that are played stage by stage
+
 
 @dataclass(frozen=True, slots=True)
 class Physical:
@@ -30,9 +33,8 @@ def _cheapest(run: Run, choices: tuple[str, ...]) -> Found | None:
     for recompute in choices:
         try:
             fixed = run.fixed | {"recompute": recompute}
-            found = search(
-                run.shape, run.cluster, run.seq_len, run.global_batch, fixed=fixed, schedules=PRACTICE, flash=run.flash
-            )[0]
+            found = search(run.shape, run.cluster, run.seq_len, run.global_batch, fixed=fixed, flash=run.flash,
+                           schedules=UNNAMED if "pp" in run.fixed else PRACTICE, keep=KEEP)[0]  # fmt: skip
         except UserError:
             continue
         if best is None or found.step.seconds / found.step.tokens < best.step.seconds / best.step.tokens:

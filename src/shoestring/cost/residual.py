@@ -66,12 +66,12 @@ class Residual:
 def features_of(run: Run, mfu: float) -> Vector:
     """Which constants apply to a run whose predicted utilisation is `mfu`."""
     slow_experts = run.moe and run.fixed.get("precision") != "fp8"
-    return features(run.steady, run.documented, slow_experts, run.half and not run.steady, mfu)
+    return features(not run.metered, run.documented, slow_experts, run.half and not run.steady, mfu)
 
 
-def features(steady: bool, documented: bool, slow_experts: bool, half: bool, mfu: float) -> Vector:
+def features(unmetered: bool, documented: bool, slow_experts: bool, half: bool, mfu: float) -> Vector:
     """The vector that NAMES names."""
-    flags = (True, not steady, not documented, slow_experts, half)
+    flags = (True, not unmetered, not documented, slow_experts, half)
     return (*(float(f) for f in flags), log(mfu / USUAL_MFU))
 
 

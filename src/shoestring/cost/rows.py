@@ -1,8 +1,8 @@
 """A published run, or a row of a user's table in the same format, as something that can be predicted.
 
 Empty cells are inferred by rules that hold for every row, and every inference is listed in `guesses`. What a row
-says in `notes` is read for three facts only: the latent sizes of MLA, MTP modules, and whether activations were
-recomputed.
+says in `notes` is read for these facts only: the latent sizes of MLA, MTP modules, attention windows, whether
+activations were recomputed, the micro-batch, the ZeRO stage, and whether its hours are a measured rate times tokens.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Run:
     truth: float | None
     hardware_flops: bool  # tflops_chip counts recomputation
     steady: bool  # a throughput measurement rather than a whole run
+    metered: bool  # hours as spent; False where they are a measured rate times tokens, so without restarts
     year: float | None
     documented: bool  # the fabric between the chips is stated
     moe: bool
@@ -86,7 +87,7 @@ def read_run(row: Mapping[str, str]) -> Run:
         guesses.append("global_batch")
     year = _year(_cell(row, "source"))
     notes = _cell(row, "notes").lower()
-    fixed = parse_published(_cell(row, "parallelism")) | _recompute(notes)
+    fixed = parse_published(_cell(row, "parallelism")) | _recompute(notes) | _stated(notes)
     fixed["precision"] = _precision(row, cluster, guesses)
     if "zero" not in fixed and "pp" not in fixed:
         guesses.append("parallelism")
@@ -98,7 +99,8 @@ def read_run(row: Mapping[str, str]) -> Run:
         flash=year is None or year - PAPER_LAG >= FLASH_YEAR,
         tokens=tokens,
         quantity=quantity, truth=truth, hardware_flops=_counts_recomputation(notes),
-        steady=_cell(row, "kind") == "throughput" or quantity != "gpu_hours", year=year,
+        steady=_cell(row, "kind") == "throughput" or quantity != "gpu_hours",
+        metered=quantity == "gpu_hours" and not _rate_times_tokens(notes), year=year,
         documented=bool(_cell(row, "interconnect")), moe=bool(shape.n_routed),
         half="fp16" in _cell(row, "precision").lower(), model=_cell(row, "model"),
         guesses=tuple(guesses),
@@ -133,6 +135,18 @@ def _recompute(notes: str) -> dict[str, str]:
     if re.search(r"selective (activation )?(checkpointing|recomputation)", notes):
         return {"recompute": "selective"}
     return {}
+
+
+def _stated(notes: str) -> dict[str, int]:
+    """Micro-batch and ZeRO stage, where the notes name them."""
+    found = (("micro_batch", r"micro-batch (\d+)"), ("zero", r"zero stage ([0-3])"))
+    return {key: int(hit.group(1)) for key, pattern in found if (hit := re.search(pattern, notes))}
+
+
+def _rate_times_tokens(notes: str) -> bool:
+    """Hours computed from a measured rate or from logged step times: restarts and evaluation are not in them."""
+    return bool(re.search(r"per trillion tokens|not (a )?bill(ed|ing)|iteration time|evaluation excluded"
+                          r"|equals [\d.]+t / [\d,]+ tok/s", notes))  # fmt: skip
 
 
 def _counts_recomputation(notes: str) -> bool:
@@ -212,7 +226,12 @@ def row_shape(row: Mapping[str, str], guesses: list[str]) -> ModelShape:
     if abs(spare) > 0.1 * total:
         guesses.append(f"total_params: the shape recounts to {best.params().total / 1e9:.3g}B")
     mtp = re.search(r"(\d) MTP module", _cell(row, "notes"))
-    return best.with_(mtp_layers=int(mtp.group(1))) if mtp else best
+    best = best.with_(mtp_layers=int(mtp.group(1))) if mtp else best
+    windows = re.search(r"windows S=(\d+) on (\d+) of (\d+) layers", _cell(row, "notes"))
+    if windows:
+        width, part, of = map(int, windows.groups())
+        best = best.with_(window=width, window_layers=best.layers * part // max(1, of))
+    return best
 
 
 def _base(row: Mapping[str, str], total: float | None, guesses: list[str]) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from typing import Any
 
 from shoestring.core.errors import UserError
 from shoestring.cost.chips import Cluster
-from shoestring.cost.layout import Layout
+from shoestring.cost.layout import Layout, even_chunks
 from shoestring.cost.memory import Memory, check_fits
+from shoestring.cost.orders import stages_of
 from shoestring.cost.shape import ModelShape
 from shoestring.cost.step import Chunks, StepTime, step_time
 
 PRACTICE = ("1f1b", "interleaved")  # what published runs use, unless they say otherwise
+LONG = 32768  # tokens from which on one sequence is also split over chips: an estimate of what is usual
 EVERY = ("1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev")
 
 
@@ -36,8 +38,9 @@ def _degrees(limit: int, candidates: Sequence[int]) -> list[int]:
 
 
 def candidates(
-    shape: ModelShape, cluster: Cluster, global_batch: float, fixed: Mapping[str, Any], schedules: Sequence[str]
-) -> Iterator[Layout]:
+    shape: ModelShape, cluster: Cluster, seq_len: int, global_batch: float, fixed: Mapping[str, Any],
+    schedules: Sequence[str],
+) -> Iterator[Layout]:  # fmt: skip
     """Layouts whose degrees divide chips, heads, layers, experts and batch."""
 
     def options(key: str, values: Sequence[Any]) -> Sequence[Any]:
@@ -46,7 +49,7 @@ def candidates(
     node, n = cluster.chip.node_size, cluster.n
     tps = options("tp", [t for t in _degrees(min(node, 16), (1, 2, 4, 8, 16)) if shape.heads % t == 0])
     pps = options("pp", _pipeline_degrees(shape, n))
-    for tp, pp, cp in product(tps, pps, options("cp", (1,))):
+    for tp, pp, cp in product(tps, pps, options("cp", (1, 4, 16) if seq_len >= LONG else (1,))):
         if n % (tp * pp * cp):
             continue
         dp = fixed.get("dp") or n // (tp * pp * cp)
@@ -57,11 +60,13 @@ def candidates(
             options("ep", _expert_degrees(shape, dp * tp * cp, node)), plans,
             options("zero", (1, 3) if pp == 1 else (1,)), options("recompute", ("none", "selective", "full")),
         ):  # fmt: skip
-            virtual = fixed.get("virtual", 2) if schedule == "interleaved" else 1
-            if (schedule == "dualpipe" and pp % 2) or (virtual > 1 and shape.layers < pp * virtual):
+            virtual = fixed.get("virtual", even_chunks(shape.layers, pp)) if schedule == "interleaved" else 1
+            if (schedule == "dualpipe" and pp % 2) or shape.layers < stages_of(schedule, pp, virtual):
                 continue
             for mb in options("micro_batch", (1, 2, 4, 8, 16)):
                 if dp * mb <= global_batch and _divides(global_batch, dp * mb):
+                    if schedule == "interleaved" and "schedule" not in fixed and round(global_batch / dp / mb) % pp:
+                        continue  # it goes in groups of pp micro-batches
                     yield Layout(
                         dp, tp, pp, ep, cp, zero, schedule, virtual, mb, recompute, fixed.get("precision", "bf16")
                     )
@@ -88,13 +93,16 @@ def search(
     shape: ModelShape, cluster: Cluster, seq_len: int, global_batch: float, *, fixed: Mapping[str, Any] | None = None,
     schedules: Sequence[str] = EVERY, flash: bool = True, keep: int = 10,
 ) -> list[Found]:  # fmt: skip
-    """The `keep` fastest layouts that fit, fastest first. Raises UserError when none does."""
+    """The `keep` layouts that fit and are fastest by formula, then played stage by stage, fastest first.
+
+    Raises UserError when none fits.
+    """
     fixed = fixed or {}
     found: list[Found] = []
     tightest: tuple[float, Layout, dict[str, float]] | None = None
     chunks, needs = Chunks(shape, cluster.chip, seq_len, flash=flash), Memory(shape, seq_len, flash=flash)
     room = cluster.chip.memory_bytes
-    for layout in candidates(shape, cluster, global_batch, fixed, schedules):
+    for layout in candidates(shape, cluster, seq_len, global_batch, fixed, schedules):
         if tightest and sum(needs.fixed(layout)) > max(room, tightest[0]):
             continue
         micro = max(1, round(global_batch / (layout.dp * layout.micro_batch)))
@@ -104,7 +112,7 @@ def search(
             tightest = (total, layout, memory)
         if total > room:
             continue
-        step = step_time(shape, cluster, layout, seq_len, global_batch, flash=flash, chunks=chunks)
+        step = step_time(shape, cluster, layout, seq_len, global_batch, flash=flash, chunks=chunks, played=False)
         found.append(Found(layout, step, memory))
     if not found:
         if tightest is None:
@@ -112,5 +120,14 @@ def search(
                 f"no layout divides {cluster.label} with {dict(fixed)}; change a degree or the number of chips."
             )
         check_fits(tightest[2], cluster.chip, f"even the smallest layout ({tightest[1].short()}) on {cluster.label}")
-    found.sort(key=lambda f: f.step.seconds / f.step.tokens)
-    return found[:keep]
+    found.sort(key=_seconds_a_token)
+
+    def played(f: Found) -> Found:
+        step = step_time(shape, cluster, f.layout, seq_len, global_batch, flash=flash, chunks=chunks)
+        return Found(f.layout, step, f.memory)
+
+    return sorted(map(played, found[:keep]), key=_seconds_a_token)
+
+
+def _seconds_a_token(found: Found) -> float:
+    return found.step.seconds / found.step.tokens

@@ -8,16 +8,17 @@ ranks in a node moves at g times one port's rate. Nothing here is fitted to a tr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import ceil
-from typing import Any
 
 from shoestring.core.errors import UserError
 from shoestring.cost.chips import Chip, Cluster
+from shoestring.cost.chunks import Chunks, Stage
 from shoestring.cost.layout import Layout
 from shoestring.cost.memory import stage_params
+from shoestring.cost.orders import fewest
 from shoestring.cost.pipeline import bubble, dualpipe_calls
 from shoestring.cost.shape import ModelShape
-from shoestring.cost.work import ELEMENTWISE, LINK, NETWORK, Chunk, head_chunk, layer_chunk
+from shoestring.cost.timetable import Span, StageSeconds, span
+from shoestring.cost.work import ELEMENTWISE, LINK, NETWORK, Chunk
 
 MISS = 0.10  # part of the shorter of two overlapped activities that still shows: an estimate
 COMM_CORES = 20 / 132  # cores lent to communication while it overlaps (arXiv 2412.19437 section 3.2.2)
@@ -40,97 +41,25 @@ class StepTime:
         return self.tokens / self.seconds / chips
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """The slowest stage: seconds of one micro-batch."""
-
-    forward: float
-    backward_input: float
-    weight: float
-    message_forward: float
-    message_backward: float
-    kinds: dict[str, float]
-
-    @property
-    def backward(self) -> float:
-        return self.backward_input + self.weight
-
-
-class Chunks:
-    """Work of a mean layer and of the last stage's extras, kept by what they depend on."""
-
-    def __init__(
-        self, shape: ModelShape, chip: Chip, seq_len: int, *, flash: bool = True, imbalance: float = 1.0
-    ) -> None:
-        self.shape, self.chip, self.seq_len = shape, chip, seq_len
-        self.options: dict[str, Any] = {"flash": flash, "imbalance": imbalance}
-        self.kept: dict[tuple[object, ...], tuple[Chunk, Chunk]] = {}
-
-    def of(self, layout: Layout) -> tuple[Chunk, Chunk]:
-        """(mean layer, head with MTP modules) on one micro-batch."""
-        key = (layout.tp, layout.ep, layout.cp, layout.micro_batch, layout.recompute, layout.precision)
-        if key not in self.kept:
-            self.kept[key] = self._made(layout)
-        return self.kept[key]
-
-    def _made(self, layout: Layout) -> tuple[Chunk, Chunk]:
-        shape, chip, seq_len = self.shape, self.chip, self.seq_len
-        moe = layer_chunk(shape, chip, layout, seq_len, moe=True, **self.options) if shape.n_routed else None
-        dense_count = shape.layers - shape.moe_layers
-        dense = layer_chunk(shape, chip, layout, seq_len, moe=False, **self.options) if dense_count else None
-        mean = _mixed([(c, n / shape.layers) for c, n in ((moe, shape.moe_layers), (dense, dense_count)) if c and n])
-        last = [(head_chunk(shape, chip, layout, seq_len), 1.0 + shape.mtp_layers)]
-        if shape.mtp_layers:
-            last.append((moe or dense or mean, float(shape.mtp_layers)))
-        return mean, _mixed(last)
-
-    def stage(self, layout: Layout) -> Stage:
-        """The slowest stage: layers shared out as evenly as they go, the head (and MTP) on the last one."""
-        mean, tail = self.of(layout)
-        layers = _heaviest(self.shape.layers, layout, (tail.forward + tail.backward) / (mean.forward + mean.backward))
-        parts = [(mean, layers)] if layout.pp > 1 else [(mean, float(self.shape.layers)), (tail, 1.0)]
-        whole = _mixed(parts)
-        return Stage(whole.forward, whole.backward_input, whole.weight, whole.message_forward, whole.message_backward,
-                     whole.parts)  # fmt: skip
-
-
-def _mixed(parts: list[tuple[Chunk, float]]) -> Chunk:
-    total = Chunk()
-    for chunk, n in parts:
-        total.forward += n * chunk.forward
-        total.backward_input += n * chunk.backward_input
-        total.weight += n * chunk.weight
-        total.message_forward += n * chunk.message_forward
-        total.message_backward += n * chunk.message_backward
-        for kind, seconds in chunk.parts.items():
-            total.parts[kind] = total.parts.get(kind, 0.0) + n * seconds
-    return total
-
-
-def _heaviest(layers: int, layout: Layout, tail: float) -> float:
-    """Layer equivalents on the slowest stage when the last one also carries `tail` of them."""
-    pp = layout.pp
-    if pp == 1:
-        return layers + tail
-    best = float("inf")
-    for on_last in range(ceil(layers / pp) + 1):
-        others = ceil((layers - on_last) / (pp - 1))
-        # DualPipe keeps the first and the last stage on one rank, so their mean counts
-        end = (others + on_last + tail) / 2 if layout.bidirectional else on_last + tail
-        best = min(best, max(others, end))
-    return best
-
-
 def step_time(
     shape: ModelShape, cluster: Cluster, layout: Layout, seq_len: int, global_batch: float, *, flash: bool = True,
-    imbalance: float = 1.0, chunks: Chunks | None = None,
+    imbalance: float = 1.0, chunks: Chunks | None = None, played: bool = True,
 ) -> StepTime:  # fmt: skip
-    """One optimizer step over `global_batch` sequences of `seq_len` tokens."""
+    """One optimizer step over `global_batch` sequences of `seq_len` tokens.
+
+    A pipeline is played stage by stage; with `played` off it is taken as even stages as slow as the slowest, and its
+    bubble by formula, which is an upper bound and enough to rank layouts.
+    """
     chip = cluster.chip
     micro = max(1, round(global_batch / (layout.dp * layout.micro_batch)))
-    stage = (chunks or Chunks(shape, chip, seq_len, flash=flash, imbalance=imbalance)).stage(layout)
-    phases = _two_way(stage, layout, micro) if layout.schedule in ("dualpipe", "dualpipev") and layout.pp > 1 else (
-        _one_way(stage, shape, chip, layout, micro, seq_len))  # fmt: skip
+    chunks = chunks or Chunks(shape, chip, seq_len, flash=flash, imbalance=imbalance)
+    stage = chunks.stage(layout)
+    if layout.pp == 1:
+        phases = _alone(stage, micro)
+    else:
+        phases = _played(chunks.stages(layout), layout, micro) if played else _by_formula(stage, layout, micro)
+        if not layout.schedule.startswith("dual"):
+            phases["stage messages"] = _stage_messages(shape, chip, layout, micro, seq_len)
     held = stage_params(shape, layout)
     if layout.zero == 3 and layout.dp > 1:
         _gathering(phases, held, chip, layout, micro)
@@ -146,7 +75,7 @@ def step_time(
 
 def _chunk_seconds(stage: Stage) -> dict[str, float]:
     F, B = stage.forward + stage.message_forward, stage.backward + stage.message_backward
-    return {"F": F, "B": B, "W": stage.weight, "FB": pair_seconds(stage)}
+    return {"F": F, "B": B, "W": stage.weight, "FB": together(stage, stage)}
 
 
 def _hardware_ratio(shape: ModelShape, seq_len: int, layout: Layout, flash: bool) -> float:
@@ -159,41 +88,83 @@ def _hardware_ratio(shape: ModelShape, seq_len: int, layout: Layout, flash: bool
     return 1.0 + (shape.flops_per_token(seq_len, backward=False) - head) / shape.flops_per_token(seq_len)
 
 
-def _one_way(stage: Stage, shape: ModelShape, chip: Chip, layout: Layout, m: int, seq_len: int) -> dict[str, float]:
-    """1F1B and its kin: expert messages are in the open, stage boundaries too."""
-    F, B = stage.forward + stage.message_forward, stage.backward + stage.message_backward
+def _alone(stage: Stage, m: int) -> dict[str, float]:
+    """No pipeline: expert messages are in the open."""
     phases = {"forward": m * stage.forward, "backward": m * stage.backward}
     if stage.message_forward:
         phases["expert messages"] = m * (stage.message_forward + stage.message_backward)
-    if layout.pp > 1:
-        rate = chip.net_bw * NETWORK if layout.chips > chip.node_size else chip.link_bw * LINK
-        boundary = layout.micro_batch * seq_len / layout.cp * shape.d_model * 2 / layout.tp / rate
-        phases["stage messages"] = 2 * m * boundary * layout.virtual
-        phases["bubble"] = bubble(layout.schedule, layout.pp, F, B, stage.weight, v=layout.virtual)
     return phases
 
 
-def pair_seconds(stage: Stage) -> float:
+def _stage_messages(shape: ModelShape, chip: Chip, layout: Layout, m: int, seq_len: int) -> float:
+    """Seconds at stage boundaries; DualPipe hides them behind its pairs."""
+    rate = chip.net_bw * NETWORK if layout.chips > chip.node_size else chip.link_bw * LINK
+    boundary = layout.micro_batch * seq_len / layout.cp * shape.d_model * 2 / layout.tp / rate
+    return 2 * m * boundary * layout.virtual
+
+
+def feedable(layout: Layout, m: int) -> int:
+    """Micro-batches that the schedule can run with, at least m: whole groups when interleaved, enough to fill it."""
+    if layout.schedule == "interleaved":
+        return -(-m // layout.pp) * layout.pp
+    if layout.schedule in ("zbv", "dualpipe", "dualpipev"):
+        return max(m, fewest(layout.schedule, layout.pp))
+    return m
+
+
+def _played(stages: list[Chunk], layout: Layout, m: int) -> dict[str, float]:
+    """Mean over ranks; waiting for slower stages is in the bubble."""
+    p, two_way = layout.pp, layout.schedule.startswith("dual")
+    m = feedable(layout, m)
+    seconds = [StageSeconds(s.forward + s.message_forward, s.backward + s.message_backward, s.weight) for s in stages]
+
+    def pair(forward: int, backward: int) -> float:
+        return together(stages[forward], stages[backward])
+
+    whole: Span = span(layout.schedule, p, m, seconds, pair if two_way else None, layout.virtual)
+    busy = whole.busy
+    if two_way:
+        return {"1F": busy["F"], "1B": busy.get("B", 0.0) + busy.get("I", 0.0), "1W": busy.get("W", 0.0),
+                "1F1B": busy["FB"], "bubble": whole.idle}  # fmt: skip
+    out, back = (m * sum(getattr(s, f"message_{way}") for s in stages) / p for way in ("forward", "backward"))
+    phases = {"forward": busy["F"] - out, "backward": sum(busy.get(k, 0.0) for k in "BIW") - back}
+    if out:
+        phases["expert messages"] = out + back
+    return phases | {"bubble": whole.idle}
+
+
+def _by_formula(stage: Stage, layout: Layout, m: int) -> dict[str, float]:
+    """Even stages, each as slow as the slowest."""
+    m = feedable(layout, m)
+    if layout.schedule.startswith("dual"):
+        return _two_way(stage, layout, m)
+    F, B = stage.forward + stage.message_forward, stage.backward + stage.message_backward
+    return _alone(stage, m) | {"bubble": bubble(layout.schedule, layout.pp, F, B, stage.weight, v=layout.virtual)}
+
+
+def together(forward: Stage | Chunk, backward: Stage | Chunk) -> float:
     """A forward and a backward run together, messages behind arithmetic, which lends them cores."""
-    work = (stage.forward + stage.backward) / (1 - COMM_CORES if stage.message_forward else 1.0)
-    messages = stage.message_forward + stage.message_backward
+    lent = COMM_CORES if forward.message_forward or backward.message_backward else 0.0
+    work = (forward.forward + backward.backward) / (1 - lent)
+    messages = forward.message_forward + backward.message_backward
     return max(work, messages) + MISS * min(work, messages)
 
 
 def _two_way(stage: Stage, layout: Layout, m: int) -> dict[str, float]:
-    """DualPipe: phases named as in arXiv 2505.09343 Table 4."""
-    p = layout.pp if layout.schedule == "dualpipe" else 2 * layout.pp
-    m = max(m, p + p % 2)
+    """DualPipe: phases named as in arXiv 2505.09343 Table 4. DualPipeV is twice the stages, each half as long."""
+    folded = layout.schedule == "dualpipev"
+    p, m, part = (2 * layout.pp, 2 * m, 0.5) if folded else (layout.pp, m, 1.0)
     calls = dualpipe_calls(p, m)
-    pair = pair_seconds(stage)
-    F = stage.forward + stage.message_forward
-    B = stage.backward + stage.message_backward
+    pair = part * together(stage, stage)
+    F = part * (stage.forward + stage.message_forward)
+    B = part * (stage.backward + stage.message_backward)
+    W = part * stage.weight
     return {
         "1F": calls.forward * F,
-        "1B": calls.backward_full * B + calls.backward_input * (B - stage.weight),
-        "1W": calls.weight * stage.weight,
+        "1B": calls.backward_full * B + calls.backward_input * (B - W),
+        "1W": calls.weight * W,
         "1F1B": calls.pairs * pair,
-        "bubble": bubble("dualpipe", p, F, B, stage.weight, pair),
+        "bubble": bubble("dualpipe", p, F, B, W, pair),
     }
 
 

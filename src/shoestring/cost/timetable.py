@@ -1,33 +1,30 @@
-"""What each rank of a pipeline does when: the order a schedule prescribes, played with real durations.
+"""When each rank of a pipeline does what: the orders of `shoestring.cost.orders` played with real durations.
 
-`pipeline.bubble` gives the idle time by formula; here the same schedules are played chunk by chunk, each waiting for
-what it needs, which draws them and checks the formulas. Orders: GPipe, arXiv 1811.06965; 1F1B and interleaving, arXiv
-2104.04473; zero bubble H1, arXiv 2401.10241; DualPipe, arXiv 2412.19437 section 3.2.1 (eight phases a rank, both ends
-of the pipeline feeding). ZBV and DualPipeV fold two stages onto a rank and are not played.
+`pipeline.bubble` gives the idle time of even stages by formula; here the same schedules are played chunk by chunk,
+each waiting for what it needs, with a duration for every stage of its own. That draws them, checks the formulas, and
+times pipelines whose stages are uneven. Sending takes no time; the step model adds messages beside it.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import chain
+from typing import NamedTuple
 
-from shoestring.core.errors import UserError
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """One micro-batch at one stage: kind F forward, B full backward, I gradient of the input, W of the weights.
-
-    `way`: which end of the pipeline it entered at (0 or 1; the virtual stage, when interleaved)."""
-
-    kind: str
-    way: int
-    micro: int
+from shoestring.cost.orders import Chunk, fewest, place, programs_of, stages_of
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
+class StageSeconds(NamedTuple):
+    """One micro-batch on one stage: forward, full backward, and the part of the backward that is weight gradients."""
+
+    forward: float
+    backward: float
+    weight: float
+
+
+class Cell(NamedTuple):
     """What a rank does from `start` to `end`: one chunk, or a forward and a backward together."""
 
     rank: int
@@ -36,181 +33,111 @@ class Cell:
     chunks: tuple[Chunk, ...]
 
 
-Program = list[tuple[Chunk, ...]]
-
-
-def gpipe(p: int, m: int) -> list[Program]:
-    """All forwards, then all backwards."""
-    return [[(Chunk(kind, 0, i),) for kind in "FB" for i in range(m)] for _ in range(p)]
-
-
-def one_f_one_b(p: int, m: int) -> list[Program]:
-    """A backward as soon as one can be: rank r starts with p - 1 - r forwards."""
-    return [_alternate([Chunk("F", 0, i) for i in range(m)], [Chunk("B", 0, i) for i in range(m)], p - 1 - r)
-            for r in range(p)]  # fmt: skip
-
-
-def interleaved(p: int, m: int, v: int = 2) -> list[Program]:
-    """Rank r holds stages r, r + p, ...; micro-batches go in groups of p through one virtual stage after another."""
-    if m % p:
-        raise UserError(f"the interleaved schedule needs micro-batches in groups of {p} stages; {m} are not.")
-    order = [(k // p % v, k // (p * v) * p + k % p) for k in range(m * v)]
-    forward = [Chunk("F", stage, micro) for stage, micro in order]
-    backward = [Chunk("B", v - 1 - stage, micro) for stage, micro in order]
-    return [_alternate(forward, backward, min(m * v, 2 * (p - 1 - r) + (v - 1) * p)) for r in range(p)]
-
-
-def zero_bubble(p: int, m: int) -> list[Program]:
-    """1F1B with the weight gradients put off: rank r is r micro-batches late with them, and catches up at the end."""
-    programs = []
-    for r in range(p):
-        program: Program = []
-        for (chunk,) in _alternate(
-            [Chunk("F", 0, i) for i in range(m)], [Chunk("I", 0, i) for i in range(m)], p - 1 - r
-        ):
-            program.append((chunk,))
-            if chunk.kind == "I" and chunk.micro >= r:
-                program.append((Chunk("W", 0, chunk.micro - r),))
-        programs.append(program + [(Chunk("W", 0, i),) for i in range(max(0, m - r), m)])
-    return programs
-
-
-def _alternate(forward: list[Chunk], backward: list[Chunk], ahead: int) -> Program:
-    """`ahead` forwards, then one forward and one backward in turn, then the backwards that are left."""
-    mixed = forward[:ahead]
-    for f, b in zip(forward[ahead:], backward, strict=False):
-        mixed += [f, b]
-    return [(chunk,) for chunk in mixed + backward[len(forward) - ahead :]]
-
-
-class _DualRank:
-    """One rank's place in DualPipe: what enters at its own end is way 0 for the first half of the ranks."""
-
-    def __init__(self, p: int, m: int, rank: int):
-        self.swap = int(rank >= p // 2)
-        self.near = min(rank, p - 1 - rank)  # steps from the nearer end
-        self.count = {(kind, side): 0 for kind in "FB" for side in (0, 1)}
-        self.owed: deque[Chunk] = deque()
-        self.program: Program = []
-
-    def chunk(self, kind: str, side: int) -> Chunk:
-        key = ("F" if kind == "F" else "B", side)
-        self.count[key] += 1
-        return Chunk(kind, side ^ self.swap, self.count[key] - 1)
-
-    def forward(self, side: int) -> None:
-        self.program.append((self.chunk("F", side),))
-
-    def backward(self, side: int, *, split: bool = False) -> None:
-        chunk = self.chunk("I" if split else "B", side)
-        if split:
-            self.owed.append(Chunk("W", chunk.way, chunk.micro))
-        self.program.append((chunk,))
-
-    def together(self, forward: int, backward: int) -> None:
-        self.program.append((self.chunk("F", forward), self.chunk("B", backward)))
-
-    def weight(self) -> None:
-        self.program.append((self.owed.popleft(),))
-
-
-def dualpipe(p: int, m: int) -> list[Program]:
-    """Both ends feed m/2 micro-batches each; in the middle a forward of one way runs inside a backward of the other."""
-    if p % 2 or m % 2 or m < 2 * p:
-        raise UserError(f"DualPipe needs even numbers and at least {2 * p} micro-batches for {p} stages; got {m}.")
-    return [_dual_program(_DualRank(p, m, rank), p // 2, m // 2 - p) for rank in range(p)]
-
-
-def _dual_program(rank: _DualRank, half: int, more: int) -> Program:
-    far = half - rank.near - 1  # steps from the middle
-    for _ in range(2 * far):
-        rank.forward(0)
-    for _ in range(rank.near + 1):
-        rank.forward(0)
-        rank.forward(1)
-    for _ in range(far):
-        rank.backward(1, split=True)
-        rank.weight()
-        rank.forward(1)
-    for i in range(more + rank.near + 1):
-        if i == 0 and far == 0:  # in the middle the first pair would wait for itself
-            rank.forward(0)
-            rank.backward(1)
-        else:
-            rank.together(0, 1)
-        rank.together(1, 0)
-    for _ in range(far):
-        rank.backward(1)
-        rank.together(1, 0)
-    split = False
-    for i in range(rank.near + 1):
-        middle = i == (rank.near + 1) // 2
-        split = split or (middle and rank.near % 2 == 1)
-        rank.backward(1, split=split)
-        split = split or (middle and rank.near % 2 == 0)
-        rank.backward(0, split=split)
-    for _ in range(far):
-        rank.weight()
-        rank.backward(0, split=True)
-    while rank.owed:
-        rank.weight()
-    return rank.program
-
-
-ORDERS: dict[str, Callable[[int, int], list[Program]]] = {
-    "gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved, "zb1p": zero_bubble, "dualpipe": dualpipe,
-}  # fmt: skip
+KINDS = "FBIW"
+Pair = Callable[[int, int], float]  # (stage of the forward, stage of the backward) -> seconds of both together
 
 
 def play(schedule: str, p: int, m: int, *, F: float, B: float, W: float, FB: float | None = None) -> list[Cell]:
-    """Every rank's cells for one step of m micro-batches over p ranks; F, B, W, FB as in `pipeline.bubble`.
+    """Every rank's cells for one step of m micro-batches over p even ranks; F, B, W, FB as in `pipeline.bubble`.
 
-    A chunk starts when its rank is free and what it needs has arrived (sending takes no time). Interleaved, F and B
-    are those of a rank, shared by its two virtual stages. Raises UserError for a schedule that is not played.
+    They are those of a rank: where it holds two stages (interleaved, ZBV, DualPipeV), each takes half.
     """
-    if schedule not in ORDERS:
-        raise UserError(f'the schedule "{schedule}" is not drawn; drawn are {", ".join(ORDERS)}.')
-    parts = 2 if schedule == "interleaved" else 1
-    seconds = {"F": F / parts, "B": B / parts, "I": B - W, "W": W}
-    programs = [deque(program) for program in ORDERS[schedule](p, m)]
-    stages = p * parts
-    free, done, cells = [0.0] * p, dict[tuple[str, int, int, int], float](), list[Cell]()
+    v = 2 if schedule == "interleaved" else 1
+    stages = stages_of(schedule, p, v)
+    parts = stages // p
+    each = StageSeconds(F / parts, B / parts, W / parts)
+    pair = None if FB is None else lambda forward, backward: FB / parts
+    return play_stages(schedule, p, m, [each] * stages, pair, v)
 
-    def place(rank: int, chunk: Chunk) -> int:
-        """The stage of a chunk, along its own way."""
-        if schedule == "interleaved":
-            return chunk.way * p + rank
-        return p - 1 - rank if chunk.way else rank
 
-    def way(chunk: Chunk) -> int:
-        return 0 if schedule == "interleaved" else chunk.way
+def play_stages(
+    schedule: str, p: int, m: int, stages: Sequence[StageSeconds], pair: Pair | None = None, v: int = 1
+) -> list[Cell]:
+    """Cells of a step whose stages take the given times. A chunk starts when its rank is free and its input is there.
 
-    def needs(rank: int, chunk: Chunk) -> Iterator[tuple[str, int, int, int]]:
-        stage = place(rank, chunk)
-        if chunk.kind == "F" and stage:
-            yield ("F", way(chunk), stage - 1, chunk.micro)
-        elif chunk.kind in "BI":
-            yield ("F", way(chunk), stage, chunk.micro)
-            if stage + 1 < stages:
-                yield ("B", way(chunk), stage + 1, chunk.micro)
+    `pair` prices a forward and a backward run together (their sum if it is left out).
+    Raises UserError for a schedule that does not exist or too few micro-batches.
+    """
+    score = _score(schedule, p, m, v)
+    took = _took(stages, pair)
+    ends = _ends(score, took, p)
+    return [Cell(note[0], end - took[note[1]], end, chunks)
+            for note, chunks, end in zip(score.notes, score.chunks, ends, strict=True)]  # fmt: skip
 
-    waiting = True
-    while waiting:
-        waiting = False
-        for rank, program in enumerate(programs):
-            while program and all(need in done for chunk in program[0] for need in needs(rank, chunk)):
-                chunks = program.popleft()
-                start = max([free[rank], *(done[need] for chunk in chunks for need in needs(rank, chunk))])
-                together = FB if FB is not None and len(chunks) == 2 else sum(seconds[c.kind] for c in chunks)
-                free[rank] = start + together
-                for chunk in chunks:
-                    if chunk.kind != "W":
-                        kind = "F" if chunk.kind == "F" else "B"
-                        done[kind, way(chunk), place(rank, chunk), chunk.micro] = free[rank]
-                cells.append(Cell(rank, start, free[rank], chunks))
-                waiting = True
-    assert not any(programs), "the schedule waits for itself"
-    return cells
+
+Note = tuple[int, int, int, int, int, int, int]  # rank, duration, two places to write the end, three to wait for
+
+
+class _Score(NamedTuple):
+    """All cells of a schedule in an order in which each comes after what it needs: that order holds for any durations.
+
+    Durations are numbered: kind x stage for one chunk (kinds F, B, I, W), after them forward x backward stage for two.
+    """
+
+    notes: tuple[Note, ...]
+    chunks: tuple[tuple[Chunk, ...], ...]
+    places: int  # ends that are written down; place 0 is always there, place 1 is read by nobody
+    uses: dict[int, int]  # how often each duration occurs
+
+
+@lru_cache(maxsize=64)
+def _score(schedule: str, p: int, m: int, v: int) -> _Score:
+    count = stages_of(schedule, p, v)
+    where = [[place(schedule, p, rank, way) for way in range(max(2, v))] for rank in range(p)]
+    backwards = 2 * count * m  # ends of forwards stand from place 2 on, by path, stage and micro-batch, then backwards
+
+    def one(path: int, stage: int, chunk: Chunk) -> tuple[int, int, int]:
+        """Where the end of a chunk is written down, and the two it waits for."""
+        forward = 2 + (path * count + stage) * m + chunk.micro
+        if chunk.kind == "F":
+            return forward, forward - m if stage else 0, 0
+        if chunk.kind == "W":
+            return 1, 0, 0
+        return forward + backwards, forward, forward + backwards + m if stage + 1 < count else 0
+
+    def note(rank: int, chunks: tuple[Chunk, ...]) -> Note:
+        path, stage = where[rank][chunks[0].way]
+        end, a, b = one(path, stage, chunks[0])
+        if len(chunks) == 1:
+            return rank, KINDS.index(chunks[0].kind) * count + stage, end, 1, a, b, 0
+        other, after = where[rank][chunks[1].way]
+        second, b, c = one(other, after, chunks[1])
+        return rank, (4 + stage) * count + after, end, second, a, b, c
+
+    programs = programs_of(schedule, p, m, v)
+    waiting = [deque((note(rank, chunks), chunks) for chunks in program) for rank, program in enumerate(programs)]
+    known = bytearray(2 + 4 * count * m)
+    known[0] = 1
+    cells: list[tuple[Note, tuple[Chunk, ...]]] = []
+    moved = True
+    while moved:
+        moved = False
+        for queue in waiting:
+            while queue and known[(new := queue[0][0])[4]] and known[new[5]] and known[new[6]]:
+                known[new[2]] = known[new[3]] = 1
+                cells.append(queue.popleft())
+                moved = True
+    assert not any(waiting), "the schedule waits for itself"
+    notes, chunks = zip(*cells, strict=True)
+    return _Score(notes, chunks, len(known), dict(Counter(n[1] for n in notes)))
+
+
+def _took(stages: Sequence[StageSeconds], pair: Pair | None) -> list[float]:
+    """Durations by their numbers."""
+    one = [[s.forward for s in stages], [s.backward for s in stages],
+           [s.backward - s.weight for s in stages], [s.weight for s in stages]]  # fmt: skip
+    both = [pair(i, j) if pair else a.forward + b.backward for i, a in enumerate(stages) for j, b in enumerate(stages)]
+    return [*chain(*one), *both]
+
+
+def _ends(score: _Score, took: list[float], p: int) -> list[float]:
+    """When each cell ends."""
+    ended, free, ends = [0.0] * score.places, [0.0] * p, []
+    for rank, number, first, second, a, b, c in score.notes:
+        end = max(free[rank], ended[a], ended[b], ended[c]) + took[number]
+        free[rank] = ended[first] = ended[second] = end
+        ends.append(end)
+    return ends
 
 
 def idle(cells: list[Cell], p: int) -> list[float]:
@@ -220,3 +147,53 @@ def idle(cells: list[Cell], p: int) -> list[float]:
     for cell in cells:
         busy[cell.rank] += cell.end - cell.start
     return [end - seconds for seconds in busy]
+
+
+class Span(NamedTuple):
+    """Seconds of a step's pipeline: the whole, and busy seconds by kind of cell (F, B, I, W, FB), mean over ranks."""
+
+    seconds: float
+    busy: dict[str, float]
+
+    @property
+    def idle(self) -> float:
+        return self.seconds - sum(self.busy.values())
+
+
+def span(
+    schedule: str, p: int, m: int, stages: Sequence[StageSeconds], pair: Pair | None = None, v: int = 1
+) -> Span:  # fmt: skip
+    """A whole step. Once the pipeline is full each micro-batch adds what its slowest rank needs (interleaved: what a
+    group of p adds), so only the first are played and the rest are added (or, where there are fewer, taken off)."""
+    played = fewest(schedule, p)
+    score, took = _score(schedule, p, played, v), _took(stages, pair)
+    busy: dict[str, float] = {}
+    for number, times in score.uses.items():
+        kind = KINDS[number // len(stages)] if number < 4 * len(stages) else "FB"
+        busy[kind] = busy.get(kind, 0.0) + times * took[number] / p
+    seconds = max(_ends(score, took, p))
+    more, slowest = m - played, 0.0
+    if schedule == "interleaved":
+        slowest = (max(_ends(_score(schedule, p, played + p, v), took, p)) - seconds) / p
+    for rank in range(p):
+        each = _each_micro_batch(schedule, p, rank, stages, pair, v)
+        slowest = max(slowest, sum(each.values()))
+        for kind, took_each in each.items():
+            busy[kind] = busy.get(kind, 0.0) + more * took_each / p
+    return Span(seconds + more * slowest, busy)
+
+
+def _each_micro_batch(
+    schedule: str, p: int, rank: int, stages: Sequence[StageSeconds], pair: Pair | None, v: int
+) -> dict[str, float]:
+    """What a further micro-batch keeps a rank busy with."""
+    ways = {"interleaved": v, "zbv": 2, "dualpipev": 2, "dualpipe": 2}.get(schedule, 1)
+    mine = [place(schedule, p, rank, way)[1] for way in range(ways)]
+    if schedule in ("dualpipe", "dualpipev") and pair:
+        both = pair(mine[0], mine[1]) + pair(mine[1], mine[0])
+        return {"FB": both / 2 if schedule == "dualpipe" else both}
+    part = 0.5 if schedule == "dualpipe" else 1.0  # half of the micro-batches come each way
+    F, B, W = (part * sum(getattr(stages[s], name) for s in mine) for name in ("forward", "backward", "weight"))
+    if schedule.startswith("zb"):
+        return {"F": F, "I": B - W, "W": W}
+    return {"FB": F + B} if schedule.startswith("dual") else {"F": F, "B": B}

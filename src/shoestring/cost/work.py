@@ -228,3 +228,21 @@ def head_chunk(shape: ModelShape, chip: Chip, layout: Layout, seq_len: int) -> C
     soft = tokens * n * 4 / (chip.memory_bw * ELEMENTWISE)
     chunk.add("head", 2 * soft, 2 * soft)
     return chunk
+
+
+def embedding_chunk(shape: ModelShape, chip: Chip, layout: Layout, seq_len: int) -> Chunk:
+    """Rows of the table read and written, and their gradients added to it in 32 bits."""
+    tokens = layout.micro_batch * seq_len / layout.cp
+    chunk = Chunk()
+    row = tokens * shape.d_model / layout.tp / (chip.memory_bw * ELEMENTWISE)
+    chunk.add("embedding", 4 * row, 0.0, 10 * row)
+    return chunk
+
+
+def projection_chunk(shape: ModelShape, chip: Chip, layout: Layout, seq_len: int) -> Chunk:
+    """What an MTP module adds to a layer and a head: a product with [2d, d] (arXiv 2412.19437 section 2.2)."""
+    tokens, d = layout.micro_batch * seq_len / layout.cp, shape.d_model
+    sides = ((tokens, d / layout.tp, 2 * d), (tokens, 2 * d / layout.tp, d), (2 * d, d / layout.tp, tokens))
+    chunk = Chunk()
+    chunk.add("products", *(gemm_seconds(Gemm(m, n, k), chip, layout.precision) for m, n, k in sides))
+    return chunk

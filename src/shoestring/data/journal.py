@@ -21,6 +21,7 @@ from shoestring.data.places import AnyStore
 
 LINGER = 0.004  # seconds between the starts of two transactions of a busy job, so that its changes come together
 BUSY = 4000  # changes a second; below that a transaction begins at once, since the processor has time for them
+Item = tuple[Op, asyncio.Future[int] | None]  # a change, and who waits for its answer
 BALLAST = 16 << 20  # bytes kept aside beside the store
 
 
@@ -30,7 +31,8 @@ class Journal:
     def __init__(self, store: AnyStore) -> None:
         self._store = store
         self._loop = asyncio.get_running_loop()
-        self._queue: queue.SimpleQueue[tuple[Op, asyncio.Future[int] | None] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[Item] | None] = queue.SimpleQueue()
+        self._fresh: list[Item] = []  # what this turn of the loop has brought
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
         self.error: BaseException | None = None
         self.commits = 0
@@ -50,24 +52,37 @@ class Journal:
         if self.error is not None:
             future.set_exception(self.error)
         else:
-            self._queue.put((claim, future))
+            self._add((claim, future))
         return future
 
     def settle(self, settled: Settled) -> None:
         """Keep answers."""
-        self._queue.put((settled, None))
+        self._add((settled, None))
 
     def give_back(self, returned: Returned) -> None:
         """Record a claim that failed."""
-        self._queue.put((returned, None))
+        self._add((returned, None))
 
     async def close(self) -> None:
         """Wait until everything is on disk. Raises what stopped the writer."""
+        self._hand_over()
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
         self._free()
         if self.error is not None:
             raise self.error
+
+    def _add(self, item: Item) -> None:
+        """To the thread, together with what else this turn of the loop brings: woken for each change, the thread would
+        fight for the interpreter's lock and commit them one by one."""
+        if not self._fresh:
+            self._loop.call_soon(self._hand_over)
+        self._fresh.append(item)
+
+    def _hand_over(self) -> None:
+        if self._fresh:
+            self._queue.put(self._fresh)
+            self._fresh = []
 
     # ---- in the thread -------------------------------------------------------------------------------------------
 
@@ -78,18 +93,19 @@ class Journal:
             first = self._queue.get()
             if rate > BUSY and (wait := last + LINGER - time.monotonic()) > 0:
                 time.sleep(wait)
-            batch = [first]
+            given = [first]
             with suppress(queue.Empty):
-                while len(batch) < 4096:
-                    batch.append(self._queue.get_nowait())
-            open_ = None not in batch
+                while len(given) < 4096:
+                    given.append(self._queue.get_nowait())
+            open_ = None not in given
+            batch = [item for items in given for item in items or ()]
             last = time.monotonic()
             changes += len(batch)
             if last - since > 0.05:
                 rate, changes, since = changes / (last - since), 0, last
-            self._commit([item for item in batch if item is not None])
+            self._commit(batch)
 
-    def _commit(self, batch: list[tuple[Op, asyncio.Future[int] | None]]) -> None:
+    def _commit(self, batch: list[Item]) -> None:
         if not batch:
             return
         futures = [future for _, future in batch if future is not None]

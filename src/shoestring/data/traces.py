@@ -25,6 +25,7 @@ from shoestring.data.store import Store
 
 NOT_CONTENT = ("date", "cost_usd")  # when it was said and at what price: not part of what was said
 CHUNK = 1000
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))  # `dumps` would make one each time
 _BODY = (
     "thinking", "answer", "prompt_ids", "token_ids", "task", "problem_id", "decoding", "usage", "cost_usd", "source",
 )  # fmt: skip
@@ -133,7 +134,7 @@ def stored(base: Sql, *, after: int = 0, where: str = "") -> Iterator[tuple[int,
 
 def canonical(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values are equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return _ENCODER.encode(value)
 
 
 def texts(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

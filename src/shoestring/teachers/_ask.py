@@ -365,5 +365,7 @@ def _key(rows: list[Row], turn: int) -> str:
 
 def _split(whole: int, parts: int) -> list[int]:
     """`whole` in `parts` whole numbers that add up to it."""
+    if parts == 1:
+        return [whole]
     base, rest = divmod(whole, parts)
     return [base + (i < rest) for i in range(parts)]

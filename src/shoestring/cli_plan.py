@@ -189,6 +189,7 @@ def _plan_validate(
 def _plan_calibrate(
     out: Annotated[Path, typer.Option(help="where to keep the measurements")] = Path("calibration.json"),
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's default")] = 0,
+    steps: Annotated[bool, typer.Option(help="also take real training steps, which narrow the interval")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output")] = False,
 ) -> None:
     """Measure this machine's products, attention and memory, so that plans for it are narrow.
@@ -196,13 +197,13 @@ def _plan_calibrate(
     Examples:
       shoestring plan calibrate
 
-      shoestring plan calibrate --threads 2 --out mine.json
+      shoestring plan calibrate --threads 2 --no-steps --out mine.json
     """
 
     def work() -> None:
         from shoestring import cli_measure
 
-        measured = cli_measure.measure(threads)
+        measured = cli_measure.measure(threads, steps=steps)
         measured.save(out)
         print(f"wrote {out}", file=sys.stderr)
         _json(measured.to_dict()) if as_json else print(measured.text())

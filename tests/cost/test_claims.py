@@ -59,7 +59,7 @@ def test_news():
     assert by_id["v3-cost"] == by_id["ten-times-less"] == by_id["bans"] == "consistent"
     assert by_id["gpt4"] == by_id["fifty-thousand"] == "not decidable"
     for item in items:
-        assert item["source"] and item["evidence"] and item["follows"]
+        assert item["source"] and item["looked_up"] and item["evidence"] and item["follows"]
     assert all(i["claim"] in page(items) for i in items)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import log
+from math import exp, log
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,12 @@ OPERATIONS = 90  # of one layer, forward and backward: counted in a profile of a
 TRAFFIC = 3.0  # forward and backward over forward
 UPDATE_BYTES = 36  # AdamW in FP32: read parameter, gradient, two moments; write three; the norm reads once more
 PRIOR_WEIGHT = 0.02  # of the prior at 1, against relative errors of real steps
+RATES_SD = 0.13  # of the log of a plan's time from measured rates alone: -10/+25% at 80%, an estimate
+STEPS_SD = 0.08  # the same after real steps, -5/+15%: an estimate, which the misses of left-out steps then move
+STEPS_WEIGHT = 4  # how many left-out steps that estimate is worth
+ENOUGH = 4  # shapes from which on leaving one out says something
+
+Step = tuple[ModelShape, int, int, float]  # shape, sequences, sequence length, measured seconds of one optimizer step
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +56,8 @@ class Calibration:
     per_operation: float  # seconds
     memory_bytes: float
     multipliers: tuple[float, ...] = (1.0,) * len(TERMS)
-    steps_measured: int = 0
+    steps_measured: int = 0  # shapes whose real steps were fitted
+    left_out: tuple[float, ...] = ()  # log(predicted / measured) of each, with multipliers fitted to the others
     schema: int = SCHEMA
     notes: tuple[str, ...] = field(default=())
 
@@ -61,6 +68,14 @@ class Calibration:
     @property
     def step_ratio(self) -> float:
         return 1.0  # real steps are in the multipliers already
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the log of a predicted step: what is usual, moved by how left-out steps were missed."""
+        if not self.left_out:
+            return RATES_SD
+        squares = STEPS_WEIGHT * STEPS_SD**2 + sum(x * x for x in self.left_out)
+        return (squares / (STEPS_WEIGHT + len(self.left_out))) ** 0.5
 
     def gemm_rate(self, m: float, n: float, k: float) -> float:
         """FLOP/s of a product, from the measured ones nearest in the logs of its sides (inverse square distance)."""
@@ -104,8 +119,17 @@ class Calibration:
         terms = self.terms(shape, sequences, seq_len, mtp=mtp)
         return sum(a * t for a, t in zip(self.multipliers, terms, strict=True))
 
-    def fitted(self, steps: Sequence[tuple[ModelShape, int, int, float]]) -> Calibration:
-        """With multipliers fitted to real steps: (shape, sequences, sequence length, measured seconds)."""
+    def fitted(self, steps: Sequence[Step]) -> Calibration:
+        """With multipliers fitted to real steps, and each step missed by the fit to the others."""
+        if not steps:
+            return self
+        left_out = []
+        for i, (shape, sequences, seq_len, seconds) in enumerate(steps if len(steps) >= ENOUGH else ()):
+            others = replace(self, multipliers=self._multipliers([*steps[:i], *steps[i + 1 :]]))
+            left_out.append(log(others.step_seconds(shape, sequences, seq_len) / seconds))
+        return replace(self, multipliers=self._multipliers(steps), steps_measured=len(steps), left_out=tuple(left_out))
+
+    def _multipliers(self, steps: Sequence[Step]) -> tuple[float, ...]:
         n = len(TERMS)
         matrix = [[PRIOR_WEIGHT * (i == j) for j in range(n)] for i in range(n)]
         target = [PRIOR_WEIGHT] * n
@@ -116,7 +140,7 @@ class Calibration:
                 for j in range(n):
                     matrix[i][j] += row[i] * row[j]
         solved = [sum(c * t for c, t in zip(line, target, strict=True)) for line in inverse(matrix)]
-        return replace(self, multipliers=tuple(max(0.05, x) for x in solved), steps_measured=len(steps))
+        return tuple(max(0.05, x) for x in solved)
 
     # ---- for plans
     def chip(self) -> Chip:
@@ -167,10 +191,13 @@ class Calibration:
     def text(self) -> str:
         """For the terminal."""
         pairs = ", ".join(f"{k} x{m:.2f}" for k, m in zip(TERMS, self.multipliers, strict=True))
+        missed = ", ".join(f"{exp(x) - 1:+.0%}" for x in self.left_out) or "(too few)"
         return (f"{self.host}, {self.threads} threads: best product {self.peak / 1e9:.1f} GFLOP/s, attention "
                 f"{self.attention_rates(256)[0] / 1e9:.1f} and {self.attention_rates(256)[1] / 1e9:.1f} at 256, copy "
                 f"{self.bandwidth / 1e9:.1f} GB/s, {self.per_operation * 1e6:.1f} us an operation\n"
-                f"from {self.steps_measured} real steps: {pairs}")  # fmt: skip
+                f"from real steps of {self.steps_measured} shapes: {pairs}\n"
+                f"80% of predicted steps within {exp(1.2816 * self.spread) - 1:.0%}; left out of the fit, each shape was "
+                f"missed by {missed}")  # fmt: skip
 
 
 def _products(shape: ModelShape, tokens: float, mtp: bool) -> list[Gemm]:

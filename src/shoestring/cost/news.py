@@ -169,7 +169,7 @@ def page(items: list[dict[str, Any]]) -> str:
         "# The claims of the news, checked", "",
         "Made by `shoestring check --news --out docs/claims.md`. *consistent*: the stated numbers agree with each other and "
         "with published runs. *inconsistent*: they contradict each other, or compare things of different kinds. "
-        "*not decidable*: public numbers do not settle it.", "",
+        "*not decidable*: public numbers do not settle it. *Looked up* says which sources were seen when this was written.", "",
         f"For scale, the planner's own figure for DeepSeek-V3's pretraining, to which nothing in it was fitted: "
         f"{show(own.gpu_hours.mid)} H800-hours (80%: {show(own.gpu_hours.low)} to {show(own.gpu_hours.high)}), "
         f"{usd(own.usd.mid)} at $2. Published: 2.664M hours, $5.328M.", "",
@@ -177,5 +177,6 @@ def page(items: list[dict[str, Any]]) -> str:
     ]  # fmt: skip
     for item in items:
         lines += ["", f"## {item['claim']}", "", f"**{item['verdict'].capitalize()}.** Source: {item['source']}.", ""]
+        lines += [f"Looked up: {item['looked_up']}.", ""]
         lines += [f"- {f}" for f in item["follows"]] + ["", f"Would decide: {item['evidence']}."]
     return "\n".join(lines) + "\n"

@@ -30,7 +30,6 @@ from shoestring.cost.tables import shipped_json
 from shoestring.cost.units import parse_count
 
 USD_PER_PFLOP_HOUR = 2.6  # a rent where none is known: the middle H100 rate over its 0.989 PFLOP/s; a guess
-CALIBRATED_SD, AFTER_STEPS_SD = 0.13, 0.08  # -10/+25% and -5/+15% at 80%: estimates
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +167,7 @@ def slowed(
     """Steady hours with what real runs lose, and its interval; narrower on chips that were measured."""
     spread = sqrt(guesses) * 0.05
     if calibration is not None and cluster.chip.calibrated:
-        sd = AFTER_STEPS_SD if calibration.steps_measured else CALIBRATED_SD
-        return interval(steady, log(calibration.step_ratio), sqrt(sd**2 + spread**2))
+        return interval(steady, log(calibration.step_ratio), sqrt(calibration.spread**2 + spread**2))
     mfu = rate * shape.flops_per_token(seq_len) / cluster.chip.bf16
     slow_experts = bool(shape.n_routed) and found.layout.precision != "fp8"
     centre, sd = fitted_residual().at(features(False, True, slow_experts, False, mfu), steady=False, spread=spread)

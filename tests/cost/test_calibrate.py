@@ -75,7 +75,7 @@ def test_rates_interpolate():
 def test_file_round_trip(tmp_path):
     path = tmp_path / "c.json"
     fitted = BARE.fitted([(s, 8, 64, truth(s, 8, 64)) for s in SHAPES])
-    assert fitted.left_out and "left out of the fit, each shape was missed by" in fitted.text()
+    assert fitted.left_out and "left out of the fit, each was missed by" in fitted.text()
     fitted.save(path)
     assert Calibration.load(path) == fitted
     path.write_text(path.read_text().replace('"schema": 1', '"schema": 9'))

@@ -196,7 +196,7 @@ class Calibration:
                 f"{self.attention_rates(256)[0] / 1e9:.1f} and {self.attention_rates(256)[1] / 1e9:.1f} at 256, copy "
                 f"{self.bandwidth / 1e9:.1f} GB/s, {self.per_operation * 1e6:.1f} us an operation\n"
                 f"from real steps of {self.steps_measured} shapes: {pairs}\n"
-                f"80% of predicted steps within {exp(1.2816 * self.spread) - 1:.0%}; left out of the fit, each shape was "
+                f"80% of predicted steps within {exp(1.2816 * self.spread) - 1:.0%}; left out of the fit, each was "
                 f"missed by {missed}")  # fmt: skip
 
 

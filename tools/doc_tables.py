@@ -1,7 +1,8 @@
 """Put a recipe's tables into a document: python tools/doc_tables.py study-quickstart runs docs/quickstart.md
 
 Each table goes between its markers, `<!-- accuracy -->` and `<!-- /accuracy -->`, and so on for claims and bill. The
-numbers in the docs are thus those of finished runs, never typed.
+numbers in the docs are thus those of finished runs, never typed. A recipe with a frontier has its table too, and two
+pictures, docs/img/RECIPE-usd.svg and -tokens.svg.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 from shoestring.cli_options import readable, short
 from shoestring.core.atomic import write_text
 from shoestring.report import tables
+from shoestring.report.frontier import AXES, frontier_svg, frontier_table
+from shoestring.report.spec import read_spec
 from shoestring.road import find_runs, resolve_recipe
 
-LEFT_OUT = {"accuracy": ("missing", "control"), "claims": ("sense", "unit"), "bill": ("status",)}
+LEFT_OUT = {"accuracy": ("missing", "control"), "claims": ("sense", "unit"), "bill": ("status",), "frontier": ()}
 
 
 def told(rows: Sequence[Mapping[str, Any]], left_out: Sequence[str]) -> str:
@@ -36,6 +39,13 @@ def main(name: str, runs_dir: str, document: str) -> None:
         "accuracy": tables.result_table(recipe, runs), "claims": tables.claims(recipe, runs),
         "bill": [row for row in tables.bill_table(recipe, runs, root) if "-s" not in row["stage"][-3:]],
     }  # fmt: skip
+    if frontier := frontier_table(recipe, read_spec(recipe), runs):
+        made["frontier"] = frontier
+        for key in AXES:
+            picture = Path(document).parent / "img" / f"{name}-{key}.svg"
+            write_text(picture, frontier_svg(frontier, key, alone=True))
+    if not made["claims"]:
+        del made["claims"]
     text = Path(document).read_text(encoding="utf-8")
     for table, rows in made.items():
         parts = re.split(f"(?<=<!-- {table} -->\n).*?(?=<!-- /{table} -->)", text, flags=re.S)

@@ -66,9 +66,10 @@ def test_r1_needs_its_two_inputs() -> None:
 def test_the_study_has_every_way_at_equal_updates_and_controls_at_equal_flops() -> None:
     recipe = study_distill.recipe(seeds=2)
     arms = {stage.name: stage for stage in recipe.stages if stage.name.startswith("arm-")}
-    assert len(arms) == 2 * (len(study_distill.WAYS) + 3)
+    budgets = len(study_distill.BUDGETS)
+    assert len(arms) == 2 * budgets * (len(study_distill.WAYS) + 3)
     distilled = [stage for stage in arms.values() if isinstance(stage, DistillStage)]
-    assert len({stage.steps for stage in distilled}) == 1
+    assert len({stage.steps for stage in distilled}) == budgets
     assert {stage.way for stage in distilled} == {"text", "offline", "forward_kl", "reverse_kl", "on_policy"}
     assert arms["arm-rl-only-s1"].inputs["budget"] == arms["arm-textbook-only-s1"].inputs["budget"] == "arm-text-s1"
     assert recipe.runs_as == quickstart.recipe().name  # so that teacher, base and traces are made once

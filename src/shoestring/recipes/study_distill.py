@@ -1,9 +1,9 @@
 """Which way of learning from a teacher is worth its dollars: text, stored and live logits, on-policy, RL, a textbook.
 
 On the quickstart's tasks, with the quickstart's teacher and base student (their runs are shared when they are there),
-each arm at the same number of updates over the same traces, several seeds; every arm is examined after it. What an arm
-spent (the teacher's reading and the student's writing too) stands in its bill, so accuracy can be drawn against dollars
-and tokens. Sized for at most 45 minutes of two cores with the quickstart's models at hand.
+each arm at the same number of updates over the same traces, at three budgets, several seeds; every arm is examined
+after it. What an arm spent (the teacher's reading and the student's writing too) stands in its bill, so accuracy is
+drawn against dollars and tokens.
 
     shoestring run study-distill --dry-run
     shoestring run study-distill --set size=smoke
@@ -38,6 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "on-policy": {"way": "on_policy"},
 }
 STORES = {"topk": 32, "sampled": 50, "hidden": 1}
+BUDGETS = (0.1, 0.3, 1.0)  # shares of the quickstart's updates; each with a schedule of its own
 ON_POLICY_OPTIM = Optim(lr=1e-3, weight_decay=0.0, warmup_steps=5, schedule="constant")
 
 
@@ -53,16 +54,22 @@ def recipe(size: str = "full", seeds: int = 3) -> Recipe:
     shown: list[dict[str, Any]] = [
         _row("teacher", "the teacher", "teacher-rl", 0), _row("student", "before", "student-base", 0),
     ]  # fmt: skip
+    frontier: list[dict[str, Any]] = []
     for seed in range(seeds):
-        for arm in arms(budgets, seed):
-            stages += [arm, quickstart.exam(arm.name, budgets)]
-            label = arm.name.removeprefix("arm-").rpartition("-s")[0].replace("-", " ")
-            shown.append(_row("student", label, arm.name, seed))
+        for updates in sorted({max(1, round(share * budgets.distill_steps)) for share in BUDGETS}):
+            whole = updates == budgets.distill_steps
+            for way, arm in arms(budgets, seed, updates):
+                stages += [arm, quickstart.exam(arm.name, budgets)]
+                frontier.append({
+                    "way": way, "budget": updates, "stage": f"eval-{arm.name}", "model": arm.name, "seed": seed,
+                })  # fmt: skip
+                if whole:
+                    shown.append(_row("student", way, arm.name, seed))
     return Recipe(
         name=f"study-distill{'' if size == 'full' else '-' + size}", runs_as=one.name,
         about=(__doc__ or "").split("\n")[0], stages=tuple(stages),
         report={"title": "Ways to learn from a teacher", "evals": shown, "claims": [], "note": "", "samples": {},
-                "curves": {}},
+                "curves": {}, "frontier": frontier, "given": ["teacher-rl", "student-base"]},
     )  # fmt: skip
 
 
@@ -81,11 +88,12 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value.to_dict() if isinstance(value, Compute) else value for key, value in values.items()}
 
 
-def arms(size: quickstart.Size, seed: int) -> list[Stage]:
+def arms(size: quickstart.Size, seed: int, updates: int) -> list[tuple[str, Stage]]:
     """Every way of learning of one seed, at the same number of updates; RL and the textbook at text's FLOPs."""
     common: dict[str, Any] = {"seed": seed, "compute": quickstart.COMPUTE, "checkpoint_every": size.checkpoint_every,
                               "headline": False}  # fmt: skip
-    reading: dict[str, Any] = {"steps": size.distill_steps, "row_tokens": 224, "examples_per_step": 64, **common}
+    reading: dict[str, Any] = {"steps": updates, "row_tokens": 224, "examples_per_step": 64, **common}
+    ending = f"-s{seed}" if updates == size.distill_steps else f"-{updates}-s{seed}"
     made: list[Stage] = []
     for name, given in WAYS.items():
         settings = dict(given)
@@ -96,22 +104,22 @@ def arms(size: quickstart.Size, seed: int) -> list[Stage]:
             inputs["teacher"] = "teacher-rl"
         if settings["way"] == "on_policy":
             settings |= {"decoding": quickstart.DECODING, "mix": quickstart.EXAM, "optim": ON_POLICY_OPTIM}
-        made.append(DistillStage(name=f"arm-{name}-s{seed}", inputs=inputs,
+        made.append(DistillStage(name=f"arm-{name}{ending}", inputs=inputs,
                                  **{"optim": quickstart.DISTILL_OPTIM, **reading, **settings}))  # fmt: skip
-    text = f"arm-text-s{seed}"
+    text = f"arm-text{ending}"
     made.append(DistillStage(
-        name=f"arm-text-then-on-policy-s{seed}", inputs={"model": text, "teacher": "teacher-rl"}, way="on_policy",
+        name=f"arm-text-then-on-policy{ending}", inputs={"model": text, "teacher": "teacher-rl"}, way="on_policy",
         mix=quickstart.EXAM, decoding=quickstart.DECODING, optim=ON_POLICY_OPTIM, **reading,
     ))  # fmt: skip
     budget = {"model": "student-base", "budget": text}
-    made.append(RlStage(name=f"arm-rl-only-s{seed}", inputs=budget, match_flops=("budget",),
+    made.append(RlStage(name=f"arm-rl-only{ending}", inputs=budget, match_flops=("budget",),
                         **quickstart.rl_options(size), **common))  # fmt: skip
     made.append(SftStage(
-        name=f"arm-textbook-only-s{seed}", inputs=budget, match_flops=("budget",), row_tokens=224,
+        name=f"arm-textbook-only{ending}", inputs=budget, match_flops=("budget",), row_tokens=224,
         textbook=Textbook(mix=quickstart.LEARN, long_share=quickstart.LONG_SHARE), problems=size.ask_problems,
         optim=quickstart.DISTILL_OPTIM, **common,
     ))  # fmt: skip
-    return made
+    return [(arm.name.removeprefix("arm-").removesuffix(ending).replace("-", " "), arm) for arm in made]
 
 
 def _row(of: str, label: str, stage: str, seed: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from shoestring.report import words
 from shoestring.report.curves import curves_html
 from shoestring.report.drawing import road_svg
 from shoestring.report.figures import bill_html, claims_html, results_html
+from shoestring.report.frontier import frontier_html
 from shoestring.report.making import command_of, making_html
 from shoestring.report.results import why_missing
 from shoestring.report.roles import css_of, groups_of, roles_of
@@ -57,6 +58,7 @@ def page(recipe: Recipe, runs: Mapping[str, Run], root: Path) -> str:
         f'<aside class="note"><h2>Before you believe it</h2>{_paragraphs(spec.note)}</aside>' if spec.note else "",
         _section("The road", _road(recipe, spec, runs), _road_caption(spec)),
         _section("Results", results_html(results, groups_of(spec)), _results_caption(results)),
+        _section("What it cost", frontier_html(recipe, spec, runs), FRONTIER),
         _section("Curves", curves_html(recipe, spec, runs), CURVES),
         _section("Answers, side by side", samples_html(spec, runs)),
         _section("The bill", bill_html(bill, roles), _bill_caption(recipe)),
@@ -149,6 +151,11 @@ def _unfinished(recipe: Recipe, runs: Mapping[str, Run]) -> str:
 CURVES = (
     "Faint: every step; firm: a running mean over a fifteenth of the curve. Beside each title the first line's start "
     "and end. Controls are grey."
+)
+FRONTIER = (
+    "Each way of learning at several budgets, both axes logarithmic (upwards: errors). An arm pays for itself and what "
+    "it alone needed: asking, stored logits, the arm it goes on from; what all start from is not counted. Whiskers: "
+    "one standard error over seeds."
 )
 
 

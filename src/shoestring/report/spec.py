@@ -30,6 +30,16 @@ class EvalEntry(Config):
     seed: int = 0
 
 
+class Arm(Config):
+    """One point of the frontier: a way of learning at one budget. Entries that differ only in `seed` are one point."""
+
+    way: str
+    budget: int  # orders the points of a way, e.g. updates
+    stage: str  # the eval stage
+    model: str  # the stage that learnt
+    seed: int = 0
+
+
 class Point(Config):
     """A row of the result table."""
 
@@ -98,6 +108,8 @@ class ReportSpec(Config):
     claims: tuple[Claim, ...] = ()
     samples: SamplePairs = SamplePairs()
     curves: dict[str, str] = Field(default_factory=dict)
+    frontier: tuple[Arm, ...] = ()  # accuracy against what it cost
+    given: tuple[str, ...] = ()  # stages that every arm starts from: their cost is not the arm's
     command: str = ""  # how to run it again; "": shoestring run NAME
 
 
@@ -110,6 +122,11 @@ def read_spec(recipe: Recipe) -> ReportSpec:
         _known(entry.stage, evals, f'evals, "{entry.label}" of {entry.of}: stage')
         if entry.model is not None:
             _known(entry.model, set(stages), f'evals, "{entry.label}" of {entry.of}: model')
+    for arm in spec.frontier:
+        _known(arm.stage, evals, f'frontier, "{arm.way}": stage')
+        _known(arm.model, set(stages), f'frontier, "{arm.way}": model')
+    for name in spec.given:
+        _known(name, set(stages), "given")
     for name in spec.samples.to_dict().values():
         if name is not None:
             _known(name, evals, "samples")

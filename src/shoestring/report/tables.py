@@ -17,6 +17,9 @@
              pass@1 counts in shares: 15 points are 0.15; mean_tokens in tokens
     samples  {"before": eval stage, "after": eval stage, "teacher": eval stage, "student": eval stage}
     curves   {"teacher RL": training stage, ...}
+    frontier [{"way": "on policy", "budget": 250, "stage": eval stage, "model": the stage that learnt, "seed": 0}, ...]
+             accuracy against dollars and tokens, a line a way; what the stages in `given` cost is nobody's
+    given    [stage, ...]
     command  how to run it again (default: shoestring run NAME)
 
 Example of a claim that RL adds 10 points more than its control does:

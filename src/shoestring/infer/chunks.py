@@ -82,19 +82,16 @@ def together(chunks: list[Chunk]) -> tuple[list[list[Chunk]], list[Chunk]]:
     return groups, [chunk for chunk in chunks if chunk.start > 0]
 
 
-def attend_fresh(
-    q: Parts, k: Parts, v: Parts, heads: int, groups: list[list[Chunk]], scale: float, out_NHV: Tensor
-) -> None:
+def attend_fresh(q: Parts, k: Parts, v: Parts, groups: list[list[Chunk]], scale: float, out_NHV: Tensor) -> None:
     """Causal attention of chunks without a history, each group as one batch padded at the end, into `out_NHV`.
 
     A head of queries, keys or values is its parts side by side: each goes once to where attention reads it.
     """
     for group in groups:
         T = group[0].count
-        if q[0].device.type != "cpu":
-            o_BHTV = attend_fused(*(_padded(group, y, y[0].shape[1], T) for y in (q, k, v)), scale, None)
-        else:
-            o_BHTV = attend_blocks(*(_padded(group, y, heads, T) for y in (q, k, v)), scale, None)
+        on_cpu = q[0].device.type == "cpu"  # whose attention wants as many heads of keys as of queries
+        wide_q, wide_k, wide_v = (_padded(group, y, (q if on_cpu else y)[0].shape[1], T) for y in (q, k, v))
+        o_BHTV = (attend_blocks if on_cpu else attend_fused)(wide_q, wide_k, wide_v, scale, None)
         for row, chunk in enumerate(group):
             out_NHV[chunk.rows] = o_BHTV[row, :, : chunk.count].transpose(0, 1)
 

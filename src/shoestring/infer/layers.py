@@ -203,7 +203,7 @@ class PreparedMLA:
                 [mla.nope, mla.v], dim=-1
             )  # fmt: skip
             k_pe = entry_NW[:, None, mla.kv_lora :]
-            attend_fresh((q_nope, q_pe), (k_nope, k_pe), (v_NHV,), mla.heads, fresh, self.scale, out_NHV)
+            attend_fresh((q_nope, q_pe), (k_nope, k_pe), (v_NHV,), fresh, self.scale, out_NHV)
         for chunk in later:
             here = chunk.rows
             history_SW = chunk.history(step.store, step.store.keys[layer], entry_NW[here].unsqueeze(1))[0]
@@ -255,8 +255,7 @@ class PreparedGQA:
             out_NHK[:R] = step.attend(q_NHK[:R].contiguous(), layer, self.scale)
         fresh, later = together(step.chunks)
         if fresh:
-            q, k, v = (q_NHK[R:],), (k_NGK[R:],), (v_NGK[R:],)
-            attend_fresh(q, k, v, gqa.heads, fresh, self.scale, out_NHK[R:])
+            attend_fresh((q_NHK[R:],), (k_NGK[R:],), (v_NGK[R:],), fresh, self.scale, out_NHK[R:])
         for chunk in later:
             here = slice(R + chunk.rows.start, R + chunk.rows.stop)
             k_GSK = chunk.history(step.store, keys, k_NGK[here])

@@ -132,7 +132,8 @@ def _line(points: Sequence[Mapping[str, Any]], key: str, place: int, to_x: Any, 
 
 def _names(names: Sequence[tuple[float, int, str]]) -> str:
     """At the right edge, each near the end of its line, none over another."""
-    drawn, last = [], -APART
+    drawn: list[str] = []
+    last = -APART
     spare = HEIGHT - BOTTOM - APART * len(names)
     for y, place, way in sorted(names):
         last = max(min(y, spare + APART * len(drawn)), last + APART)

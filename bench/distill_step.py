@@ -70,6 +70,7 @@ def serve_ours(options: dict[str, Any]) -> None:
     from shoestring.nn.kernels import Kernels
     from shoestring.optim.make import optimizers
     from shoestring.train.configs import Optim, SftStage
+    from shoestring.train.state import freeze
     from shoestring.train.step import TrainState, flat_tokens, train_step
 
     torch.set_num_threads(options["threads"])
@@ -79,7 +80,8 @@ def serve_ours(options: dict[str, Any]) -> None:
     teacher = None
     if case != "sft":
         teacher, _ = checkpoint.load(options["folder"] + "/teacher", dtype="float32")
-        teacher.requires_grad_(False).kernels = Kernels(dtype=dtype)
+        teacher.kernels = Kernels(dtype=dtype)
+        freeze(teacher)
     optim = Optim(lr=1e-5, warmup_steps=0, schedule="constant", weight_decay=0.0)
     stage = SftStage(name="bench", inputs={"model": "m", "traces": "t"}, steps=1, optim=optim, balance_alpha=0.0)
     state = TrainState(student, optimizers(student, "adamw", lr=1e-5, betas=(0.9, 0.999), weight_decay=0.0))
@@ -87,12 +89,12 @@ def serve_ours(options: dict[str, Any]) -> None:
     rows_BT = tokens(options).tolist()
     prompt, new = options["prompt"], options["new"]
     weight = [0.0] * prompt + [1.0] * new
-    engine = Engine(student, tokenizer)
+    engine = Engine(student, tokenizer) if case == "on" else None
     sampling = Sampling(max_new_tokens=new, ignore_eos=True)
 
     def step() -> dict[str, Any]:
         began, written = time.perf_counter(), rows_BT
-        if case == "on":
+        if engine is not None:
             engine.update_weights(student)
             made = engine.generate([row[:prompt] for row in rows_BT], sampling)
             written = [row[:prompt] + group[0].token_ids for row, group in zip(rows_BT, made, strict=True)]

@@ -62,3 +62,16 @@ def test_logits_never_exist_for_all_tokens() -> None:
         head.cross_entropy_sum(hidden, table, ids, weight, chunk=32)[0].backward()
         head.token_logprobs(hidden, table, ids, chunk=32)[0].sum().backward()
     assert largest < 512 * 4096 / 4
+
+
+def test_gradients_made_in_the_forward_pass_hold_for_every_backward_that_follows() -> None:
+    hidden, table = torch.randn(5, 4).requires_grad_(), torch.randn(7, 4).requires_grad_()
+    loss, _ = head.cross_entropy_sum(hidden, table, torch.arange(5), torch.ones(5))
+    plain = head.plain_cross_entropy_sum(hidden, table, torch.arange(5), torch.ones(5))
+    once = _grads(plain, hidden, table)
+    for count in (1, 2):  # .grad may be the very tensor: a second backward must not find it changed
+        loss.backward(retain_graph=True)
+        for leaf, wanted in zip((hidden, table), once, strict=True):
+            torch.testing.assert_close(leaf.grad, count * wanted)
+    (3 * loss).backward()
+    torch.testing.assert_close(table.grad, 5 * once[1])

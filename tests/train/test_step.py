@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import islice
+from typing import Literal
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import Optim, SftStage, Textbook
 from shoestring.train.examples import examples_of_step, textbook_examples
 from shoestring.train.rollouts import answer_groups, rollout_example
+from shoestring.train.state import freeze
 from shoestring.train.step import TrainState, accumulate, train_step
 
 STAGE = SftStage(
@@ -107,3 +109,25 @@ def test_every_example_comes_once_an_epoch() -> None:
     assert seen[:20] != seen[20:40]
     assert examples_of_step(20, 7, 6, seed=3) == seen[42:48]
     assert len(examples_of_step(2, 0, 7, seed=3)) == 7
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_frozen_teacher_holds_what_its_products_read_and_says_the_same(
+    dtype: Literal["float32", "bfloat16"], model: Deepseek, tokenizer: Tokenizer
+) -> None:
+    model.kernels = Kernels(dtype=dtype)
+    batch = _batches(tokenizer, 10_000)[0]
+
+    def states() -> torch.Tensor:
+        with torch.no_grad():
+            return model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT).hidden_BTD
+
+    with torch.no_grad():  # where rounding norms or routers would show
+        for parameter in model.parameters():
+            parameter += 1e-3 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1))
+    before, logits = states(), model.unembed(states())
+    freeze(model)
+    assert torch.equal(states(), before) and torch.equal(model.unembed(before), logits)
+    assert model.head_weight.dtype == model.kernels.torch_dtype and not any(p.requires_grad for p in model.parameters())
+    kept = {name: p.dtype for name, p in model.named_parameters() if "norm" in name or "mlp.gate." in name}
+    assert kept and set(kept.values()) == {torch.float32}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from distilling import COMPUTE, run_stage, stage_of, trace_of, weights_of
+from safetensors.torch import load_file
 
 from shoestring.data.textbook import problems
 from shoestring.data.traces import TraceStore
@@ -17,6 +18,7 @@ from shoestring.recipes import quickstart
 from shoestring.road import run_recipe
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import AskStage, Decoding, EvalStage, Recipe, TaskMix
+from shoestring.train.configs_distill import Lora
 
 transformers = pytest.importorskip("transformers")
 SHORT = Decoding(max_new_tokens=12)
@@ -37,7 +39,9 @@ def theirs(request: pytest.FixtureRequest, tmp_path: Path, tokenizer: Tokenizer)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, pytest.param({"policy_gradient": True}, marks=pytest.mark.slow)], ids=["divergence", "policy"]
+    "options",
+    [{}, pytest.param({"policy_gradient": True}, marks=pytest.mark.slow), {"lora": Lora(rank=4, dora=True)}],
+    ids=["divergence", "policy", "adapters"],
 )
 def test_it_writes_and_learns_from_what_it_wrote(
     options: dict[str, Any], theirs: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -48,7 +52,7 @@ def test_it_writes_and_learns_from_what_it_wrote(
     whole = run_stage(stage, tmp_path / "whole")
     rows = whole.metrics()
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[-1]["sampled_tokens"] > 4 * 4 * 10
-    if not options:
+    if "policy_gradient" not in options:
         assert rows[-1]["loss"] < rows[0]["loss"]
     from shoestring.train import distill
 
@@ -68,6 +72,7 @@ def test_it_writes_and_learns_from_what_it_wrote(
     again = run_stage(stage, tmp_path / "killed")
     one, other = weights_of(whole), weights_of(again)
     assert all(torch.equal(one[name], other[name]) for name in one)
+    assert one.keys() == load_file(theirs / "model.safetensors").keys()  # of adapters the sum is what is saved
     _, tokenizer = checkpoint.load(theirs)
     assert tokenizer is not None
     written = (whole.path / "samples" / "first.jsonl").read_text()

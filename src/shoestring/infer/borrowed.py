@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from shoestring.core.contracts import Generator
 from shoestring.core.errors import UserError
@@ -114,7 +115,8 @@ class BorrowedGenerator:
         hf.eval()
         dtype = self.model.kernels.torch_dtype
         try:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            # cached: adapters are summed into their weights once, not for every token
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), parametrize.cached():
                 hf.generate(
                     tokens_BT.to(device), attention_mask=mask_BT.to(device), generation_config=config,
                     logits_processor=LogitsProcessorList([draws]),

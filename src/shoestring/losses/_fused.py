@@ -22,9 +22,10 @@ from torch import Tensor
 
 from shoestring.losses._teacher import Buffers, Form, Targets, accurate_rows, product
 from shoestring.losses._tokens import Tokens
+from shoestring.nn.head import add_outer, scaled
 
 CHUNK_ELEMENTS = 1 << 22  # logits of one model alive at a time, in the dtype of products
-MIN_ROWS = 256  # fewer rows a chunk, and the products are slow and the pass over dU costs more than they do
+MIN_ROWS = 128  # fewer rows a chunk, and the products are slow and the pass over dU costs more than they do
 BLOCK_ELEMENTS = 1 << 17  # logits in fp32 at a time: 512 KB a buffer, so that a form's passes stay in a core's cache
 
 
@@ -66,14 +67,14 @@ class _DivergenceSum(torch.autograd.Function):
             if grad_ND is not None:
                 grad_ND[rows] = torch.mm(z_nV, table_VD) * scale_N1[rows]
             if grad_VD is not None:
-                grad_VD[:vocab] += z_nV.t() @ (hidden_ND[rows] * scale_N1[rows]).to(dtype)
+                add_outer(grad_VD[:vocab], z_nV, (hidden_ND[rows] * scale_N1[rows]).to(dtype))
         ctx.save_for_backward(grad_ND, grad_VD)
         ctx.mark_non_differentiable(value_N)
         return (value_N * weight_N).sum(), value_N
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        grad_ND, grad_VD = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        grad_ND, grad_VD = (scaled(g, grad) for g in ctx.saved_tensors)
         return grad_ND, grad_VD, None, None, None, None, None, None
 
 

@@ -59,6 +59,17 @@ class AnyModel(nn.Module):
         self.kernels: Kernels = FP32
 
     @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks, in order. Raises UserError where there is no such list."""
+        count = self.config.num_hidden_layers
+        for part in self.hf.get_decoder().children():
+            if isinstance(part, nn.ModuleList) and len(part) == count:
+                return part
+        raise UserError(
+            f"{self.config.theirs.model_type} keeps its blocks in no list of {count}; leave hidden_states and lora out."
+        )
+
+    @property
     def head_weight(self) -> Tensor:
         """[V, D]."""
         weight: Tensor = self.hf.get_output_embeddings().weight

@@ -112,6 +112,10 @@ class Decoder(nn.Module):
 
     # ---- parts
     @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.layers
+
+    @property
     def embedding(self) -> Tensor:
         return self.model.embed_tokens.weight
 

@@ -21,6 +21,8 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 21  # logits alive at a time: 8 MB in fp32, about what a core's caches hold
 MIN_ROWS = 128  # fewer, and the pass over the gradient of a wide table costs more than the products (LOG.md, entry 9)
 
+SLICE_ELEMENTS = 1 << 19  # of the table's gradient that are multiplied and added at a time
+
 
 def _chunk_rows(vocab: int) -> int:
     return max(MIN_ROWS, CHUNK_ELEMENTS // vocab)
@@ -28,6 +30,20 @@ def _chunk_rows(vocab: int) -> int:
 
 def _accurate(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def add_outer(grad_VD: Tensor, dz_nV: Tensor, hidden_nD: Tensor) -> None:
+    """Add dzᵀ h; on a CPU some rows of the table at a time, whose product is in cache still when it is added."""
+    step = max(1024, SLICE_ELEMENTS // hidden_nD.shape[1]) if grad_VD.device.type == "cpu" else len(grad_VD)
+    for part_vD, dz_nv in zip(grad_VD.split(step), dz_nV.split(step, dim=1), strict=True):
+        part_vD += dz_nv.t() @ hidden_nD
+
+
+def scaled(gradient: Tensor | None, grad: Tensor) -> Tensor | None:
+    """The gradient made in the forward pass times the one that arrives: the same tensor, no copy, where that is 1."""
+    if gradient is None or (grad.device.type == "cpu" and grad == 1):
+        return gradient
+    return gradient * grad.to(gradient.dtype)
 
 
 class _Rows:
@@ -72,8 +88,7 @@ class _Rows:
         if grad_ND is not None:
             torch.mm(slope_nV, self.table_VD, out=grad_ND[rows]).mul_(factor_n1)
         if grad_VD is not None:
-            hidden_nD = (self.hidden_ND[rows] * factor_n1).to(slope_nV.dtype)
-            grad_VD += slope_nV.t() @ hidden_nD
+            add_outer(grad_VD, slope_nV, (self.hidden_ND[rows] * factor_n1).to(slope_nV.dtype))
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -98,14 +113,8 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        grad_ND, grad_VD = ctx.saved_tensors
-        return (
-            None if grad_ND is None else grad_ND * grad.to(grad_ND.dtype),
-            None if grad_VD is None else grad_VD * grad.to(grad_VD.dtype),
-            None,
-            None,
-            None,
-        )
+        grad_ND, grad_VD = (scaled(g, grad) for g in ctx.saved_tensors)
+        return grad_ND, grad_VD, None, None, None
 
 
 def cross_entropy_sum(

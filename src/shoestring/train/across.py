@@ -23,7 +23,7 @@ from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import DistillStage
 from shoestring.train.context import Context, derived_seed
 from shoestring.train.examples import examples_of_step, trace_example, trace_examples
-from shoestring.train.state import load_model
+from shoestring.train.state import freeze, load_model
 from shoestring.train.step import TrainState, flat_tokens, scoring_flops
 
 
@@ -33,10 +33,11 @@ class AcrossLesson:
     def __init__(self, stage: DistillStage, ctx: Context, student: Any, tokenizer: Tokenizer):
         self.stage = stage
         self.model, self.theirs = load_model(ctx, "teacher")
-        self.model.to(student.head_weight.device).requires_grad_(False)
+        self.model.to(student.head_weight.device)
         self.model.kernels = ctx.machine.kernels(
             self.model.config, stage.compute, tokens=stage.tokens_per_microbatch, seq_len=stage.row_tokens
         )
+        freeze(self.model)
         traces, _ = trace_examples(ctx, tokenizer)
         ctx.run.note(teachers=sorted({t.teacher for t in traces}), licences=sorted({t.licence for t in traces}))
         self.spellings = bytes_of_tokens(tokenizer), bytes_of_tokens(self.theirs)

@@ -23,7 +23,7 @@ from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import DistillStage
 from shoestring.train.context import Context
 from shoestring.train.distill_checks import check_fit, matched_layers
-from shoestring.train.state import load_model
+from shoestring.train.state import freeze, load_model
 from shoestring.train.states import Taps
 from shoestring.train.step import flat_tokens, scoring_flops
 
@@ -34,10 +34,11 @@ class Reader:
     def __init__(self, stage: DistillStage, ctx: Context, role: str, student: Any, tokenizer: Tokenizer):
         self.model, theirs = load_model(ctx, role)
         check_fit(ctx, student, tokenizer, self.model, theirs, role)
-        self.model.to(student.head_weight.device).requires_grad_(False)
+        self.model.to(student.head_weight.device)
         self.model.kernels = ctx.machine.kernels(
             self.model.config, stage.compute, tokens=stage.tokens_per_microbatch, seq_len=stage.row_tokens
         )
+        freeze(self.model)
         self.vocab, self.name = tokenizer.vocab_size, ctx.inputs[role].name
 
     @torch.no_grad()

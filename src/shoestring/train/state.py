@@ -20,7 +20,9 @@ from shoestring.core.registry import load_part
 from shoestring.models import checkpoint
 from shoestring.models.checkpoint_files import open_safetensors, read_json
 from shoestring.nn import lora
-from shoestring.nn.decoder import Decoder
+from shoestring.nn.decoder import Decoder, Embedding
+from shoestring.nn.experts import Experts
+from shoestring.nn.linear import Linear
 from shoestring.optim.make import optimizers
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train import states
@@ -74,6 +76,21 @@ def _load(path: Path) -> tuple[Any, Tokenizer]:
     return model, tokenizer
 
 
+@torch.no_grad()
+def freeze(model: Any) -> Any:
+    """The model, never trained again: tables, linear layers and experts of our own families are kept in the dtype that
+    their products are computed in, so no pass casts them; norms and routers stay as they are. Same numbers, to the bit.
+    """
+    model.requires_grad_(False)
+    if not isinstance(model, Decoder):  # transformers' own arithmetic follows the dtype of its weights
+        return model
+    for part in model.modules():
+        if isinstance(part, (Linear, Embedding, Experts)):
+            for parameter in part.parameters(recurse=False):
+                parameter.data = parameter.data.to(model.kernels.torch_dtype)
+    return model
+
+
 def start_or_resume(
     ctx: Context, stage: TrainBase, fresh: Any, more: Callable[[Any], None] = lambda model: None
 ) -> tuple[TrainState, Tokenizer]:
@@ -116,8 +133,6 @@ def _adapt(model: Any, stage: TrainBase) -> None:
     given = getattr(stage, "lora", None)
     if given is None:
         return
-    if not hasattr(model, "model"):
-        raise UserError(f'stage "{stage.name}": adapters are for our own families; leave lora out.')
     lora.attach(model, given.rank, given.alpha, given.dora, step_generator(stage.seed, 17))
 
 

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shoestring.core.errors import UserError
 from shoestring.losses._states import WithStates, states_sum
 from shoestring.losses._tokens import Tokens
 from shoestring.models.checkpoint_files import open_safetensors
@@ -55,7 +54,7 @@ class Taps:
 
     def __init__(self, model: Any, layers: Sequence[int]) -> None:
         self._layers, self._seen = list(layers), dict[int, Tensor]()
-        blocks = blocks_of(model)
+        blocks = model.blocks
         for layer in set(layers):
             blocks[layer].register_forward_hook(self._hook(layer))
 
@@ -70,19 +69,6 @@ class Taps:
         taken = [self._seen[layer].flatten(0, 1)[place_N] for layer in self._layers]
         self._seen.clear()
         return taken
-
-
-def blocks_of(model: Any) -> Any:
-    """The blocks of a model of ours or of transformers, in order. Raises UserError where there is no such list."""
-    if hasattr(model, "model"):
-        return model.model.layers
-    count = model.config.num_hidden_layers
-    for part in model.hf.get_decoder().children():
-        if isinstance(part, nn.ModuleList) and len(part) == count:
-            return part
-    raise UserError(
-        f"{model.config.theirs.model_type} keeps its blocks in no list of {count}; leave hidden_states out for it."
-    )
 
 
 def attach(model: Any, pairs: Sequence[tuple[int, int]], widths: tuple[int, int], seed: int) -> None:

@@ -106,23 +106,23 @@ def accumulate(
             logits=False, mtp=with_mtp, balance=balance_alpha > 0,
         )  # fmt: skip
         targets, keep_N = flat_tokens(batch)
-        total, metrics = objective(out.hidden_BTD.flatten(0, 1)[keep_N], model.head_weight, targets)
-        loss = total / weight
+        targets.weight_N = targets.weight_N / weight  # not the sum: the head's gradient is then made as it is needed
+        loss, metrics = objective(out.hidden_BTD.flatten(0, 1)[keep_N], model.head_weight, targets)
+        loss_sum += float(loss.detach())
         if with_mtp and weight2 > 0:
             mtp_mean = _mtp_sum(out.mtp_hidden[0], model.head_weight, batch) / weight2
             loss = loss + mtp_lambda * mtp_mean
-            metrics["mtp"] = mtp_mean.detach() * weight
+            metrics["mtp"] = mtp_mean.detach()
         if balance_alpha > 0 and out.balance is not None:
             share = batch.tokens / tokens
             loss = loss + balance_alpha * share * out.balance
-            metrics["balance"] = out.balance.detach() * share * weight
+            metrics["balance"] = out.balance.detach() * share
         loss.backward()
-        loss_sum += float(total.detach())
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(value)
         if out.expert_load_LE is not None:
             load_LE = out.expert_load_LE if load_LE is None else load_LE + out.expert_load_LE
-    return loss_sum / weight, {name: value / weight for name, value in sums.items()}, load_LE
+    return loss_sum, sums, load_LE
 
 
 def train_step(

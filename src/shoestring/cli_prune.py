@@ -28,7 +28,7 @@ Keep = Annotated[int | None, typer.Option(min=1, help="How many to keep; all whe
 def register(app: typer.Typer) -> None:
     """Add `prune`."""
     text = described(
-        "Make a smaller model of the layers, hidden channels, neurons and experts that matter most on some text.",
+        "Make a smaller model of the layers, hidden channels, neurons, experts, heads that matter most on some text.",
         "shoestring prune --model some/hf-folder --text some/corpus.jsonl --layers 16 --ffn 4096 --dry-run",
         "shoestring prune --model runs/rl-mine-0123 --traces runs/ask-mine-0123 --experts 4 --hidden 64",
         "shoestring run distill-pruned --set teacher=runs/rl-mine-0123 --set traces=runs/ask-mine-0123 --set layers=2",
@@ -48,6 +48,7 @@ def prune(
     hidden: Keep = None,
     ffn: Keep = None,
     experts: Keep = None,
+    heads: Keep = None,
     inputs: Annotated[
         list[str] | None, typer.Option("--from", metavar="ROLE=RUN", help="The same inputs by role (model=, traces=).")
     ] = None,
@@ -68,15 +69,15 @@ def prune(
             raise UserError(f'the input "{role}" is given twice; give it once.')
         if value is not None:
             given[role] = value
-    if layers is hidden is ffn is experts is None:
-        raise UserError("say what to keep: --layers N, --hidden N, --ffn N or --experts N.")
+    if layers is hidden is ffn is experts is heads is None:
+        raise UserError("say what to keep: --layers N, --hidden N, --ffn N, --experts N or --heads N.")
     if "model" not in given:
         raise UserError("say what to prune: --model RUN, a run directory, a model folder or a hub id.")
     if bool(text) == ("traces" in given):
         raise UserError("give one kind of text to measure importance on: --text FILE, or --traces RUN.")
     corpus = TextFiles(files=tuple(map(str, text))) if text else None
     stage = PruneStage(name="prune", inputs=given, corpus=corpus, layers=layers, hidden=hidden, ffn=ffn,
-                       experts=experts)  # fmt: skip
+                       experts=experts, heads=heads)  # fmt: skip
     recipe = Recipe(name="mine", stages=(stage,)).with_sets(f"stages.prune.{change}" for change in sets or [])
     _go(recipe, runs, dry_run, again, json, quiet)
 

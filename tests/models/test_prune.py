@@ -105,11 +105,76 @@ def test_the_busy_expert_scores_highest() -> None:
     assert int(_scored(model).experts[1].argmax()) == 3
 
 
+def test_heads_of_mla_that_say_nothing_go_without_a_trace() -> None:
+    model = _v3(num_attention_heads=5, num_nextn_predict_layers=0)
+    nope, v = 8, 6
+    silent = {0: (1, 4), 1: (0, 3), 2: (2, 3)}  # each layer has its own
+    with torch.no_grad():
+        for layer, heads in silent.items():
+            for head in heads:
+                rows = slice(head * (nope + v) + nope, (head + 1) * (nope + v))  # the values behind the keys
+                model.model.layers[layer].self_attn.kv_b_proj.weight[rows] = 0
+    small = prune(model, _scored(model), heads=3)
+    assert small.config.num_attention_heads == 3
+    torch.testing.assert_close(small(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_whole_groups_of_heads_that_say_nothing_go_without_a_trace(family: str) -> None:
+    model = _dense(model_type=family, num_attention_heads=6, num_key_value_heads=3, attention_bias=family == "llama")
+    width = model.config.head_width
+    with torch.no_grad():
+        for layer, block in enumerate(model.model.layers):
+            for part in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
+                if part.bias is not None:
+                    part.bias.normal_(generator=torch.Generator().manual_seed(layer))
+            gone = slice(layer % 3 * width, (layer % 3 + 1) * width)
+            block.self_attn.v_proj.weight[gone] = 0
+            if block.self_attn.v_proj.bias is not None:
+                block.self_attn.v_proj.bias[gone] = 0
+    small = prune(model, _scored(model), heads=4)
+    assert (small.config.num_attention_heads, small.config.num_key_value_heads) == (4, 2)
+    assert small.config.head_width == width
+    torch.testing.assert_close(small(IDS).logits, model(IDS).logits)
+
+
+def test_as_many_heads_stay_in_each_group() -> None:
+    """Where the numbers allow it the groups keep their keys and values, and lose what is least heard."""
+    model = _dense(num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=2)
+    found = _scored(model)
+    width, deaf = model.config.head_width, [1, 5]  # one of each group of three
+    with torch.no_grad():
+        for layer, block in enumerate(model.model.layers):
+            found.heads[layer][:] = torch.arange(6) + 1.0
+            for head in deaf:
+                found.heads[layer][head] = 0.0
+                block.self_attn.o_proj.weight[:, head * width : (head + 1) * width] = 0
+    small = prune(model, found, heads=4)
+    assert (small.config.num_attention_heads, small.config.num_key_value_heads) == (4, 2)
+    torch.testing.assert_close(small(IDS).logits, model(IDS).logits)
+
+
+def test_the_loudest_head_scores_highest_and_padding_does_not_count() -> None:
+    model = _v3(num_attention_heads=4)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.kv_b_proj.weight[2 * 14 + 8 : 3 * 14] *= 50
+    found = _scored(model)
+    assert int(found.heads[1].argmax()) == 2
+    segments = torch.zeros_like(IDS)
+    segments[:, 8:] = -1
+    padded, other = IDS.clone(), IDS.clone()
+    other[:, 8:] = 3
+    one, two = (importance(model, [(ids, None, segments)]) for ids in (padded, other))
+    for layer in range(3):
+        torch.testing.assert_close(one.heads[layer], two.heads[layer])
+
+
 def test_everything_at_once_is_a_checkpoint_that_transformers_loads(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     for model, sizes in (
         (_dense(), {"layers": 2, "hidden": 16, "ffn": 24}),
-        (_v3(), {"layers": 2, "hidden": 16, "ffn": 24, "experts": 4}),
+        (_dense(num_attention_heads=6, num_key_value_heads=3), {"layers": 2, "hidden": 16, "ffn": 24, "heads": 2}),
+        (_v3(num_attention_heads=4), {"layers": 2, "hidden": 16, "ffn": 24, "experts": 4, "heads": 3}),
     ):
         small = prune(model, _scored(model), **sizes)
         counted = [*small.parameters(), *(b for n, b in small.named_buffers() if n.endswith("correction_bias"))]
@@ -129,3 +194,9 @@ def test_sizes_that_do_not_fit(sizes: dict[str, int], words: str) -> None:
         prune(model, _scored(model), **sizes)
     with pytest.raises(UserError, match="at least one batch"):
         importance(model, [])
+
+
+def test_heads_that_are_no_groups_are_refused() -> None:
+    model = _dense(num_attention_heads=12, num_key_value_heads=2)
+    with pytest.raises(UserError, match="neither divide into the 2 groups of this model nor are whole groups of 6"):
+        prune(model, _scored(model), heads=5)

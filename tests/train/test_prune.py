@@ -94,7 +94,7 @@ def test_it_says_what_was_lost(large: Path, text: Path, tmp_path: Path, capsys: 
     assert re.search(r"layers kept: \d \d\n", shown)
 
 
-@pytest.mark.parametrize("sizes", [{"layers": 2}, {"ffn": 20, "layers": 1}, {"hidden": 16}])
+@pytest.mark.parametrize("sizes", [{"layers": 2}, {"ffn": 20, "layers": 1}, {"hidden": 16, "heads": 1}])
 def test_a_dry_run_says_what_would_be_left(
     sizes: dict[str, int], large: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

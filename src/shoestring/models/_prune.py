@@ -1,11 +1,14 @@
-"""A smaller model out of a trained one: layers, hidden channels, feed-forward neurons and experts by their importance.
+"""A smaller model out of a trained one: layers, channels, feed-forward neurons, heads and experts by their importance.
 
 Importance needs forward passes only (Minitron, arXiv 2407.14679): per batch the mean of |activation| over tokens, L2
 over batches. Hidden channels: outputs of the norms, summed over all sites, one choice for the whole model. Neurons: the
-input of the down-projection, ranked within a layer. Experts: the mean over their tokens of |gate · E(x)|, as many kept
-in each group. Layers: 1 - cos(in, out), the lowest dropped. The router's biases go with its rows; MTP modules are
-dropped.
-Left out: attention heads, latent ranks, and the inner width of routed experts.
+input of the down-projection, ranked within a layer. Heads: the length of what a head attends to (the input of the
+output-projection), ranked within a layer: as many of each group that shares keys and values where their number allows
+it, else whole groups with their keys and values; with MLA any. Experts: the mean over their tokens of |gate · E(x)|, as
+many kept in each group. Layers: 1 - cos(in, out), the lowest dropped. The router's biases go with its rows; MTP modules
+are dropped.
+Left out: latent ranks, the inner width of heads and of routed experts, and adding what pruned heads said to the others
+(Minitron's residual term).
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ class Importance:
     layers_L: Tensor
     ffn: dict[int, Tensor] = field(default_factory=dict)  # layer -> [F], dense layers
     experts: dict[int, Tensor] = field(default_factory=dict)  # layer -> [E]
+    heads: dict[int, Tensor] = field(default_factory=dict)  # layer -> [H]
 
 
 def importance(model: Any, batches: Iterable[tuple[Tensor, Tensor | None, Tensor | None]]) -> Importance:
@@ -77,6 +81,15 @@ def importance(model: Any, batches: Iterable[tuple[Tensor, Tensor | None, Tensor
 
         return hook
 
+    def on_heads(layer: int, count: int) -> Any:
+        def hook(_: nn.Module, given: Any) -> None:
+            x_BTX = given[0]
+            rows = x_BTX.flatten(0, -2) if real_BT is None else x_BTX[real_BT]
+            score_H = rows.float().unflatten(-1, (count, -1)).norm(dim=-1).mean(0).square()
+            found.heads[layer] = found.heads.get(layer, torch.zeros_like(score_H)) + score_H
+
+        return hook
+
     def on_moe(layer: int) -> Any:
         def hook(module: Any, given: Any, _: Any) -> None:
             x_BTD = given[0]
@@ -88,6 +101,8 @@ def importance(model: Any, batches: Iterable[tuple[Tensor, Tensor | None, Tensor
     handles = [model.model.norm.register_forward_hook(on_norm)]
     for number, block in enumerate(layers):
         handles.append(block.register_forward_hook(on_block(number)))
+        attention = block.self_attn
+        handles.append(attention.o_proj.register_forward_pre_hook(on_heads(number, attention.heads)))
         for norm in (block.input_layernorm, block.post_attention_layernorm):
             assert isinstance(norm, RMSNorm)
             handles.append(norm.register_forward_hook(on_norm))
@@ -125,21 +140,24 @@ def _expert_strength(moe: MoE, x_ND: Tensor) -> Tensor:
 
 def prune(
     model: Any, found: Importance, *, layers: int | None = None, hidden: int | None = None, ffn: int | None = None,
-    experts: int | None = None,
+    experts: int | None = None, heads: int | None = None,
 ) -> Any:  # fmt: skip
-    """A new model with so many layers, channels, neurons (of dense layers) and experts; None keeps all.
+    """A new model with so many layers, channels, neurons (of dense layers), experts and heads; None keeps all.
 
     Raises UserError for a size that is no size of this model, or that its routing cannot serve.
     """
     config = model.config
-    _check(config, found, layers, hidden, ffn, experts)
+    _check(config, found, layers, hidden, ffn, experts, heads)
     kept = kept_layers(found, layers)
     channels = _sorted(found.hidden_D, hidden)
     rows = {n: _sorted(score, ffn) for n, score in found.ffn.items()}
     chosen = {n: _in_groups(score, experts, getattr(config, "n_group", 1)) for n, score in found.experts.items()}
+    parts = {n: _head_parts(config, score, heads) for n, score in found.heads.items()} if heads is not None else {}
     changes: dict[str, Any] = {"num_hidden_layers": len(kept), "hidden_size": len(channels)}
-    if hidden is not None and hasattr(config, "head_width"):
+    if (hidden is not None or heads is not None) and hasattr(config, "head_width"):
         changes["head_dim"] = config.head_width
+    if heads is not None:
+        changes |= {"num_attention_heads": heads} | _kv_heads(config, heads)
     if ffn is not None:
         changes["intermediate_size"] = ffn
     if hasattr(config, "n_routed_experts"):
@@ -150,13 +168,13 @@ def prune(
     source = disk_tensors(model)
     with torch.no_grad():
         for name, target in disk_tensors(small).items():
-            target.copy_(_cut(name, source, kept, channels, rows, chosen))
+            target.copy_(_cut(name, source, kept, channels, rows, chosen, parts))
     return small
 
 
 def _cut(
     name: str, source: dict[str, Tensor], kept: list[int], channels: Tensor, rows: dict[int, Tensor],
-    chosen: dict[int, Tensor],
+    chosen: dict[int, Tensor], parts: dict[int, dict[str, Tensor]],
 ) -> Tensor:  # fmt: skip
     """The tensor of the small model called `name`, out of the large one's."""
     match = _LAYER.fullmatch(name)
@@ -175,6 +193,9 @@ def _cut(
         return tensor.index_select(0, chosen[layer])
     if part == "mlp.gate":
         tensor = tensor.index_select(0, chosen[layer])
+    if (numbers := parts.get(layer, {}).get(part.removeprefix("self_attn."))) is not None:
+        reads = part.endswith("o_proj")  # heads are its columns, and no part of its bias
+        tensor = tensor if reads and tensor.ndim == 1 else tensor.index_select(int(reads), numbers)
     if dense and part.endswith(("gate_proj", "up_proj")):
         tensor = tensor.index_select(0, rows[layer])
     if dense and part.endswith("down_proj") and tensor.ndim == 2:
@@ -184,6 +205,40 @@ def _cut(
     if part.endswith(_WRITES):
         return tensor.index_select(0, channels)
     return tensor
+
+
+def _kv_heads(config: Any, heads: int) -> dict[str, int]:
+    """The heads of keys and values that so many query heads keep: all where each keeps as many, else whole groups.
+
+    Empty for MLA, whose heads have their own.
+    """
+    if not hasattr(config, "num_key_value_heads"):
+        return {}
+    groups = config.num_key_value_heads
+    return {"num_key_value_heads": groups if heads % groups == 0 else heads * groups // config.num_attention_heads}
+
+
+def _head_parts(config: Any, score_H: Tensor, heads: int) -> dict[str, Tensor]:
+    """By projection the rows that stay, of o_proj the columns."""
+
+    def spread(numbers: Tensor, width: int) -> Tensor:
+        return (numbers[:, None] * width + torch.arange(width, device=numbers.device)).flatten()
+
+    if not hasattr(config, "num_key_value_heads"):
+        kept = _sorted(score_H, heads)
+        q, v = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+        asking = spread(kept, q)
+        return {"q_proj": asking, "q_b_proj": asking, "kv_b_proj": spread(kept, config.qk_nope_head_dim + v),
+                "o_proj": spread(kept, v)}  # fmt: skip
+    groups, width = config.num_key_value_heads, config.head_width
+    if heads % groups == 0:
+        kept, shared = _in_groups(score_H, heads, groups), torch.arange(groups, device=score_H.device)
+    else:
+        each = len(score_H) // groups
+        shared = _sorted(score_H.view(groups, each).sum(1), heads // each)
+        kept = spread(shared, each)
+    asked = spread(shared, width)
+    return {"q_proj": spread(kept, width), "o_proj": spread(kept, width), "k_proj": asked, "v_proj": asked}
 
 
 def kept_layers(found: Importance, keep: int | None) -> list[int]:
@@ -208,11 +263,13 @@ def _in_groups(score_E: Tensor, keep: int | None, groups: int) -> Tensor:
 
 
 def _check(
-    config: Any, found: Importance, layers: int | None, hidden: int | None, ffn: int | None, experts: int | None
-) -> None:
+    config: Any, found: Importance, layers: int | None, hidden: int | None, ffn: int | None, experts: int | None,
+    heads: int | None,
+) -> None:  # fmt: skip
     for name, wanted, there in (
         ("layers", layers, config.num_hidden_layers), ("hidden", hidden, config.hidden_size),
         ("ffn", ffn, config.intermediate_size), ("experts", experts, getattr(config, "n_routed_experts", 0)),
+        ("heads", heads, config.num_attention_heads),
     ):  # fmt: skip
         if wanted is not None and not 1 <= wanted <= there:
             raise UserError(f"prune: {name} is {wanted}; this model has {there}.")
@@ -221,5 +278,12 @@ def _check(
             raise UserError(f"prune: {experts} experts do not divide into the {config.n_group} groups of this model.")
         if config.num_experts_per_tok > experts // config.n_group * config.topk_group:
             raise UserError(f"prune: {experts} experts are too few for {config.num_experts_per_tok} a token.")
+    groups = getattr(config, "num_key_value_heads", 1)
+    each = config.num_attention_heads // groups
+    if heads is not None and heads % groups and heads % each:
+        raise UserError(
+            f"prune: {heads} heads neither divide into the {groups} groups of this model nor are whole groups "
+            f"of {each}."
+        )
     if ffn is not None and not found.ffn:
         raise UserError("prune: this model has no dense feed-forward layer; leave ffn out.")

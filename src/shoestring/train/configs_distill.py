@@ -183,6 +183,7 @@ class PruneStage(StageBase):
     hidden: int | None = Field(None, ge=1)
     ffn: int | None = Field(None, ge=1)  # neurons of dense layers
     experts: int | None = Field(None, ge=1)
+    heads: int | None = Field(None, ge=1)  # of attention: as many of each group, or whole groups; with MLA any
     corpus: TextFiles | None = None
     examples: int = Field(256, ge=1)
     held_out: int = Field(64, ge=2)
@@ -195,6 +196,6 @@ class PruneStage(StageBase):
             raise UserError(f'stage "{self.name}": prune needs the input "model".')
         if (self.corpus is None) == ("traces" not in self.inputs):
             raise UserError(f'stage "{self.name}": give text to measure importance on: "traces" or corpus.files.')
-        if self.layers is self.hidden is self.ffn is self.experts is None:
-            raise UserError(f'stage "{self.name}": say how many layers, hidden, ffn or experts to keep.')
+        if self.layers is self.hidden is self.ffn is self.experts is self.heads is None:
+            raise UserError(f'stage "{self.name}": say how many layers, hidden, ffn, experts or heads to keep.')
         return self

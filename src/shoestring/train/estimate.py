@@ -67,13 +67,17 @@ def pruned_shape(stage: PruneStage, shape: ModelShape) -> ModelShape:
     for name, wanted, there in (
         ("layers", stage.layers, shape.layers), ("hidden", stage.hidden, shape.d_model),
         ("ffn", stage.ffn, shape.ffn), ("experts", stage.experts, shape.n_routed),
+        ("heads", stage.heads, shape.heads),
     ):  # fmt: skip
         if wanted is not None and wanted > there:
             raise UserError(f'stage "{stage.name}": {name} is {wanted}; this model has {there}.')
-    layers = stage.layers or shape.layers
+    layers, heads, kv_heads = stage.layers or shape.layers, stage.heads or shape.heads, shape.kv_heads
+    if shape.kind == "gqa" and heads % kv_heads:  # whole groups go
+        kv_heads = heads * kv_heads // shape.heads
     return replace(
-        shape, layers=layers, d_model=stage.hidden or shape.d_model, ffn=stage.ffn or shape.ffn,
-        n_routed=stage.experts or shape.n_routed, dense_layers=min(shape.dense_layers, layers), mtp_layers=0,
+        shape, layers=layers, heads=heads, kv_heads=kv_heads, d_model=stage.hidden or shape.d_model,
+        ffn=stage.ffn or shape.ffn, n_routed=stage.experts or shape.n_routed,
+        dense_layers=min(shape.dense_layers, layers), mtp_layers=0,
         head_dim=shape.head_dim or (shape.d_model // shape.heads if shape.kind == "gqa" else 0),
     )  # fmt: skip
 

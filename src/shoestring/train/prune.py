@@ -39,7 +39,8 @@ def run(stage: PruneStage, ctx: Context) -> Outcome:
                              pad_id=tokenizer.pad)  # fmt: skip
     moved = [batch.to(model.head_weight.device) for batch in batches]
     found = importance(model, ((b.tokens_BT, b.positions_BT, b.segments_BT) for b in moved))
-    small = prune(model, found, layers=stage.layers, hidden=stage.hidden, ffn=stage.ffn, experts=stage.experts)
+    small = prune(model, found, layers=stage.layers, hidden=stage.hidden, ffn=stage.ffn, experts=stage.experts,
+                  heads=stage.heads)  # fmt: skip
     small.to(model.head_weight.device)
     folder = ctx.run.begin_checkpoint(0)
     checkpoint.save(small, tokenizer, folder)

@@ -131,7 +131,7 @@ async def _session(job: Job, seat: Seat, watch: Callable[[Asking], None] | None)
     counts = store.counts(number)
     total = sum(counts.values())
     with Progress(total, title="ask", unit="answers", quiet=job.quiet) as bar:
-        show = _shown(bar, counts["answered"], job.budget)
+        show = _shown(bar, counts["answered"])
 
         def tick(asking: Asking) -> None:
             show(asking)
@@ -148,12 +148,15 @@ async def _session(job: Job, seat: Seat, watch: Callable[[Asking], None] | None)
     return told, number
 
 
-def _shown(bar: Progress, before: int, budget: Budget) -> Callable[[Asking], None]:
+def _shown(bar: Progress, before: int, clock: Callable[[], float] = time.monotonic) -> Callable[[Asking], None]:
     """What the bar says: answers, tokens, spend and its forecast, errors, requests in flight."""
+    started = clock()
 
     def show(asking: Asking) -> None:
         told, purse = asking.told, asking.journal.purse
         facts: dict[str, float] = {"$": usd(purse.spent)}
+        if told.answers and clock() > started:
+            facts = {"answers/s": told.answers / (clock() - started)} | facts
         if told.answers and told.pico:
             facts["$ at the end"] = usd(
                 purse.spent + told.pico * (int(bar.total) - before - told.answers) // told.answers

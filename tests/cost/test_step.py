@@ -19,7 +19,7 @@ from shoestring.cost.pipeline import bubble, dualpipe_calls, in_flight
 from shoestring.cost.search import search
 from shoestring.cost.shape import ModelShape
 from shoestring.cost.step import step_time
-from shoestring.cost.work import LINK, NETWORK, all_to_all_seconds, nodes_reached
+from shoestring.cost.work import LINK, NETWORK, all_to_all_seconds, layer_chunk, nodes_reached
 
 V3 = named_shape("deepseek-v3")
 H800 = find_chip("H800")
@@ -143,6 +143,18 @@ def test_schedules_run_with_what_they_can_be_fed():
     full, odd = (step_time(shape, cluster, layout, 4096, b) for b in (8 * 64, 8 * 57))
     assert odd.seconds == pytest.approx(full.seconds, rel=5e-3) and odd.tokens < full.tokens  # 57 take as long as 64
     assert even_chunks(105, 35) == 3 and even_chunks(96, 12) == 2 and even_chunks(61, 16) == 2
+
+
+def test_a_split_sequence_sends_its_keys_and_values():
+    """Llama 70B, 128K tokens over 16 chips: 1/16 of the work each; keys and values of the others pass by."""
+    shape, chip = named_shape("llama-2-70b"), find_chip("H100")
+    alone, split = (layer_chunk(shape, chip, Layout(cp=cp), 131072, moe=False) for cp in (1, 16))
+    assert split.parts["attention"] == pytest.approx(alone.parts["attention"] / 16)
+    sent = 131072 * 15 / 16 * 2 * 8 * 128 * 2 / (chip.net_bw * NETWORK)  # seconds, forward
+    assert sent < split.parts["attention"] / 3.5  # hidden but for the part that always shows
+    assert split.parts["context messages"] == pytest.approx(0.1 * 3 * sent)
+    short = layer_chunk(shape, chip, Layout(cp=16), 2048, moe=False)  # too little attention to hide them behind
+    assert short.parts["context messages"] > 0.5 * 3 * sent / 64 and "context messages" not in alone.parts
 
 
 def test_chunk_cache_changes_nothing():

@@ -18,9 +18,8 @@ from shoestring.cost.orders import fewest
 from shoestring.cost.pipeline import bubble, dualpipe_calls
 from shoestring.cost.shape import ModelShape
 from shoestring.cost.timetable import Span, StageSeconds, span
-from shoestring.cost.work import ELEMENTWISE, LINK, NETWORK, Chunk
+from shoestring.cost.work import ELEMENTWISE, LINK, MISS, NETWORK, Chunk
 
-MISS = 0.10  # part of the shorter of two overlapped activities that still shows: an estimate
 COMM_CORES = 20 / 132  # cores lent to communication while it overlaps (arXiv 2412.19437 section 3.2.2)
 OPTIMIZER_BYTES = 30  # read and written a parameter by AdamW with FP32 master, moments and gradient
 

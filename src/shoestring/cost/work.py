@@ -20,6 +20,7 @@ from shoestring.cost.shape import ModelShape
 ELEMENTWISE = 0.70  # share of memory bandwidth that chains of small kernels reach: an estimate
 LINK = 0.80  # share of a link's rate that collectives reach: 160 of 200 GB/s in deepseek-ai/DeepEP on H800
 NETWORK = 0.80  # the same between nodes; 40-45 of 50 GB/s in nccl-tests on 400 Gbit/s
+MISS = 0.10  # part of the shorter of two overlapped activities that still shows: an estimate
 LAUNCH = 4e-6  # seconds a kernel launch costs when it is not hidden
 KERNELS = 20  # kernels of one layer, forward
 CORES = {"volta": 80, "ampere": 108, "hopper": 132, "blackwell": 148, "ada": 128, "cdna3": 304}
@@ -189,6 +190,8 @@ def layer_chunk(
     _recompute(chunk, shape, chip, layout, seq_len, flash)
     if t > 1:
         _tensor_messages(chunk, shape, chip, layout, tokens)
+    if layout.cp > 1:
+        _context_messages(chunk, shape, chip, layout, seq_len)
     if moe and layout.ep > 1:
         size = 1.03 if layout.precision == "fp8" else 2.0
         out, back = (all_to_all_seconds(shape, chip, tokens, layout.ep, s) for s in (size, 2.0))
@@ -215,6 +218,19 @@ def _tensor_messages(chunk: Chunk, shape: ModelShape, chip: Chip, layout: Layout
     one = 2 * tokens * shape.d_model * 2 * (t - 1) / t / rate
     again = 2 * one if layout.recompute == "full" else 0.0
     chunk.add("tensor-parallel messages", 2 * one, 2 * one + again)
+
+
+def _context_messages(chunk: Chunk, shape: ModelShape, chip: Chip, layout: Layout, seq_len: int) -> None:
+    """Keys and values (MLA: latents) go round a ring behind attention, and come back with gradients (2310.01889)."""
+    rate = chip.link_bw * LINK if layout.cp * layout.tp <= chip.node_size else chip.net_bw * NETWORK
+    others = layout.micro_batch * seq_len * (1 - 1 / layout.cp)
+    once = others * shape.kv_numbers_per_token() / shape.layers * 2 / layout.tp / rate
+    attention = chunk.parts["attention"]  # forward and backward, 1 to 2.5 and more
+
+    def shown(messages: float, work: float) -> float:
+        return max(0.0, messages - work) + MISS * min(messages, work)
+
+    chunk.add("context messages", shown(once, attention / 3.5), shown(2 * once, attention * 2.5 / 3.5))
 
 
 def head_chunk(shape: ModelShape, chip: Chip, layout: Layout, seq_len: int) -> Chunk:

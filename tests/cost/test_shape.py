@@ -144,3 +144,31 @@ def test_window_lowers_attention_only():
 def test_contradictions_are_named(changes, words):
     with pytest.raises(UserError, match=words):
         V3.with_(**changes)
+
+
+# arXiv 2104.04473: layers, width, heads, batch, chips, TFLOP/s a chip; parameters in billions, seconds a step
+MEGATRON = [
+    (40, 6144, 48, 1024, 256, 135, 18.45, 9.40), (80, 12288, 96, 2304, 1536, 148, 145.62, 24.82),
+    (105, 20480, 128, 2520, 2520, 163, 529.60, 54.08), (128, 25600, 160, 3072, 3072, 163, 1008.04, 102.6),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", MEGATRON)
+def test_megatron_s_counter_and_ours(row):
+    """Their FLOPs of a step with one full recomputation are ours to the digit; their parameters add positions and biases."""
+    layers, d, heads, batch, chips, tflops, billions, seconds = row
+    shape = ModelShape(vocab=51200, d_model=d, layers=layers, heads=heads, ffn=4 * d, ffn_mats=2, tied=True)
+    forward = shape.flops_per_token(2048, causal=False, backward=False)
+    ours = (4 * forward - 2 * shape.vocab * d) * batch * 2048  # the head is not computed again
+    theirs = 96 * batch * 2048 * layers * d**2 * (1 + 2048 / (6 * d) + 51200 / (16 * layers * d))
+    assert ours == pytest.approx(theirs, rel=1e-12)
+    assert ours / (chips * tflops * 1e12) == pytest.approx(seconds, abs=0.06)
+    assert shape.params().total == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+def test_a_trillion_parameters_take_83_days():
+    """Their estimate for 450B tokens on 3,072 chips at 163 TFLOP/s is 83.2 days by 8 T P; ours counts attention too."""
+    shape = ModelShape(vocab=51200, d_model=25600, layers=128, heads=160, ffn=102400, ffn_mats=2, tied=True)
+    forward = shape.flops_per_token(2048, causal=False, backward=False)
+    days = (4 * forward - 2 * shape.vocab * shape.d_model) * 450e9 / (3072 * 163e12) / 86400
+    assert 83.2 < days < 83.2 * 1.03

@@ -155,7 +155,7 @@ MEGATRON = [
 
 @pytest.mark.parametrize("row", MEGATRON)
 def test_megatron_s_counter_and_ours(row):
-    """Their FLOPs of a step with one full recomputation are ours to the digit; their parameters add positions and biases."""
+    """Their FLOPs of a step, with full recomputation, are ours to the digit; they count positions and biases too."""
     layers, d, heads, batch, chips, tflops, billions, seconds = row
     shape = ModelShape(vocab=51200, d_model=d, layers=layers, heads=heads, ffn=4 * d, ffn_mats=2, tied=True)
     forward = shape.flops_per_token(2048, causal=False, backward=False)

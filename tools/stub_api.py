@@ -193,6 +193,9 @@ def invented(request: dict[str, Any], text: str) -> dict[str, Any]:
         said = "What is always the same question here?" if kind == 0 else question() + "<|im_end|>"
     elif kind == 1:
         said = "I'm sorry, but I can't help with that."
+    elif "<answerable>" in text:
+        words = ["no" if draw.random() < share else "yes" for share in (0.2, 0.1)]
+        said = f"<changed>{words[0]}</changed> <answerable>{words[1]}</answerable>"
     elif "between <person>" in text:
         said = f"<person>A {' '.join(draw.choices(WORDS, k=8))}.</person>"
     else:

@@ -49,6 +49,7 @@ def synthesize(
     option: Annotated[list[str] | None, typer.Option(metavar="FILTER.OPTION=VALUE", help="An option of a filter.")] = None,
     fewest_words: Annotated[int, typer.Option(help="Words of a question at least.")] = 3,
     most_words: Annotated[int, typer.Option(help="Words of a question at most.")] = 1000,
+    judge: Annotated[bool, typer.Option("--judge", help="For `evolve`: the teacher judges whether a new question asks something else, and can be answered.")] = False,
     out: Annotated[Path, typer.Option(help="The folder of the store and of questions.jsonl.")] = Path("prompts"),
     budget: Annotated[str | None, typer.Option(help="Dollars this store may ever cost.")] = None,
     budget_tokens: Annotated[int | None, typer.Option(help="Tokens in and out it may ever take.")] = None,
@@ -93,7 +94,7 @@ def _synthesize(given: SimpleNamespace) -> None:
     stream, stops, ids = _stream(given)
     wish = Wish(
         given.method, stream, given.count, given.out, _filters(given), stops, given.seed, given.fewest_words,
-        given.most_words, given.dry_run,
+        given.most_words, given.judge, given.dry_run,
     )  # fmt: skip
     _show(given, wish, synthesize(wish, pool, _teacher(given, stops, ids)))
 

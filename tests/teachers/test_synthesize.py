@@ -20,7 +20,7 @@ from test_ask_serve import Serving
 
 from shoestring.cli import main
 from shoestring.core.nouns import Message
-from shoestring.curate._writing import OPERATORS, WANTED, Request, read, unfit
+from shoestring.curate._writing import OPERATORS, WANTED, Request, judgement, read, rejected, unfit
 from shoestring.data.store import Store
 from shoestring.data.traces import TraceStore
 from shoestring.models.checkpoint import save
@@ -87,6 +87,45 @@ def test_each_method(
     more = made(capsys, command(inventive, tmp_path, method, count + 5))
     assert more["questions"] == count + 5 and more["answers_now"] < 20
     assert [row["id"] for row in rows_of(tmp_path)[:count]] == [row["id"] for row in rows]
+
+
+def test_the_teacher_judges_what_it_evolved(
+    inventive: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each new question beside the one it was made of, once; what it rejects is not kept, nor evolved further."""
+    found = made(capsys, command(inventive, tmp_path, "evolve", 40, "--judge"))
+    rows = {row["id"]: row for row in rows_of(tmp_path)}
+    seeds = {str(i): text for i, text in enumerate(SEEDS)}
+    texts = seeds | {one: row["question"] for one, row in rows.items()}
+    asked = {trace.messages[0]["content"]: trace.answer for trace in TraceStore(tmp_path / "prompts")}
+    for row in rows.values():
+        (parent,) = row["synthesis"]["parents"]
+        request = judgement(texts[parent], row["question"]).messages[0][1]
+        assert asked[request] == "<changed>yes</changed> <answerable>yes</answerable>"
+    kinds = ("judged to ask the same", "judged not to be answerable", "not judged")
+    verdicts = [rejected(answer, "stop") for text, answer in asked.items() if "<answerable>" in text]
+    assert found["questions"] == len(rows) == 40 and all(found["dropped"].get(why) for why in kinds)
+    assert len(verdicts) >= 40 + sum(found["dropped"][why] for why in kinds[:2])
+    assert made(capsys, command(inventive, tmp_path, "evolve", 40, "--judge"))["answers_now"] == 0
+    (tmp_path / "poor").mkdir()
+    arguments = command(inventive, tmp_path / "poor", "evolve", 40, "--judge", "--max-tokens", "50")
+    arguments[arguments.index("--budget") + 1] = "0.008"
+    poor = made(capsys, arguments, code=1)
+    assert "budget" in poor["ended"] and poor["questions"] < 40
+    arguments[arguments.index("--budget") + 1] = "1"
+    assert made(capsys, arguments)["questions"] == 40
+
+
+def test_verdicts_of_the_teacher() -> None:
+    for answer, told in (
+        ("<changed>yes</changed> <answerable>yes</answerable>", ""),
+        ("<think>no</think><Changed>Yes.</Changed>\n<answerable> yes </answerable>", ""),
+        ("<changed>no</changed><answerable>yes</answerable>", "judged to ask the same"),
+        ("<changed>yes</changed><answerable>no</answerable>", "judged not to be answerable"),
+        ("<changed>yes</changed>", "not judged"), ("Yes and yes.", "not judged"),
+    ):  # fmt: skip
+        assert rejected(answer, "stop") == told
+    assert rejected("<changed>yes</changed> <answerable>yes</answerable>", "length") == "not judged"
 
 
 def test_the_file_is_what_ask_reads(inventive: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,6 +306,7 @@ def test_from_nothing_by_a_template(model: Path) -> None:
 
 @pytest.mark.parametrize(("more", "told"), [
     (["--method", "guess"], 'no method "guess"'),
+    (["--method", "persona", "--seeds", "SEEDS", "--judge", "--price", "0,0"], "--judge belongs to --method evolve"),
     (["--method", "evolve"], "--method evolve writes from something: give --seeds FILE"),
     (["--method", "persona"], "--personas FILE or --seeds FILE"),
     (["--method", "evolve", "--seeds", "SEEDS", "--prefix", "x"], "belong to --method nothing"),

@@ -23,7 +23,19 @@ from shoestring.core.atomic import write_bytes
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Trace
 from shoestring.curate._sieve import Filter
-from shoestring.curate._writing import ASKED_FOR, PEOPLE, Item, Person, Pool, Request, Stream, read, unfit
+from shoestring.curate._writing import (
+    ASKED_FOR,
+    PEOPLE,
+    Item,
+    Person,
+    Pool,
+    Request,
+    Stream,
+    judgement,
+    read,
+    rejected,
+    unfit,
+)
 from shoestring.teachers._ask import Told
 
 FILE = "questions.jsonl"
@@ -62,6 +74,7 @@ class Wish:
     seed: int = 0
     fewest: int = 3
     most: int = 1000
+    judge: bool = False  # the teacher judges what it made out of another question
     pilot: bool = False  # ask PILOT requests and price the rest
 
 
@@ -114,6 +127,8 @@ def synthesize(wish: Wish, pool: Pool, ask: Ask) -> Made:
     """
     if wish.count < 1:
         raise UserError(f"--count is {wish.count}; it must be at least 1.")
+    if wish.judge and wish.method != "evolve":
+        raise UserError("--judge belongs to --method evolve: it compares a question with the one it was made out of.")
     modules = [(one, one.load()) for one in wish.filters]
     for one, module in modules:
         list(module.judge([], **one.options))  # a bad option or a missing file is told before anything is asked
@@ -126,9 +141,9 @@ def synthesize(wish: Wish, pool: Pool, ask: Ask) -> Made:
             break
         asked = ask(requests)
         made.told, before = asked.told, len(made.rows) + len(pool.people)
-        made.answers_now += asked.told.answers
         made.requests += len(requests)
-        _take(wish, made, modules, requests, asked)
+        _take(wish, made, modules, requests, asked, ask)
+        made.answers_now += asked.told.answers
         _write(wish, made)
         barren = 0 if len(made.rows) + len(pool.people) > before else barren + 1
         if asked.told.stopped:
@@ -176,8 +191,9 @@ def _some(wish: Wish, made: Made, rounds: Iterator[Request | None]) -> list[Requ
 
 
 def _take(
-    wish: Wish, made: Made, modules: Sequence[tuple[Filter, ModuleType]], requests: Sequence[Request], asked: Asked
-) -> None:
+    wish: Wish, made: Made, modules: Sequence[tuple[Filter, ModuleType]], requests: Sequence[Request], asked: Asked,
+    ask: Ask,
+) -> None:  # fmt: skip
     """Read the answers, sieve what they bring, and add what is left to the pool."""
     new: list[tuple[int, str]] = []
     for place, trace in sorted(asked.traces.items()):
@@ -194,8 +210,11 @@ def _take(
                 made.dropped[why] += 1
             else:
                 new.append((place, text))
-    brought = Counter[int]()
-    for (place, text), why in zip(new, _sift(made.pool, [text for _, text in new], modules), strict=True):
+    brought, judging = Counter[int](), Counter[int]()
+    reasons = _sift(made.pool, [text for _, text in new], modules)
+    if wish.judge:
+        judging = _judge(made, requests, asked, new, reasons, ask)
+    for (place, text), why in zip(new, reasons, strict=True):
         if why:
             made.dropped[why] += 1
             continue
@@ -206,9 +225,29 @@ def _take(
     for place, trace in sorted(asked.traces.items()):
         if requests[place].brings != PEOPLE:
             made.brought.append(brought[place])
-            made.costs.append(trace.cost_usd * 1e12)
+            made.costs.append(trace.cost_usd * 1e12 + judging[place])
         else:
             made.people_cost += trace.cost_usd * 1e12
+
+
+def _judge(
+    made: Made, requests: Sequence[Request], asked: Asked, new: Sequence[tuple[int, str]], reasons: list[str], ask: Ask
+) -> Counter[int]:
+    """Have the teacher judge what is left of `new`, and put into `reasons` why it rejects; pico-dollars by place. What
+    the budget leaves unjudged is not kept; the same command goes on with it."""
+    texts = {item.id: item.text for item in made.pool.items}
+    left = [i for i, why in enumerate(reasons) if not why]
+    costs = Counter[int]()
+    if not left:
+        return costs
+    judged = ask([judgement(texts[requests[new[i][0]].parents[0]], new[i][1]) for i in left])
+    made.requests += len(left)
+    asked.told.add(judged.told)
+    for i, place in enumerate(left):
+        trace = judged.traces.get(i)
+        reasons[place] = rejected(trace.answer, trace.finish_reason) if trace else "not judged"
+        costs[new[place][0]] += round(trace.cost_usd * 1e12) if trace else 0
+    return costs
 
 
 def _meet(pool: Pool, found: Sequence[str]) -> None:

@@ -7,7 +7,8 @@ persona        what somebody of a certain walk of life would ask (arXiv 2406.200
 nothing        an aligned teacher goes on after the template's opening of a user's turn (Magpie, arXiv 2406.08464)
 
 A stream depends on the pool and on a seed and not on how much of it is taken, so that more of it asks only what is
-new. The prompts are this project's own. Left out: a teacher as the judge of what it evolved.
+new. The prompts are this project's own. What was evolved may be judged by the teacher (`judgement`): whether it asks
+for something else than what it was made of, and can be answered. Evol-Instruct's other reasons to drop are `unfit`'s.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from shoestring.curate._words import WORD
 
 TAGGED = re.compile(r"<question>(.*?)</question>", re.DOTALL | re.IGNORECASE)
+VERDICT = re.compile(r"<(changed|answerable)>\s*(yes|no)\b", re.IGNORECASE)
 PERSON = re.compile(r"<person>(.*?)</person>", re.DOTALL | re.IGNORECASE)
 LEAKS = re.compile(
     r"</?question>|</?person>|\b(?:given|rewritten|original|previous|above) (?:question|prompt|task|person)s?\b", re.I
@@ -179,6 +181,27 @@ def nothing(prefix: str) -> Stream:
             number += 1
 
     return stream
+
+
+def judgement(parent: str, text: str) -> Request:
+    """What the teacher is asked of a question that was made out of another (after arXiv 2304.12244)."""
+    told = (
+        f"<question>{_bare(parent)}</question>\n\n<question>{_bare(text)}</question>\n\nThe second question was made "
+        "out of the first. Does it ask for something else or for more, so that a good answer to the first would not "
+        "do? And can it be answered on its own, in text, with what stands in it? Write nothing but yes or no for each, "
+        "in this form: <changed>yes</changed> <answerable>yes</answerable>"
+    )
+    return Request((("user", told),), "judge")
+
+
+def rejected(answer: str, finish: str) -> str:
+    """Why the teacher rejects what it judged; "" where it does not."""
+    said = {what.lower(): word.lower() for what, word in VERDICT.findall(answer.rpartition("</think>")[2])}
+    if finish != "stop" or len(said) < 2:
+        return "not judged"
+    if said["answerable"] == "no":
+        return "judged not to be answerable"
+    return "judged to ask the same" if said["changed"] == "no" else ""
 
 
 METHODS = ("self_instruct", "evolve", "persona", "nothing")

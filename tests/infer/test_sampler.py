@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoestring.core.nouns import Sampling
-from shoestring.infer.sampler import kept, sample
+from shoestring.infer.sampler import draw_in_blocks, kept, sample
 
 
 def uniforms(n: int, seed: int = 0) -> Tensor:
@@ -92,3 +92,26 @@ def test_nan_and_infinite_logits_are_refused(options: dict[str, float], bad: flo
     logits_RV[1, 2] = bad
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
         sample(logits_RV, uniforms(3), [Sampling(**options)] * 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("width", [8192, 8192 + 77])
+def test_a_draw_by_blocks_is_the_plain_draw(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p_RV = torch.softmax(3 * torch.randn(64, width, generator=generator), dim=-1)
+    p_RV[:32, ::2] = 0  # what is banned is never drawn
+    p_RV[3, :] = 0
+    p_RV[3, -1] = 1.0
+    p_RV[4, :] = 0
+    p_RV[4, 0] = 1.0
+    u_R = torch.rand(64, dtype=torch.float64, generator=generator)
+    u_R[:3] = torch.tensor([0.0, 1 - 2**-53, 0.5])
+    token_R, mass_R = draw_in_blocks(p_RV, u_R)
+    cumulative_RV = p_RV.cumsum(-1, dtype=torch.float64)
+    plain_R = torch.searchsorted(cumulative_RV, u_R[:, None] * cumulative_RV[:, -1:], right=True).squeeze(1)
+    before_R = (cumulative_RV - p_RV).gather(1, token_R[:, None]).squeeze(1) / cumulative_RV[:, -1]
+    after_R = cumulative_RV.gather(1, token_R[:, None]).squeeze(1) / cumulative_RV[:, -1]
+    assert bool(((u_R > before_R - 1e-6) & (u_R < after_R + 1e-6)).all())  # fp32 sums of blocks
+    assert (token_R == plain_R).float().mean() > 0.9 and bool((mass_R > 0).all())
+    assert torch.equal(mass_R, p_RV.gather(1, token_R[:, None]).squeeze(1))
+    alone = [draw_in_blocks(p_RV[r : r + 1], u_R[r : r + 1])[0].item() for r in range(0, 64, 9)]
+    assert alone == token_R[::9].tolist()  # whoever else draws

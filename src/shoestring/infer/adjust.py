@@ -34,14 +34,19 @@ def adjust(logits_RV: Tensor, sequences: list[Sequence]) -> Tensor:
     if not rows:
         return logits_RV
     logits_RV = logits_RV.float().clone()
+    shared = sequences[0].sampling.logit_bias
+    if not all(sequence.sampling.logit_bias is shared for sequence in sequences):
+        shared = None
+    if shared:  # one request's, as when padding of the table is banned: all rows at once
+        logits_RV[:, list(shared)] += torch.tensor(list(shared.values()), device=logits_RV.device)
     for row in rows:
-        _adjust_row(logits_RV[row], sequences[row])
+        _adjust_row(logits_RV[row], sequences[row], biased=bool(shared))
     return logits_RV
 
 
-def _adjust_row(logits_V: Tensor, sequence: Sequence) -> None:
+def _adjust_row(logits_V: Tensor, sequence: Sequence, *, biased: bool) -> None:
     s = sequence.sampling
-    if s.logit_bias:
+    if s.logit_bias and not biased:
         ids, values = list(s.logit_bias), list(s.logit_bias.values())
         logits_V[ids] += torch.tensor(values, dtype=logits_V.dtype, device=logits_V.device)
     if s.repetition_penalty != 1.0:

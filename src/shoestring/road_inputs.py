@@ -14,7 +14,7 @@ from shoestring.core.errors import UserError, did_you_mean
 from shoestring.core.registry import part_hash, part_path
 from shoestring.core.run import Run
 from shoestring.data.traces import TraceStore
-from shoestring.train.configs import Recipe, Stage, TaskMix, Textbook, TextFiles, is_teacher
+from shoestring.train.configs import Recipe, Stage, TaskMix, Textbook, TextFiles, is_store, is_teacher
 
 TRACES = "traces.db"  # the file of a store of traces (data/traces.py)
 Found = Run | Path
@@ -61,8 +61,8 @@ def _check_kind(stage: Stage, role: str, value: str, found: Found) -> None:
         return
     elif role == "traces" and not (found / TRACES).exists():
         raise UserError(f'stage "{stage.name}": input "traces" is "{value}", a folder without {TRACES}; give a run.')
-    elif role == "logits" and not (found / "store.json").exists():
-        raise UserError(f'stage "{stage.name}": input "logits" is "{value}", which holds no logits store.')
+    elif is_store(role) and not (found / "store.json").exists():
+        raise UserError(f'stage "{stage.name}": input "{role}" is "{value}", which holds no logits store.')
     elif role != "traces" and role in getattr(stage, "match_flops", ()):
         raise UserError(f'stage "{stage.name}": input "{role}" is "{value}", a folder; it must be a finished run.')
 

@@ -13,7 +13,7 @@ from shoestring.losses import _fused, adaptive, forward_kl, jsd, reverse_kl, ske
 from shoestring.losses._fused import plain_divergence_sum
 from shoestring.losses._several import Pool, Several
 from shoestring.losses._states import WithStates, states_sum
-from shoestring.losses._teacher import Hidden
+from shoestring.losses._teacher import Hidden, Sampled, TopK
 from shoestring.losses._tokens import Tokens
 
 N, V, D = 11, 19, 5
@@ -23,7 +23,7 @@ FORMS: list[tuple[Any, dict[str, Any]]] = [
 ]  # fmt: skip
 NAMES = [part.__name__.rpartition(".")[2] for part, _ in FORMS]
 SHARES = (0.5, 0.2, 0.3)
-POOLS: tuple[Pool, ...] = ("probabilities", "logits")
+POOLS: tuple[Pool, ...] = ("probabilities", "logits", "divergences")
 
 
 def _drawn(seed: int, *shape: int) -> Tensor:
@@ -64,7 +64,10 @@ def test_fused_is_plain(
     torch.testing.assert_close(torch.autograd.grad(fused, (hidden, table)), torch.autograd.grad(plain, (hidden, table)))
 
 
-@pytest.mark.parametrize(("part", "pool"), [(forward_kl, "probabilities"), (reverse_kl, "logits")])
+@pytest.mark.parametrize(
+    ("part", "pool"),
+    [(forward_kl, "probabilities"), (reverse_kl, "logits"), (jsd, "divergences"), (forward_kl, "divergences")],
+)
 def test_the_pool_has_the_gradient_of_the_weighted_divergences(part: Any, pool: Pool) -> None:
     pooled = _slopes(part, Several(list(_teachers()), SHARES, pool), temperature=1.3)
     alone = [_slopes(part, teacher, temperature=1.3) for teacher in _teachers()]
@@ -115,3 +118,16 @@ def test_a_teacher_with_states_teaches_as_without() -> None:
     for got, want in zip(_slopes(forward_kl, both), _slopes(forward_kl, bare), strict=True):
         assert torch.equal(got, want)
     assert len(both.index_select(torch.tensor([3])).states[0]) == 1
+
+
+def test_accounts_of_other_kinds_are_summed() -> None:
+    """A top-k account, samples and hidden states side by side: the weighted sum of what each gives alone."""
+    logp = torch.log_softmax(_drawn(11, N, V), -1)
+    best = logp.topk(4)
+    tail = torch.log1p(-best.values.exp().sum(-1))
+    ids = torch.randint(0, V, (N, 6), generator=torch.Generator().manual_seed(1))
+    accounts = [TopK(best.indices, best.values, tail), Sampled(ids, torch.full((N, 6), 1 / 6)), _teachers()[1]]
+    got = _slopes(forward_kl, Several(accounts, SHARES, "divergences"), chunk=4)
+    alone = [_slopes(forward_kl, account) for account in accounts]
+    for one, *each in zip(got, *alone, strict=True):
+        torch.testing.assert_close(one, sum(s * g for s, g in zip(SHARES, each, strict=True)))

@@ -149,6 +149,31 @@ def test_offline_learns_what_online_learns(
     assert len(list(store.folder.glob("*.bin"))) > 1
 
 
+def test_several_stores_teach_as_their_teachers_beside(
+    student: Path, folder: Path, traces: Path, tmp_path: Path
+) -> None:
+    """Two stores, of the teacher and of the student's own beginning, against both models beside the student."""
+    roles = {"logits": folder, "logits2": student}
+    common: dict[str, Any] = {"kind": "hidden", "row_tokens": 192, "compute": COMPUTE}
+    captures = [
+        CaptureStage(name=name, inputs={"teacher": str(model), "traces": str(traces)}, **common)
+        for name, model in roles.items()
+    ]
+    weighed = {"teacher_weights": (3.0, 1.0), "teacher_pool": "divergences", "steps": 2}
+    inputs: dict[str, Any] = {"traces": traces, **{role: role for role in roles}}
+    offline = stage_of(student, way="offline", inputs=inputs, **weighed)
+    made = run_recipe(Recipe(name="x", stages=(*captures, offline)), tmp_path / "runs", quiet=True).runs
+    both = {"traces": traces, "teacher": folder, "teacher2": student}
+    beside = run_stage(stage_of(student, way="forward_kl", inputs=both, **weighed), tmp_path / "b").metrics()
+    for stored, told in zip(made["distilled"].metrics(), beside, strict=True):
+        assert stored["divergence"] == pytest.approx(told["divergence"], rel=3e-3)
+        assert stored["grad_norm"] == pytest.approx(told["grad_norm"], rel=3e-3)
+    with pytest.raises(UserError, match="teacher_pool=divergences"):
+        stage_of(student, way="offline", inputs=inputs)
+    with pytest.raises(UserError, match="1 numbers for 2 stores"):
+        stage_of(student, way="offline", inputs=inputs, teacher_pool="divergences", teacher_weights=(1.0,))
+
+
 def test_a_capture_killed_on_its_way_goes_on_to_the_same_bytes(
     folder: Path, traces: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -147,7 +147,7 @@ def draw_in_blocks(p_RV: Tensor, u_R: Tensor) -> tuple[Tensor, Tensor]:
 
     The sums are fp32, as the probabilities are; a draw at the very edge of a block may fall on its other side.
     """
-    R, V = p_RV.shape
+    V = p_RV.shape[-1]
     whole = V // BLOCK * BLOCK
     sum_RJ = p_RV[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)
     if whole < V:

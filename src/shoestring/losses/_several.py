@@ -2,6 +2,7 @@
 
     probabilities   p = Σ_k w_k p_k          the forward KL to it is Σ_k w_k KL(p_k | q) but for a constant
     logits          ln p = Σ_k w_k t_k - ln Z    the reverse KL to it is Σ_k w_k KL(q | p_k) but for a constant
+    divergences     Σ_k w_k D(p_k, q)            nothing is pooled: for accounts of any kind, stores among them
 
 with Σ w = 1, all at the temperature. Linear and logarithmic opinion pools: Genest and Zidek (Statistical Science 1986).
 Each teacher keeps its own width; logits of each exist for one chunk only.
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from shoestring.losses._teacher import Buffers, Form, Opened, Targets
 
-Pool = Literal["probabilities", "logits"]
+Pool = Literal["probabilities", "logits", "divergences"]
 
 
 @dataclass(slots=True)
@@ -48,6 +49,15 @@ class Several:
             own: Buffers = buffers.once(f"teacher {number}", Buffers)
             opened.append((teacher.open(chunk, temperature, own), own))
 
+        def summed(rows: slice, z_nV: Tensor, form: Form) -> Tensor:
+            slope_nV, value_n = buffers.get("summed slopes", z_nV).zero_(), z_nV.new_zeros(len(z_nV))
+            for share, (open_, own) in zip(self.shares, opened, strict=True):
+                own_nV = own.get("own logits", z_nV).copy_(z_nV)  # the gradient takes their place
+                value_n += share * open_(rows, own_nV, form)
+                slope_nV.add_(own_nV, alpha=share)
+            z_nV.copy_(slope_nV)
+            return value_n
+
         def divergence(rows: slice, z_nV: Tensor, form: Form) -> Tensor:
             pooled_nV: Tensor | None = None
             for share, (open_, own) in zip(self.shares, opened, strict=True):
@@ -61,9 +71,12 @@ class Several:
             assert pooled_nV is not None
             return form(z_nV, pooled_nV, buffers)
 
-        return divergence
+        return summed if self.pool == "divergences" else divergence
 
     def plain(self, logq_NV: Tensor, value: Callable[[Tensor, Tensor], Tensor], temperature: float) -> Tensor:
+        if self.pool == "divergences":
+            pairs = zip(self.shares, self.teachers, strict=True)
+            return torch.stack([share * teacher.plain(logq_NV, value, temperature) for share, teacher in pairs]).sum(0)
         said: list[Tensor] = []
         for teacher in self.teachers:
             teacher.plain(logq_NV, lambda logp_NV, _: said.append(logp_NV) or logp_NV, temperature)  # type: ignore[func-returns-value]

@@ -17,6 +17,7 @@ from shoestring.core.errors import UserError
 from shoestring.train.configs_base import Compute as Compute
 from shoestring.train.configs_base import Decoding, ModelSpec, StageBase, TaskMix, Textbook, TextFiles, TrainBase
 from shoestring.train.configs_base import Optim as Optim
+from shoestring.train.configs_base import is_store as is_store
 from shoestring.train.configs_base import is_teacher as is_teacher
 from shoestring.train.configs_distill import CaptureStage, DistillStage, PruneStage
 from shoestring.train.configs_distill import HiddenStates as HiddenStates

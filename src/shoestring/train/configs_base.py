@@ -91,6 +91,16 @@ def teacher_roles(inputs: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted((role for role in inputs if is_teacher(role)), key=lambda role: int(role[7:] or 1)))
 
 
+def store_roles(inputs: Iterable[str]) -> tuple[str, ...]:
+    """The inputs that are stores of logits, in order: "logits", "logits2", ..."""
+    return tuple(sorted((role for role in inputs if is_store(role)), key=lambda role: int(role[6:] or 1)))
+
+
+def is_store(role: str) -> bool:
+    """Whether an input of this name is a store of logits."""
+    return re.fullmatch(r"logits([2-9]|[1-9][0-9]+)?", role) is not None
+
+
 def is_teacher(role: str) -> bool:
     """Whether an input of this name is a teacher."""
     return re.fullmatch(r"teacher([2-9]|[1-9][0-9]+)?", role) is not None

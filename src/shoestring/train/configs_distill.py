@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from shoestring.core.config import Config
 from shoestring.core.errors import UserError, did_you_mean
 from shoestring.core.registry import list_parts
-from shoestring.train.configs_base import Decoding, StageBase, TaskMix, TextFiles, TrainBase, teacher_roles
+from shoestring.train.configs_base import Decoding, StageBase, TaskMix, TextFiles, TrainBase, store_roles, teacher_roles
 
 
 class Lora(Config):
@@ -45,7 +45,8 @@ class DistillStage(TrainBase):
     universal_logit, span_likelihood: as the divergences, from a teacher of another tokenizer.
 
     Several teachers (inputs "teacher", "teacher2", ...) stand beside the student as one, pooled by `teacher_weights`
-    (equal when empty). `hidden_states` adds a term on projected hidden states of one teacher.
+    (equal when empty); several stores (inputs "logits", "logits2", ...) only with teacher_pool=divergences.
+    `hidden_states` adds a term on projected hidden states of one teacher.
     """
 
     stage: Literal["distill"] = "distill"
@@ -58,7 +59,7 @@ class DistillStage(TrainBase):
     policy_gradient: bool = False
     lora: Lora | None = None
     teacher_weights: tuple[float, ...] = ()  # of several teachers, in their order; they need not sum to 1
-    teacher_pool: Literal["probabilities", "logits"] = "probabilities"  # what is averaged
+    teacher_pool: Literal["probabilities", "logits", "divergences"] = "probabilities"  # what is averaged
     hidden_states: HiddenStates | None = None
     mix: tuple[TaskMix, ...] = ()
     decoding: Decoding = Decoding()
@@ -77,9 +78,14 @@ class DistillStage(TrainBase):
         return teacher_roles(self.inputs)
 
     @property
+    def accounts(self) -> tuple[str, ...]:
+        """The inputs that say what is learnt of every token: the stores of way=offline, else the teachers."""
+        return store_roles(self.inputs) if self.way == "offline" else self.teachers
+
+    @property
     def shares(self) -> tuple[float, ...]:
         """What each teacher counts for; they sum to 1."""
-        weights = self.teacher_weights or (1.0,) * len(self.teachers)
+        weights = self.teacher_weights or (1.0,) * len(self.accounts)
         return tuple(weight / sum(weights) for weight in weights)
 
     @property
@@ -129,16 +135,22 @@ class DistillStage(TrainBase):
     @model_validator(mode="after")
     def _teachers_beside(self) -> DistillStage:
         where, weights = f'stage "{self.name}"', self.teacher_weights
+        if self.way == "offline" and len(self.accounts) > 1 and self.teacher_pool != "divergences":
+            raise UserError(
+                f"{where}: what several stores hold cannot be pooled, only the divergences from each: set "
+                "teacher_pool=divergences."
+            )
         if len(self.teachers) > 1 and not self.beside:
             raise UserError(f"{where}: several teachers are for divergences and on_policy; way={self.way} has one.")
-        if weights and len(weights) != len(self.teachers):
+        if weights and len(weights) != len(self.accounts):
+            what = "stores" if self.way == "offline" else "teachers"
             raise UserError(
-                f"{where}: teacher_weights has {len(weights)} numbers for {len(self.teachers)} teachers "
-                f"({', '.join(self.teachers) or 'none'}); give one each."
+                f"{where}: teacher_weights has {len(weights)} numbers for {len(self.accounts)} {what} "
+                f"({', '.join(self.accounts) or 'none'}); give one each."
             )
         if any(not 0 < weight < float("inf") for weight in weights):
             raise UserError(f"{where}: teacher_weights are {list(weights)}; each must be a positive number.")
-        if self.policy_gradient and self.teacher_pool == "logits" and len(self.teachers) > 1:
+        if self.policy_gradient and self.teacher_pool != "probabilities" and len(self.teachers) > 1:
             raise UserError(f"{where}: policy_gradient scores sampled tokens only: use teacher_pool=probabilities.")
         if self.hidden_states is None:
             return self

@@ -21,6 +21,7 @@ from shoestring.core.registry import load_part
 from shoestring.data.batch import Batch, Example
 from shoestring.data.logits import LogitsStore, read_hidden, read_topk, sequence_key, unpack_ids
 from shoestring.losses import next_token, policy
+from shoestring.losses._several import Several
 from shoestring.losses._teacher import Hidden, Sampled, Targets, TopK
 from shoestring.losses._tokens import Tokens
 from shoestring.text.tokenizer import Tokenizer
@@ -64,12 +65,38 @@ class OnlineLesson(TextLesson):
 
 
 class StoredLesson(TextLesson):
-    """A teacher's kept answers, and what a store kept of its logits."""
+    """A teacher's kept answers, and what a store kept of its logits; of several stores their weighted divergences."""
 
     def __init__(self, stage: DistillStage, ctx: Context, tokenizer: Tokenizer):
         super().__init__(stage, ctx, tokenizer)
-        folder = ctx.folder_of("logits", "store")
-        self.store = LogitsStore(folder)
+        self.shares = stage.shares
+        self.kept = [_Kept(role, stage, ctx, tokenizer) for role in stage.accounts]
+        self.all = [self._with_entries(example) for example in self.all]
+
+    def _with_entries(self, example: Example) -> Example:
+        """The example with a number at every target token: where `_Kept.rows` says which record it has."""
+        on = np.asarray(example.weight) != 0
+        on[0] = False  # nothing predicts the first token
+        entry = np.zeros(len(on), np.int64)
+        for kept in self.kept:
+            first, count = kept.find(example)
+        entry[on] = np.arange(first, first + count)
+        return Example(example.ids, example.weight, entry=entry.tolist())
+
+    def teach(self, batch: Batch) -> None:
+        assert batch.entry_BT is not None
+        _, keep_N = flat_tokens(batch)
+        entries_N = batch.entry_BT.flatten()[keep_N].numpy()
+        told = [kept.targets(entries_N) for kept in self.kept]
+        batch.teacher = told[0] if len(told) == 1 else Several(told, self.shares, "divergences")
+
+
+class _Kept:
+    """One store of a stage: which of its records belong to the lesson's tokens, in the order they were asked for."""
+
+    def __init__(self, role: str, stage: DistillStage, ctx: Context, tokenizer: Tokenizer):
+        folder = ctx.folder_of(role, "store")
+        self.store, self.role, self.run = LogitsStore(folder), role, ctx.run.name
         asked = ctx.run.manifest["parents"].get("teacher", {}).get("digest")
         self.store.expect(tokenizer=tokenizer.digest(), temperature=stage.temperature, teacher=asked)
         if self.store.spec.kind == "sampled" and stage.loss != "forward_kl":
@@ -77,31 +104,28 @@ class StoredLesson(TextLesson):
                 f"sampled logits are unbiased for forward_kl only, not for {stage.loss}; capture kind=topk."
             )
         self.head_VC = load_head(folder) if self.store.spec.kind == "hidden" else None
-        self.all = [self._with_entries(example, ctx) for example in self.all]
+        self._rows, self._count = [np.empty(0, np.int64)], 0
 
-    def _with_entries(self, example: Example, ctx: Context) -> Example:
-        """The example with the number of its record at every target token."""
+    def find(self, example: Example) -> tuple[int, int]:
+        """(number of its first token in the lesson, tokens) of the next example. Raises UserError when it is not
+        in the store."""
         try:
             first, count = self.store.find(sequence_key(example.ids, example.weight))
         except KeyError:
+            which = "the logits store" if self.role == "logits" else f'the logits store of input "{self.role}"'
             raise UserError(
-                f"{ctx.run.name}: the logits store holds nothing for some of these traces; it was captured from other "
+                f"{self.run}: {which} holds nothing for some of these traces; it was captured from other "
                 "traces, or with another chat template: capture it again."
             ) from None
-        on = np.asarray(example.weight) != 0
-        on[0] = False  # nothing predicts the first token
-        entry = np.zeros(len(on), np.int64)
-        entry[on] = np.arange(first, first + count)
-        return Example(example.ids, example.weight, entry=entry.tolist())
-
-    def teach(self, batch: Batch) -> None:
-        assert batch.entry_BT is not None
-        _, keep_N = flat_tokens(batch)
-        batch.teacher = self.targets(batch.entry_BT.flatten()[keep_N].numpy())
+        self._rows.append(np.arange(first, first + count))
+        self._count += count
+        return self._count - count, count
 
     def targets(self, entries_N: np.ndarray) -> Targets:
         """What the store holds of these tokens, as the losses take it."""
-        spec, records = self.store.spec, self.store.records(entries_N)
+        if len(self._rows) > 1:
+            self._rows = [np.concatenate(self._rows)]
+        spec, records = self.store.spec, self.store.records(self._rows[0][entries_N])
         if spec.kind == "topk":
             ids, logp, tail = (torch.from_numpy(array) for array in read_topk(spec, records))
             return TopK(ids, logp, tail)

@@ -309,21 +309,22 @@ def million(count: int, concurrency: int) -> dict[str, Any]:
         write_questions(Path(folder) / "q.jsonl", count)
         out = Path(folder) / "traces"
         job = job_of({"port": port, "folder": folder, "concurrency": concurrency, "questions": count}, out)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         outcome = run(job, watch=lambda asking: seen.append((asking.told.answers, _rss_mb())))
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         start = time.perf_counter()
         run(job)
         reopened = time.perf_counter() - start
-        start = time.perf_counter()
+        start, exported_cpu = time.perf_counter(), time.process_time()
         export(out, Path(folder) / "export.parquet")
-        exported = time.perf_counter() - start
+        exported, exported_cpu = time.perf_counter() - start, time.process_time() - exported_cpu
         size = (out / "traces.db").stat().st_size
         early = [mb for answers, mb in seen if 0.05 * count < answers < 0.15 * count]
         late = [mb for answers, mb in seen if answers > 0.9 * count]
     facts = {
         "answers": outcome.counts["answered"], "seconds": seconds, "answers_per_s": count / seconds, "store_bytes": size,
-        "bytes_per_answer": size / count, "reopen_s": reopened, "export_parquet_s": exported, "peak_mb": peak_mb(),
+        "bytes_per_answer": size / count, "reopen_s": reopened, "export_parquet_s": exported, "cpu_s": cpu,
+        "export_cpu_s": exported_cpu, "peak_mb": peak_mb(),
         "mb_after_a_tenth": statistics.median(early) if early else None, "mb_at_the_end": statistics.median(late) if late else None,
     }  # fmt: skip
     print(table(("", ""), [[name, f"{value:,.1f}" if value else "-"] for name, value in facts.items()]))

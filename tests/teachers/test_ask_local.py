@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from asked import write_questions
 
 from shoestring.cli import main
+from shoestring.core.config import Config
+from shoestring.core.run import Run
 from shoestring.data.traces import TraceStore
 from shoestring.models.checkpoint import save
 from shoestring.models.dense import Dense, DenseConfig
@@ -50,3 +53,25 @@ def test_a_checkpoint_and_its_recorded_answers(model: Path, tmp_path: Path, caps
                    str(tmp_path / "c"))  # fmt: skip
     assert replayed["answered"] == 5
     assert [t.answer for t in TraceStore(tmp_path / "c")] == [t.answer for t in traces[::2]]
+
+
+class Stage(Config):
+    """Of a run that is only there to be asked."""
+
+    steps: int = 1
+
+
+def test_a_run_is_asked_by_its_last_checkpoint(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_questions(tmp_path / "q.jsonl", ["question 1", "question 2"])
+    run = Run.open(tmp_path / "runs", stage="sft", recipe="r", config=Stage())
+    line = ["--teacher", str(run.path), "--questions", str(tmp_path / "q.jsonl"), "--max-tokens", "4", "--seed", "3",
+            "--out", str(tmp_path / "a")]  # fmt: skip
+    assert main(["ask", "--quiet", *line]) == 2 and "is a run without a checkpoint" in capsys.readouterr().err
+    with run.attempt():
+        shutil.copytree(model, run.begin_checkpoint(7), dirs_exist_ok=True)
+        run.commit_checkpoint(7)
+    assert ask(capsys, *line)["answered"] == 2
+    line[1], line[-1] = str(model), str(tmp_path / "b")
+    assert ask(capsys, *line)["answered"] == 2
+    one, other = (TraceStore(tmp_path / name).read() for name in "ab")
+    assert [t.token_ids for t in one] == [t.token_ids for t in other] and one[0].teacher == str(run.path)

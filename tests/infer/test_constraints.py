@@ -115,6 +115,20 @@ def test_prompt_logprobs_in_chunks(model: Any) -> None:
             assert torch.allclose(torch.tensor([x for _, x in pairs]), torch.stack(expected), atol=1e-5)
 
 
+@pytest.mark.parametrize("budget", [2048, 7])
+def test_the_prompt_s_logprobs_come_with_the_first_event(model: Any, budget: int) -> None:
+    engine = Engine(model, max_batch_tokens=budget)
+    engine.add(list(range(40, 75)), Sampling(n=2, max_new_tokens=5, ignore_eos=True, prompt_logprobs=2))
+    engine.add(PROMPT, Sampling(max_new_tokens=5, ignore_eos=True), request_id="other")
+    events = drain(engine)
+    for sample in range(2):
+        first, *later = (e for e in events if e.sample == sample and e.request_id != "other")
+        assert later[-1].completion is not None and len(first.prompt_logprobs or []) == 35
+        assert first.prompt_logprobs == later[-1].completion.prompt_logprobs
+        assert all(event.prompt_logprobs is None for event in later)
+    assert all(event.prompt_logprobs is None for event in events if event.request_id == "other")
+
+
 @pytest.mark.parametrize("budget", [0, 4])
 def test_the_thinking_budget_closes_the_thinking(model: Any, tokenizer: Tokenizer, budget: int) -> None:
     start, end = tokenizer.specials["<think>"], tokenizer.specials["</think>"]

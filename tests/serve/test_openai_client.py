@@ -237,6 +237,17 @@ def test_streamed_legacy_logprobs_are_those_of_the_whole(client: Any, new: int):
         assert len(choice.logprobs.tokens) >= 2 + new and choice.logprobs.token_logprobs[0] is None
 
 
+def test_an_echoed_prompt_is_told_before_its_answer_is_there(client: Any, server: Any):
+    """With its logprobs, in the first chunk, while the engine is still at the answer."""
+    fields = {"model": "tiny", "prompt": "last digit", "max_tokens": 1900, "logprobs": 1, "echo": True}
+    with client.completions.create(**fields, stream=True, extra_body={"ignore_eos": True}) as chunks:
+        (first,) = next(iter(chunks)).choices
+        running = server.get("/health").json()["models"]["tiny"]["running"]
+    assert first.text == "last digit" and first.finish_reason is None and running == 1
+    assert "".join(first.logprobs.tokens) == "last digit" and first.logprobs.token_logprobs[0] is None
+    assert all(math.isfinite(value) for value in first.logprobs.token_logprobs[1:])
+
+
 def test_token_ids_and_prompt_logprobs(client: Any, tokenizer: Tokenizer):
     extra = {"return_token_ids": True, "prompt_logprobs": 1}
     answer = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=5, extra_body=extra)

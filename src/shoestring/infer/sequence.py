@@ -190,10 +190,10 @@ class Sequence:
 
     def _event(self, token_ids: list[int], text: str, logprobs: list[float], top: list[TokenLogprobs] | None) -> Event:
         self.text += text
-        done = self.finish_reason is not None
+        done, first = self.finish_reason is not None, 0 < self.produced == len(token_ids)
         return Event(
             self.request.id, self.sample, token_ids, text, logprobs, top, self.finish_reason,
-            self.completion() if done else None, self.cached_tokens,
+            self.completion() if done else None, self.cached_tokens, self.request.prompt_logprobs if first else None,
         )  # fmt: skip
 
     def _release(self, ids: list[int]) -> str:

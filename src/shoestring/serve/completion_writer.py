@@ -2,15 +2,15 @@
 
 Of a request with `echo` and `logprobs` the arrays have one entry for each prompt token and each generated one; the
 first is null, the last is the generated token even when it ends the text: whoever cuts `[:-1]` loses that one only.
-Streamed, the chunks of such a choice come when it is finished, for only then does the engine tell what it thought of
-the prompt.
+Streamed, the echoed prompt comes with the first token, for then the engine has read it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from shoestring.core.nouns import Completion, Event
+from shoestring.core.nouns import Completion, Event, TokenLogprobs
 from shoestring.serve.generation import Part, Tally
 from shoestring.serve.protocol import CompletionRequest
 from shoestring.serve.served import Served
@@ -30,7 +30,6 @@ class CompletionWriter:
         self._offset = [len(texts[index // self._n]) if request.echo else 0 for index in range(count)]
         self.silent = request.max_tokens == 0  # only the prompt was asked about
         self._scored = request.echo and request.logprobs is not None
-        self._waiting: list[list[Event]] = [[] for _ in range(count)]  # of a choice whose prompt is scored
 
     def begin(self) -> list[dict[str, Any]]:
         """Echoed prompts come first."""
@@ -46,27 +45,20 @@ class CompletionWriter:
             self._finish[index] = tally.finish[index] = str(event.finish_reason)
         elif not text and self._request.logprobs is None:
             return []
-        if not self._scored:
-            return [self._told(index, event, self._finish[index])]
-        self._waiting[index].append(event)
-        if self._finish[index] is None:
-            return []
-        *earlier, last = self._waiting[index]
-        prompt = self._echoed(index)
-        told = [self._told(index, piece, None) for piece in earlier]
-        return [prompt, *told, self._told(index, last, self._finish[index])]
+        if self._scored and event.prompt_logprobs is not None:
+            prompt = self._echoed(index, event.prompt_logprobs)
+            return [prompt, self._told(index, event, self._finish[index])]
+        return [self._told(index, event, self._finish[index])]
 
-    def _echoed(self, index: int) -> dict[str, Any]:
+    def _echoed(self, index: int, scores: Sequence[TokenLogprobs | None]) -> dict[str, Any]:
         """The chunk of the prompt with its logprobs; where its tokens end, the offsets of what follows go on."""
-        legacy = self._of_prompt(index)
+        legacy = self._of_prompt(index, scores)
         ids = self._parts[index // self._n].ids
         self._offset[index] = sum(len(self._served.texts.text(token)) for token in ids)
         return self._chunk(index, self._prompts[index // self._n], legacy.fields, None)
 
-    def _of_prompt(self, index: int) -> LegacyLogprobs:
-        completion, legacy = self._done[index], self._legacy(0)
-        assert completion is not None
-        scores = completion.prompt_logprobs or []
+    def _of_prompt(self, index: int, scores: Sequence[TokenLogprobs | None]) -> LegacyLogprobs:
+        legacy = self._legacy(0)
         for token, pairs in zip(self._parts[index // self._n].ids, scores, strict=True):
             legacy.add(token, None if pairs is None else pairs[0][1], None if pairs is None else pairs[1:])
         return legacy
@@ -102,7 +94,8 @@ class CompletionWriter:
             index, (self._prompts[index // self._n] if request.echo else "") + text, None, self._finish[index]
         )
         if request.logprobs is not None:
-            legacy = self._of_prompt(index) if request.echo else self._legacy(0)
+            scores = completion.prompt_logprobs or []
+            legacy = self._of_prompt(index, scores) if request.echo else self._legacy(0)
             if not self.silent:
                 for place, (token, value) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
                     legacy.add(token, value, completion.top_logprobs[place] if completion.top_logprobs else None)

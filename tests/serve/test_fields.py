@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from shoestring.text.tokenizer import Tokenizer
@@ -107,3 +112,50 @@ def test_shapes_of_the_distribution(server: Any):
     assert text(server, max_tokens=8, temperature=1.5, seed=11)["token_ids"] != greedy
     long = text(server, max_tokens=60, ignore_eos=True, repetition_penalty=100.0)["token_ids"]
     assert len(set(long)) == 60
+
+
+EXTRAS = {"return_token_ids": True, "prompt_logprobs": 1, "routed_experts": True, "temperature": 0, "max_tokens": 6}
+
+
+def streamed(server: Any, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    lines = server.post(path, body | {"stream": True}).text.splitlines()
+    return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+
+
+def same_rows(found: list[Any], wanted: list[Any]) -> bool:
+    """prompt_logprobs of two runs: the same tokens, about the same numbers."""
+    assert found[0] is None and len(found) == len(wanted)
+    for row, other in zip(found[1:], wanted[1:], strict=True):
+        assert row.keys() == other.keys() and row
+        assert all(row[key]["logprob"] == pytest.approx(other[key]["logprob"], abs=1e-4) for key in row)
+    return True
+
+
+def test_what_was_asked_for_beside_the_text_of_a_completion(server: Any, checkpoint: Path):
+    """Whole and streamed (with the choice's end); the experts are those the engine in this process routes to."""
+    from shoestring import Engine, Sampling, load
+
+    body = {"model": "tiny", "prompt": [5, 6, 7]} | EXTRAS
+    (whole,) = server.post("/v1/completions", body).json()["choices"]
+    *earlier, last = (chunk["choices"][0] for chunk in streamed(server, "/v1/completions", body))
+    assert all("token_ids" not in entry for entry in earlier)
+    assert last["token_ids"] == whole["token_ids"] and last["prompt_token_ids"] == [5, 6, 7]
+    assert last["routed_experts"] == whole["routed_experts"]
+    assert same_rows(last["prompt_logprobs"], whole["prompt_logprobs"])
+    experts = np.load(io.BytesIO(base64.b64decode(whole["routed_experts"])))
+    engine = Engine(*load(str(checkpoint)))
+    sampling = Sampling(temperature=0, max_new_tokens=6, routed_experts=True)
+    ((wanted,),) = engine.generate([[5, 6, 7]], sampling)
+    assert experts.shape == (3 + len(whole["token_ids"]) - 1, 1, 2) and experts.tolist() == wanted.routed_experts
+
+
+def test_what_was_asked_for_beside_the_text_of_a_chat(server: Any):
+    """Of the prompt in a stream's last chunk, which has no choices; of the answer where it ends."""
+    body = {"model": "tiny", "messages": QUESTION} | EXTRAS
+    whole = server.post("/v1/chat/completions", body).json()
+    *_, end, last = streamed(server, "/v1/chat/completions", body)
+    assert last["choices"] == [] and "usage" not in last  # nobody asked for usage
+    assert last["prompt_token_ids"] == whole["prompt_token_ids"]
+    assert same_rows(last["prompt_logprobs"], whole["prompt_logprobs"])
+    for name in ("token_ids", "routed_experts", "finish_reason"):
+        assert end["choices"][0][name] == whole["choices"][0][name]

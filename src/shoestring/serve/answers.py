@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from shoestring.serve.alarm import Alarm
 from shoestring.serve.errors import ApiError
 from shoestring.serve.exchange import GONE, JSON, Reply, unexpected
 from shoestring.serve.keys import KeyStore
@@ -65,25 +66,35 @@ class Streamed(Response):
         del self.headers["content-length"]
         self._frames = reply.frames
         self._reader_seconds = reader_seconds
+        self._sending = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = asyncio.create_task(self._write(send))
         watch = asyncio.create_task(_gone(receive))
+
+        def asleep() -> None:
+            if self._sending:
+                writer.cancel()
+
+        self._alarm = Alarm(self._reader_seconds, asleep)
         try:
             await asyncio.wait((writer, watch), return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._alarm.stop()
             watch.cancel()
             if not writer.done():
                 writer.cancel()
-            with contextlib.suppress(asyncio.CancelledError, TimeoutError):  # a reader that fell asleep
+            with contextlib.suppress(asyncio.CancelledError):
                 await writer
 
     async def _write(self, send: Send) -> None:
         async with contextlib.aclosing(self._frames) as frames:  # type: ignore[type-var]
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for frame in frames:
-                async with asyncio.timeout(self._reader_seconds):
-                    await send({"type": "http.response.body", "body": frame, "more_body": True})
+                self._alarm.touch()
+                self._sending = True
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
+                self._sending = False
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -117,9 +117,18 @@ class ChatWriter:
                 choice.logprobs += choice.pending
                 choice.pending = []
             entry["finish_reason"] = choice.finish
-            if choice.finish is not None and self._request.return_token_ids:
-                entry["token_ids"] = choice.ids
+            if choice.finish is not None:
+                entry |= self._more(choice)
         return entry
+
+    def _more(self, choice: _Choice) -> dict[str, Any]:
+        """Fields of a finished choice that were asked for."""
+        found: dict[str, Any] = {}
+        if self._request.return_token_ids:
+            found["token_ids"] = choice.ids
+        if self._request.routed_experts and choice.completion is not None:
+            found["routed_experts"] = routed_experts(choice.completion)
+        return found
 
     def message(self, index: int) -> dict[str, Any]:
         """A whole choice."""
@@ -138,11 +147,7 @@ class ChatWriter:
             "logprobs": {"content": choice.logprobs, "refusal": None} if request.logprobs else None,
             "finish_reason": choice.finish,
         }
-        if request.return_token_ids:
-            entry["token_ids"] = choice.ids
-        if request.routed_experts and choice.completion is not None:
-            entry["routed_experts"] = routed_experts(choice.completion)
-        return entry
+        return entry | self._more(choice)
 
     def whole(self) -> list[dict[str, Any]]:
         return [self.message(index) for index in range(len(self._choices))]

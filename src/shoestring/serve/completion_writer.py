@@ -72,7 +72,22 @@ class CompletionWriter:
                 legacy.add(token, value, event.top_logprobs[place] if event.top_logprobs else None)
             self._offset[index] += sum(len(self._served.texts.text(token)) for token in event.token_ids)
             logprobs = legacy.fields
-        return self._chunk(index, text, logprobs, finish)
+        entry = self._chunk(index, text, logprobs, finish)
+        return entry if finish is None else entry | self._more(index)
+
+    def _more(self, index: int) -> dict[str, Any]:
+        """Fields of a finished choice that were asked for."""
+        request, completion = self._request, self._done[index]
+        assert completion is not None
+        found: dict[str, Any] = {}
+        if request.return_token_ids:
+            found["token_ids"] = [] if self.silent else completion.token_ids
+            found["prompt_token_ids"] = self._parts[index // self._n].ids
+        if request.prompt_logprobs is not None:
+            found["prompt_logprobs"] = prompt_logprobs(completion.prompt_logprobs, self._served.texts)
+        if request.routed_experts:
+            found["routed_experts"] = routed_experts(completion)
+        return found
 
     @staticmethod
     def _chunk(index: int, text: str, logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
@@ -88,7 +103,6 @@ class CompletionWriter:
     def _choice(self, index: int) -> dict[str, Any]:
         request, completion = self._request, self._done[index]
         assert completion is not None
-        part = self._parts[index // self._n]
         text = "".join(self._text[index])
         entry = self._chunk(
             index, (self._prompts[index // self._n] if request.echo else "") + text, None, self._finish[index]
@@ -100,14 +114,7 @@ class CompletionWriter:
                 for place, (token, value) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
                     legacy.add(token, value, completion.top_logprobs[place] if completion.top_logprobs else None)
             entry["logprobs"] = legacy.fields
-        if request.return_token_ids:
-            entry["token_ids"] = [] if self.silent else completion.token_ids
-            entry["prompt_token_ids"] = part.ids
-        if request.prompt_logprobs is not None:
-            entry["prompt_logprobs"] = prompt_logprobs(completion.prompt_logprobs, self._served.texts)
-        if request.routed_experts:
-            entry["routed_experts"] = routed_experts(completion)
-        return entry
+        return entry | self._more(index)
 
     def extras(self) -> dict[str, Any]:
         return {}

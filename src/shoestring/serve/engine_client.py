@@ -8,17 +8,16 @@ fails at once, and it is started again, once; a second death is final.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import multiprocessing
 import queue
 import threading
 import time
-from collections import deque
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 from shoestring.core.nouns import Event, Sampling
+from shoestring.serve.alarm import Alarm
 from shoestring.serve.engine_process import EngineSpec, engine_main
 from shoestring.serve.errors import ApiError
 
@@ -31,33 +30,44 @@ _log = logging.getLogger("shoestring.serve")
 class Stream:
     """What one call hears from the engine: all that has come since it last asked, or an error."""
 
-    def __init__(self) -> None:
-        self._events: deque[tuple[int, Event]] = deque()
-        self._wake = asyncio.Event()
+    def __init__(self, beat: float) -> None:
+        self._events: list[tuple[int, Event]] = []
         self._error: ApiError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._alarm = Alarm(beat, self._wake)
 
     def put(self, part: int, event: Event) -> None:
         self._events.append((part, event))
-        self._wake.set()
+        if self._waiter is not None:
+            self._wake()
 
     def fail(self, error: ApiError) -> None:
         self._error = self._error or error
-        self._wake.set()
+        self._wake()
 
-    async def take(self, seconds: float) -> list[tuple[int, Event]]:
-        """(part of the call, event) pairs that have arrived; waits for news, at most `seconds`. Raises ApiError."""
-        if not self._wake.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await self._wake.wait()
-        self._wake.clear()
-        found = list(self._events)
-        self._events.clear()
-        if self._error is not None:
-            self._wake.set()
-            if not found:
-                raise self._error
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def take(self) -> list[tuple[int, Event]]:
+        """(part of the call, event) pairs that have arrived; [] after `beat` seconds without news. Raises ApiError."""
+        if not self._events and self._error is None:
+            self._alarm.touch()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        found = self.rest()
+        if not found and self._error is not None:
+            raise self._error
         return found
+
+    def rest(self) -> list[tuple[int, Event]]:
+        """What has arrived by now."""
+        found, self._events = self._events, []
+        return found
+
+    def close(self) -> None:
+        self._alarm.stop()
 
 
 class EngineClient:
@@ -134,7 +144,8 @@ class EngineClient:
         kind = message[0]
         if kind == "events":
             for event in message[1]:
-                self._deliver(event)
+                if (found := self._streams.get(event.request_id)) is not None:
+                    found[0].put(found[1], event)
         elif kind == "stats":
             self.stats = message[1]
         elif kind == "refused" and message[1] in self._streams:
@@ -147,11 +158,6 @@ class EngineClient:
             if message[1].startswith("UserError") and self.state == "starting":
                 return  # a mistake, not a fault: `start` tells it
             _log.error("the engine of %s failed:\n%s", self.spec.name, message[2])
-
-    def _deliver(self, event: Event) -> None:
-        found = self._streams.get(event.request_id)
-        if found is not None:
-            found[0].put(found[1], event)
 
     def _become(self, state: State) -> None:
         self.state = state

@@ -63,42 +63,38 @@ class Exchange:
         batch = self._first
         while True:
             for index, event in batch:
-                self._shape.feed(index, event, tally, 0.0)
+                self._shape.fold(index, event, tally)
             try:
                 batch = await anext(self._batches)
             except StopAsyncIteration:
                 break
-        found = self._shape.whole(tally, self._served.cost(tally))
+        found = self._shape.whole(tally)
         await self._close(200)
         return json.dumps(found, ensure_ascii=False).encode()
 
     async def _frames(self) -> AsyncIterator[bytes]:
         tally, status = self._call.tally, GONE
         try:
-            yield b"".join(self._shape.opening(tally))
+            yield self._shape.opening(tally)
             batch = self._first
             while True:
-                pieces = [
-                    piece
-                    for index, event in batch
-                    for piece in self._shape.feed(index, event, tally, self._served.cost(tally))
-                ]
-                if pieces or not batch:
-                    yield b"".join(pieces) or KEEP_ALIVE
+                piece = b"".join([self._shape.feed(index, event, tally) for index, event in batch])
+                if piece or not batch:
+                    yield piece or KEEP_ALIVE
                 batch = await anext(self._batches)
         except StopAsyncIteration:
             status = 200
         except ApiError as error:
             status = error.status
-            yield b"".join(self._shape.broken(error))
+            yield self._shape.broken(error)
         except Exception as error:
             _log.exception("request %s failed", self._call.request_id)
             status = 500
-            yield b"".join(self._shape.broken(unexpected(error)))
+            yield self._shape.broken(unexpected(error))
         finally:
             await self._close(status)
         if status == 200:
-            yield b"".join(self._shape.closing(tally, self._served.cost(tally)))
+            yield self._shape.closing(tally)
 
     async def _close(self, status: int) -> None:
         await self._batches.aclose()  # type: ignore[attr-defined]

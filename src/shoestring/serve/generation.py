@@ -18,7 +18,7 @@ from shoestring.serve.errors import ApiError
 from shoestring.serve.fair_queue import Place
 
 CROWD = 8  # requests in the engine from which on
-JOIN_SECONDS = 0.02  # a stream is told at most this often
+JOIN_SECONDS = 0.02  # a stream is told at most this often: fewer chunks, less work for each token
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,8 @@ class Tally:
     finish: dict[int, str] = field(default_factory=dict)  # by choice
     answers: list[int] = field(default_factory=list)  # lengths
 
-    def note(self, tokens: int) -> None:
+    def note(self, tokens: int, now: float) -> None:
         """Tokens of one choice have come."""
-        now = time.monotonic()
         if self.first is None:
             self.first = now
         elif self.last is not None and tokens:
@@ -81,7 +80,8 @@ class Generation:
         """
         left = sum(part.sampling.n for part in self._parts)
         cached: dict[int, int] = {}
-        stream = Stream()
+        stream = Stream(self._beat)
+        told = 0.0
         try:
             while not await self._place.turned(self._beat):
                 self._check_queue()
@@ -91,19 +91,23 @@ class Generation:
             for index, part in enumerate(self._parts):
                 self._engine.submit(stream, index, self._ids[index], part.ids, part.sampling, self._salt)
             while left:
+                found, now = await stream.take(), time.monotonic()
+                if now < told + JOIN_SECONDS and self._engine.in_flight > CROWD:
+                    await asyncio.sleep(told + JOIN_SECONDS - now)
+                    found, now = found + stream.rest(), time.monotonic()
+                told = now
                 batch = []
-                for index, event in await stream.take(self._beat):
+                for index, event in found:
                     choice = index * self._parts[index].sampling.n + event.sample
-                    self.tally.note(len(event.token_ids))
+                    self.tally.note(len(event.token_ids), now)
                     cached[index] = max(cached.get(index, 0), event.cached_tokens)
                     left -= event.finish_reason is not None
                     batch.append((choice, event))
                 self.tally.cached = sum(cached.values())
-                self._check_time()
+                self._check_time(now)
                 yield batch
-                if left and self._engine.in_flight > CROWD:
-                    await asyncio.sleep(JOIN_SECONDS)  # under load tokens are joined: fewer chunks, less work for each
         finally:
+            stream.close()
             for request_id in self._ids:
                 if left:
                     self._engine.cancel(request_id)
@@ -112,13 +116,14 @@ class Generation:
             self._place.leave()
 
     def _check_queue(self) -> None:
-        waited = time.monotonic() - self._place.entered
+        now = time.monotonic()
+        waited = now - self._place.entered
         if waited > self._queue_seconds:
             message = f"waited {waited:.0f} s in the queue without a turn; try again later."
             raise ApiError(503, message, code="queue_timeout", retry_after=self._place.pace())
-        self._check_time()
+        self._check_time(now)
 
-    def _check_time(self) -> None:
-        if time.monotonic() - self.tally.began > self._seconds:
+    def _check_time(self, now: float) -> None:
+        if now - self.tally.began > self._seconds:
             message = f"the request took longer than {self._seconds:g} s; ask for fewer tokens or try again later."
             raise ApiError(504, message, code="request_timeout", retry=False)

@@ -18,8 +18,8 @@ from shoestring.core.nouns import Event
 from shoestring.serve.errors import ApiError, bad
 from shoestring.serve.generation import Tally
 from shoestring.serve.protocol import ChatRequest, Effort, Fields, read
-from shoestring.serve.shape import Writer
-from shoestring.serve.shapes import usage
+from shoestring.serve.shape import Cost, Writer
+from shoestring.serve.shapes import tight, usage
 
 PASSED = (
     "model", "temperature", "top_p", "stream", "user", "seed", "stop", "top_k", "min_p", "repetition_penalty",
@@ -158,8 +158,8 @@ class _Item:
 class ResponsesShape:
     """A chat's deltas as the events of /v1/responses."""
 
-    def __init__(self, asked: ResponsesRequest, writer: Writer, answer_id: str) -> None:
-        self.writer = writer
+    def __init__(self, asked: ResponsesRequest, writer: Writer, answer_id: str, cost: Cost) -> None:
+        self.writer, self._cost = writer, cost
         self._asked, self._id = asked, answer_id
         self._created = int(time.time())
         self._number = 0
@@ -170,17 +170,19 @@ class ResponsesShape:
     def _event(self, kind: str, **fields: Any) -> bytes:
         document = {"type": kind, "sequence_number": self._number, **fields}
         self._number += 1
-        return f"event: {kind}\ndata: {json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+        return f"event: {kind}\ndata: {tight(document)}\n\n".encode()
 
-    def opening(self, tally: Tally) -> list[bytes]:
+    def opening(self, tally: Tally) -> bytes:
         self.writer.begin()
-        response = self._document("in_progress", None, tally, 0.0)
-        return [
-            self._event("response.created", response=response),
-            self._event("response.in_progress", response=response),
-        ]
+        response = self._document("in_progress", None, tally)
+        return self._event("response.created", response=response) + self._event(
+            "response.in_progress", response=response
+        )
 
-    def feed(self, index: int, event: Event, tally: Tally, usd: float) -> list[bytes]:
+    def fold(self, index: int, event: Event, tally: Tally) -> None:
+        self.feed(index, event, tally)
+
+    def feed(self, index: int, event: Event, tally: Tally) -> bytes:
         found: list[bytes] = []
         for entry in self.writer.feed(index, event, tally):
             delta = entry["delta"]
@@ -192,7 +194,7 @@ class ResponsesShape:
                 found += self._say("message", delta["content"], logprobs)
             for piece in delta.get("tool_calls", []):
                 found += self._call(piece)
-        return found
+        return b"".join(found)
 
     def _begin(self, kind: str, call: Mapping[str, Any] | None = None) -> list[bytes]:
         found = self._end()
@@ -251,23 +253,23 @@ class ResponsesShape:
         found.append(self._event("response.output_item.done", output_index=item.index, item=item.document("completed")))
         return found
 
-    def closing(self, tally: Tally, usd: float) -> list[bytes]:
-        found = self._end()
+    def closing(self, tally: Tally) -> bytes:
+        found = b"".join(self._end())
         status = "incomplete" if self._finish == "length" else "completed"
-        return [*found, self._event(f"response.{status}", response=self._document(status, None, tally, usd))]
+        return found + self._event(f"response.{status}", response=self._document(status, None, tally))
 
-    def broken(self, error: ApiError) -> list[bytes]:
+    def broken(self, error: ApiError) -> bytes:
         body = error.body()["error"]
         failure = {"code": body["code"] or body["type"], "message": body["message"]}
-        response = self._document("failed", failure, Tally(), 0.0)
-        return [self._event("error", **failure, param=body["param"]), self._event("response.failed", response=response)]
+        response = self._document("failed", failure, Tally())
+        return self._event("error", **failure, param=body["param"]) + self._event("response.failed", response=response)
 
-    def whole(self, tally: Tally, usd: float) -> dict[str, Any]:
+    def whole(self, tally: Tally) -> dict[str, Any]:
         self._open = None
-        return self._document("incomplete" if self._finish == "length" else "completed", None, tally, usd)
+        return self._document("incomplete" if self._finish == "length" else "completed", None, tally)
 
-    def _document(self, status: str, error: dict[str, Any] | None, tally: Tally, usd: float) -> dict[str, Any]:
-        asked, counts = self._asked, usage(tally, usd)
+    def _document(self, status: str, error: dict[str, Any] | None, tally: Tally) -> dict[str, Any]:
+        asked, counts = self._asked, usage(tally, self._cost(tally))
         text = asked.text.model_dump(exclude_none=True, by_alias=True) if asked.text else {"format": {"type": "text"}}
         done = status != "in_progress"
         return {

@@ -197,12 +197,14 @@ class Service:
     def _chat(self, served: Served, raw: Mapping[str, Any]) -> Prepared:
         request = read(ChatRequest, raw)
         parts, writer = self._chat_parts(served, request)
-        return Prepared(request, parts, ChunkShape(request, writer, chat=True, answer_id=_name("chatcmpl")))
+        return Prepared(
+            request, parts, ChunkShape(request, writer, chat=True, answer_id=_name("chatcmpl"), cost=served.cost)
+        )
 
     def _responses(self, served: Served, raw: Mapping[str, Any]) -> Prepared:
         request, asked = chat_of(raw)
         parts, writer = self._chat_parts(served, request)
-        return Prepared(request, parts, ResponsesShape(asked, writer, _name("resp")))
+        return Prepared(request, parts, ResponsesShape(asked, writer, _name("resp"), served.cost))
 
     def _chat_parts(self, served: Served, request: ChatRequest) -> tuple[list[Part], ChatWriter]:
         self._check_size(served, sum(len(message.text) for message in request.messages))
@@ -248,7 +250,9 @@ class Service:
             )  # fmt: skip
             parts.append(Part(ids, sampling))
         writer = CompletionWriter(request, parts, texts, served)
-        return Prepared(request, parts, ChunkShape(request, writer, chat=False, answer_id=_name("cmpl")))
+        return Prepared(
+            request, parts, ChunkShape(request, writer, chat=False, answer_id=_name("cmpl"), cost=served.cost)
+        )
 
     def _prompts(self, served: Served, request: CompletionRequest) -> tuple[list[list[int]], list[str]]:
         """Ids and texts of a request's prompts; a text is encoded with its special tokens, as vLLM does."""

@@ -35,12 +35,11 @@ from pathlib import Path
 from typing import Any
 
 from _bench import ROOT, machine, parser, result, table, versions, wanted
+from _serve_peers import KNOWN_PEERS, PEER_PORT, start
 
 PROMPT, NEW = 64, 128
-PEER_PORT = 18473
+PEER_SECONDS = 300.0  # in which another server must have started
 ONSETS, VOWELS = "bdfgklmnprst", "aeiou"
-TRANSFORMERS = "from transformers.cli.transformers import main; main()"
-KNOWN_PEERS = ("transformers serve", "transformers serve, continuous batching", "vllm serve")
 SHAPE = {
     "vocab_size": 2048, "hidden_size": 384, "intermediate_size": 1024, "moe_intermediate_size": 256,
     "num_hidden_layers": 6, "num_attention_heads": 6, "kv_lora_rank": 128, "qk_nope_head_dim": 32,
@@ -151,7 +150,7 @@ async def ask(where: tuple[str, int], body: dict[str, Any], found: dict[str, lis
 async def load(options: dict[str, Any]) -> dict[str, Any]:
     """`streams` clients for `seconds`, until the last answer is there; with `cut` what is not finished then is left.
 
-    With `texts` (a file) prompts are texts, and nothing is asked that OpenAI's fields do not know.
+    With `texts` (a file) prompts are texts, and nothing is asked but `fields` that OpenAI's do not know.
     """
     where = (options["host"], options["port"])
     found: dict[str, list[float]] = {"ttft": [], "gap": [], "health": []}
@@ -163,7 +162,8 @@ async def load(options: dict[str, Any]) -> dict[str, Any]:
     def body_of(number: int, turn: int) -> dict[str, Any]:
         body = {"model": options["model"], "max_tokens": NEW, "temperature": 0, "stream": True}
         if texts:
-            return body | {"prompt": texts[(number + turn * options["streams"]) % len(texts)]}
+            prompt = texts[(number + turn * options["streams"]) % len(texts)]
+            return body | {"prompt": prompt} | options.get("fields", {})
         ids = [(number * 7919 + turn * 104729 + place * 31) % 2000 + 20 for place in range(PROMPT)]
         return body | {"prompt": ids, "ignore_eos": True, "stream_options": {"include_usage": True}}
 
@@ -378,28 +378,18 @@ def soaked(model: Path, args: argparse.Namespace, folder: Path) -> list[dict[str
     ]  # fmt: skip
 
 
-def peer_command(name: str, model: Path, args: argparse.Namespace) -> list[str]:
-    port = str(PEER_PORT)
-    if name == "vllm serve":
-        program = Path(args.vllm_python).parent / "vllm"
-        return [str(program), "serve", str(model), "--port", port, "--dtype", "bfloat16", "--max-model-len", "1024"]
-    more = ["--continuous-batching"] if name.endswith("batching") else []
-    return [args.peer_python, "-c", TRANSFORMERS, "serve", str(model), "--port", port, "--device", "cpu", *more]
-
-
 def peers(model: Path, args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """The same streams against other servers, where they run: microseconds a token."""
     rates: dict[str, float] = {}
     for name in wanted(args.peers, KNOWN_PEERS):
-        command = peer_command(name, model, args)
-        if not Path(command[0]).exists():
-            print(f"{name}: not measured, there is no {command[0]} (`make peers`, `make peers-engines`)")
+        peer = start(name, model, args, folder)
+        if not Path(peer.command[0]).exists():
+            print(f"{name}: not measured, there is no {peer.command[0]} (`make peers`, `make peers-engines`)")
             continue
         common = {"host": "127.0.0.1", "port": PEER_PORT, "model": str(model), "texts": str(folder / "texts.json")}
+        common["fields"] = peer.fields
         try:
-            few = {"OMP_NUM_THREADS": str(args.threads), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-            ready = "startup complete" if name == "vllm serve" else "running on"
-            with serving(command, ready, folder / "peer.log", **few):
+            with serving(peer.command, peer.ready, folder / "peer.log", PEER_SECONDS, **peer.environment):
                 clients("load", **common, streams=1, seconds=1.0)
                 found = clients("load", **common, streams=args.streams, seconds=args.seconds / args.repeats, cut=True)
         except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:

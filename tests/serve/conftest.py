@@ -95,7 +95,7 @@ class Running:
         return self.post("/v1/chat/completions", body, headers=headers)
 
     def engines(self) -> list[int]:
-        """Process ids of the engines: children of the server that are Python's spawned ones."""
+        """Process ids of the engines, the oldest first: children of the server that are Python's spawned ones."""
         found = []
         for status in Path("/proc").glob("[0-9]*/status"):
             try:
@@ -104,8 +104,9 @@ class Running:
             except OSError:
                 continue
             if int(lines["PPid"]) == self.process.pid and b"spawn_main" in command:
-                found.append(int(status.parent.name))
-        return found
+                began = int((status.parent / "stat").read_text().rpartition(")")[2].split()[19])
+                found.append((began, int(status.parent.name)))
+        return [pid for _, pid in sorted(found)]
 
     def open_files(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -105,6 +106,22 @@ def test_a_ten_megabyte_prompt(server: Any):
 def test_a_body_without_a_declared_length_is_cut_off_too(server: Any):
     answer = httpx.post(server.url + CHAT, content=(b"x" * 65536 for _ in range(200)))
     assert answer.status_code == 413
+
+
+def test_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch):
+    """408, and never a wait without end: on the reading of bodies itself, with a shorter patience."""
+    from shoestring.serve import app
+    from shoestring.serve.errors import ApiError
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(60)
+        raise AssertionError("waited for too long")
+
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.1)
+    request = app.Request({"type": "http", "headers": [(b"content-length", b"50")]}, receive)
+    with pytest.raises(ApiError) as error:
+        asyncio.run(app._body(request, 1000))
+    assert error.value.status == 408
 
 
 def test_unknown_model_and_path(server: Any):

@@ -168,24 +168,30 @@ def test_a_thousand_connections_at_once(server: Any):
     assert server.get("/health").json()["status"] == "ok"
 
 
-def test_the_engine_is_killed_twice(start: Any, checkpoint: Path, tmp_path: Path):
-    with start(f"tiny={checkpoint}", folder=tmp_path) as running, ThreadPoolExecutor(4) as pool:
+def test_the_engine_is_killed_twice(start: Any, checkpoint: Path, dense_checkpoint: Path, tmp_path: Path):
+    """Its calls fail at once, it is started again, once; the other model's calls notice nothing."""
+    models = (f"tiny={checkpoint}", f"dense={dense_checkpoint}")
+    with start(*models, folder=tmp_path) as running, ThreadPoolExecutor(4) as pool:
         streams = [pool.submit(stream_of, running) for _ in range(2)]
         whole = pool.submit(running.chat, **body(stream=False))
+        other = pool.submit(stream_of, running, model="dense")
         assert eventually(lambda: running.get("/health").json()["models"]["tiny"]["running"] == 3)
         time.sleep(0.3)
-        (engine,) = running.engines()
+        engine = running.engines()[0]
         os.kill(engine, signal.SIGKILL)
         for job in streams:
             assert job.result(timeout=5)["code"] == "engine_dead"
         assert whole.result(timeout=5).status_code == 503 and "retry-after" in whole.result().headers
         health = running.get("/health")
         assert health.status_code == 503 and health.json()["models"]["tiny"]["state"] == "restarting"
+        assert health.json()["models"]["dense"]["state"] == "ready"
+        assert running.chat(model="dense").status_code == 200
+        assert other.result(timeout=60)["finish_reason"] == "length"
         assert running.chat().json()["error"]["code"] == "engine_dead"
         assert eventually(lambda: running.get("/health").status_code == 200, 60)
         assert running.get("/health").json()["models"]["tiny"]["restarts"] == 1
         assert running.chat().status_code == 200
-        os.kill(running.engines()[0], signal.SIGKILL)
+        os.kill(running.engines()[-1], signal.SIGKILL)  # the youngest
         assert eventually(lambda: running.get("/health").json()["models"]["tiny"]["state"] == "dead")
         assert running.chat().status_code == 503 and running.get("/health").status_code == 503
         running.process.send_signal(signal.SIGTERM)

@@ -159,3 +159,22 @@ def test_what_was_asked_for_beside_the_text_of_a_chat(server: Any):
     assert same_rows(last["prompt_logprobs"], whole["prompt_logprobs"])
     for name in ("token_ids", "routed_experts", "finish_reason"):
         assert end["choices"][0][name] == whole["choices"][0][name]
+
+
+def test_small_endpoints(server: Any):
+    from shoestring import __version__
+
+    assert server.get("/version").json() == {"version": __version__}
+    assert server.get("/ping").json()["status"] == "ok"
+    found = server.post("/tokenize", {"model": "tiny", "prompt": "3 + 8 😀", "return_token_strs": True}).json()
+    assert len(found["token_strs"]) == found["count"] == len(found["tokens"]) and found["max_model_len"] == 2048
+    assert found["token_strs"][0] == "3"
+
+
+def test_tools_that_may_not_be_called_are_not_told_of(server: Any):
+    tool = {"type": "function", "function": {"name": "add", "description": "Add two digits.", "parameters": {}}}
+    sizes = [
+        server.chat(max_tokens=1, **fields).json()["usage"]["prompt_tokens"]
+        for fields in ({}, {"tools": [tool], "tool_choice": "none"}, {"tools": [tool]})
+    ]
+    assert sizes[0] == sizes[1] < sizes[2]

@@ -131,6 +131,7 @@ def test_send_and_read(page: Page):
     assert page.texts(".bubble") == ["hello"] and "teacher answers number" in page.texts(".said")[0]
     assert any("12 + 20 tokens" in text for text in page.texts(".figures"))
     assert any("$0.00021" in text for text in page.texts(".figures span"))
+    assert any("tokens/s" in text for text in page.texts(".figures span"))
     assert page.texts(".entry .title") == ["hello"]
     assert "has answered" in page.one("#status").text or page.texts("#status") == ["teacher has answered."]
 

@@ -148,8 +148,8 @@ class Event:
     """What one step of the engine added to one sample of a request. The texts of all events are the completion's text.
 
     `text` is what may be shown now: characters that are still incomplete, and what could become a stop string, wait.
-    The first event of a sample has `prompt_logprobs` where they were asked for, the last one `finish_reason` and the whole
-    `completion`.
+    The first event of a sample has `prompt_logprobs` where they were asked for, the last one `finish_reason` and the
+    whole `completion`.
     """
 
     request_id: str

@@ -73,6 +73,10 @@ def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokeni
     return save(tiny_dense(), tokenizer, tmp_path_factory.mktemp("models") / "dense")
 
 
+# Requests go to plain HTTP, and reading all the certificates there are costs a hundred times what one of them does.
+PLAIN: dict[str, Any] = {"verify": False, "timeout": 60}
+
+
 @dataclass
 class Running:
     """A server in a process of its own."""
@@ -83,10 +87,14 @@ class Running:
     store: Path | None = None
 
     def get(self, path: str, **more: Any) -> Any:
-        return httpx.get(self.url + path, timeout=60, **more)
+        return httpx.get(self.url + path, **(PLAIN | more))
 
     def post(self, path: str, body: Any, **more: Any) -> Any:
-        return httpx.post(self.url + path, json=body, timeout=60, **more)
+        return httpx.post(self.url + path, json=body, **(PLAIN | more))
+
+    def stream(self, body: Any, **more: Any) -> Any:
+        """A chat, streamed: a context manager."""
+        return httpx.stream("POST", self.url + "/v1/chat/completions", json=body, **(PLAIN | more))
 
     def chat(self, text: str = "last digit of 3 + 8 ?", **fields: Any) -> Any:
         key = fields.pop("key", None)

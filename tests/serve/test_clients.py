@@ -35,7 +35,7 @@ def python_with(package: str, *, other_than_ours: bool = False) -> str:
 
 
 def run(
-    *command: str, seconds: float = 100, folder: Path | None = None, **environment: str
+    *command: str, seconds: float = 200, folder: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
     return subprocess.run(
@@ -141,6 +141,7 @@ def lm_eval(kind: str, endpoint: str, task: str, tasks: Path, server: Any, *more
     return [json.loads(line) for line in files[-1].read_text().splitlines()]
 
 
+@pytest.mark.timeout(240)
 def test_lm_eval_likelihoods_equal_those_of_transformers(
     server: Any, tasks: Path, checkpoint: Path, tokenizer: Tokenizer
 ):
@@ -164,6 +165,7 @@ def test_lm_eval_likelihoods_equal_those_of_transformers(
     assert compared == 16
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("kind", "endpoint", "more"),
     [("local-completions", "/v1/completions", ()),
@@ -176,6 +178,7 @@ def test_lm_eval_generates(server: Any, tasks: Path, kind: str, endpoint: str, m
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(660)
 def test_schemathesis_finds_no_500(server: Any, tmp_path: Path):
     """Requests made up from our own OpenAPI document, valid and invalid: no answer of 500, none off the document."""
     python = python_with("schemathesis")

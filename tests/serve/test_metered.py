@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import pytest
 
 from shoestring.serve.keys import KeyStore
@@ -118,7 +117,7 @@ def test_a_client_that_left_finds_its_answer(metered: Any, new_key: NewKey):
     key = new_key()
     headers = {"idempotency-key": f"left-{time.monotonic_ns()}", "authorization": f"Bearer {key}"}
     body = {"model": "tiny", "messages": [{"role": "user", "content": "3"}], "max_tokens": 200, "stream": True}
-    with httpx.stream("POST", metered.url + "/v1/chat/completions", json=body, headers=headers) as answer:
+    with metered.stream(body, headers=headers) as answer:
         first = next(answer.iter_lines())
     again = metered.post("/v1/chat/completions", body, headers=headers)
     assert again.text.startswith(first) and again.text.endswith("data: [DONE]\n\n")

@@ -10,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from shoestring.serve.keys import KeyStore
@@ -228,7 +227,7 @@ def test_a_client_that_leaves_is_told_to_the_upstream(front: Any, ask: Any):
     Odd.left.clear()
     body = {"model": "odd", "stream": True, "messages": [{"role": "user", "content": "endless"}]}
     headers = {"authorization": f"Bearer {ask.secret}"}
-    with httpx.stream("POST", front.url + "/v1/chat/completions", json=body, headers=headers) as answer:
+    with front.stream(body, headers=headers) as answer:
         kept = answer.iter_lines()
         next(kept)
     assert Odd.left.wait(5)

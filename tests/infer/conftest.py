@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
+from shoestring.infer.engine import Engine
 from shoestring.models.deepseek import Deepseek, DeepseekConfig
 from shoestring.models.dense import Dense, DenseConfig
 from shoestring.text.tokenizer import Tokenizer
@@ -38,3 +42,15 @@ def model(request: pytest.FixtureRequest) -> Deepseek | Dense:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer.train(["last digit of 3 + 8 + 4 ? 1 2 5 6 7 9 0"], V)
+
+
+@pytest.fixture(scope="module", params=["auto", False], ids=["native", "plain"])
+def both_ways(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Engines that are not told otherwise take native steps where there is a compiler; and then plain ones.
+
+    For a whole module: `pytestmark = pytest.mark.usefixtures("both_ways")`. The default itself is changed, so that
+    no engine of a module is forgotten, those of its helpers included.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(Engine.__init__.__kwdefaults__, "native", request.param)
+        yield request.param

@@ -19,6 +19,8 @@ from .test_paged import IDS
 from .test_requests import drain, finished
 from .test_schedules import audit
 
+pytestmark = pytest.mark.usefixtures("both_ways")  # tests/infer/conftest.py: natively and plainly
+
 
 @pytest.mark.parametrize(
     ("prompt", "options", "sentence"),

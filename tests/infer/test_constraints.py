@@ -17,6 +17,8 @@ from shoestring.text.tokenizer import Tokenizer
 from .conftest import V, deepseek
 from .test_requests import drain, finished
 
+pytestmark = pytest.mark.usefixtures("both_ways")  # tests/infer/conftest.py: natively and plainly
+
 PROMPT = [5, 9, 12]
 
 

@@ -13,6 +13,8 @@ from shoestring.infer.engine import Engine
 from .conftest import V
 from .test_paged import IDS, dense, v3
 
+pytestmark = pytest.mark.usefixtures("both_ways")  # tests/infer/conftest.py: natively and plainly
+
 PROMPT = IDS[:27]
 SAMPLING = Sampling(max_new_tokens=8, seed=3, top_logprobs=2, top_p=0.95)
 

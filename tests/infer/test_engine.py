@@ -18,6 +18,8 @@ from shoestring.text.tokenizer import Tokenizer
 
 from .conftest import V, deepseek, dense
 
+pytestmark = pytest.mark.usefixtures("both_ways")  # tests/infer/conftest.py: natively and plainly
+
 PROMPTS = [[5, 9, 12], [7], [250, 3, 3, 8, 99, 41, 17], [5, 9, 12], [100, 200]]
 
 

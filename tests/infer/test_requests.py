@@ -12,6 +12,8 @@ from shoestring.infer.detokenise import StopStrings, TextStream
 from shoestring.infer.engine import Engine
 from shoestring.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("both_ways")  # tests/infer/conftest.py: natively and plainly
+
 PROMPT = [5, 9, 12]
 
 

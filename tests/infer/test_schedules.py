@@ -14,6 +14,8 @@ from shoestring.infer.engine import Engine
 
 from .conftest import V, deepseek, dense
 
+pytestmark = pytest.mark.usefixtures("both_ways")  # tests/infer/conftest.py: natively and plainly
+
 MODELS: dict[str, Any] = {}
 
 
@@ -64,7 +66,7 @@ requests = st.tuples(
     budget=st.sampled_from([1, 5, 64]),
     reuse=st.booleans(),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=16, deadline=None)
 def test_random_schedules(
     family: str, asked: list[Any], actions: list[str], size: int, blocks: int, budget: int, reuse: bool
 ) -> None:

@@ -40,8 +40,8 @@ class Chunk:
 
     def bias(self, dtype: torch.dtype) -> Tensor:
         """-inf above the diagonal that begins at `start`: [count, start + count]."""
-        bias_TS = torch.full((self.count, self.start + self.count), float("-inf"), dtype=dtype)
-        return bias_TS.triu_(self.start + 1).to(self.blocks.device)
+        shape, device = (self.count, self.start + self.count), self.blocks.device
+        return torch.full(shape, float("-inf"), dtype=dtype, device=device).triu_(self.start + 1)
 
 
 def expands(chunk: Chunk, cost: int, saved: int) -> bool:

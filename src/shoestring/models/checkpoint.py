@@ -38,7 +38,8 @@ def load(
     """Model and tokenizer (None when there is no tokenizer.json) of a folder, or of a model id on the hub.
 
     `dtype` is what the weights are kept in; "auto" is what config.json says. `kernels` defaults to products in that
-    dtype. Raises UserError for whatever is missing, extra, misshapen, NaN or cut short.
+    dtype, and to the attention that is fast on the device. Raises UserError for whatever is missing, extra,
+    misshapen, NaN or cut short.
     """
     folder = checkpoint_folder(path_or_id)
     raw = read_json(folder / "config.json")
@@ -48,7 +49,8 @@ def load(
     if chosen not in DTYPES:
         raise UserError(f'dtype "{dtype}" is not known.{did_you_mean(dtype, (*DTYPES, "auto"))}')
     if kernels is None:
-        kernels = Kernels(dtype="float32" if chosen == "float32" else "bfloat16")
+        attention: Any = "blocks" if torch.device(device or "cpu").type == "cpu" else "sdpa"
+        kernels = Kernels(dtype="float32" if chosen == "float32" else "bfloat16", attention=attention)
     model: Decoder
     if (other := _other(raw.get("model_type", ""))) is not None:
         model = other.load(folder, dtype=DTYPES[chosen], device=device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from shoestring.core.config import Config
 from shoestring.nn.decoder import Decoder
 from shoestring.nn.experts import Experts
-from shoestring.nn.kernels import Kernels
+from shoestring.nn.kernels import Kernels, wait
 
 REPEATS = 5
 SECONDS = 1.5  # no new round after this
@@ -87,13 +87,8 @@ def _step(probe: Decoder, kernels: Kernels, tokens_BT: Tensor) -> float:
     """Seconds of one forward and backward, without the head (it is the same for all)."""
     probe.kernels = kernels
     probe.zero_grad(set_to_none=True)
-    _wait(tokens_BT)
+    wait(tokens_BT.device)
     start = time.perf_counter()
     probe(tokens_BT, logits=False).hidden_BTD.float().square().mean().backward()
-    _wait(tokens_BT)
+    wait(tokens_BT.device)
     return time.perf_counter() - start
-
-
-def _wait(tokens_BT: Tensor) -> None:
-    if tokens_BT.is_cuda:
-        torch.cuda.synchronize(tokens_BT.device)

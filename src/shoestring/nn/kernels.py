@@ -29,4 +29,10 @@ class Kernels:
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
 
+def wait(device: torch.device) -> None:
+    """Until the device has computed what it was given (a CPU always has): before and after anything that is timed."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 FP32 = Kernels()  # the default: fp32 products, nothing measured

@@ -22,22 +22,24 @@ import torch
 from shoestring.core.atomic import write_json
 from shoestring.core.host import processor
 from shoestring.nn.choose import choose_kernels
-from shoestring.nn.kernels import Kernels
+from shoestring.nn.kernels import Kernels, wait
 from shoestring.train.configs import Compute
 
 
-def gemm_rate(dtype: torch.dtype, device: str = "cpu", size: int = 1024, repeats: int = 7) -> float:
-    """Median FLOP/s of a square product of `size` on `device` at the present number of threads."""
+def gemm_rate(dtype: torch.dtype, device: str = "cpu", size: int | None = None, repeats: int = 7) -> float:
+    """Median FLOP/s of a square product of `size` on `device` at the present number of threads.
+
+    By default 1024, and 8192 where a product of 1024 is over before the device is busy.
+    """
+    size = (1024 if device == "cpu" else 8192) if size is None else size
     a = torch.randn(size, size, dtype=dtype, device=device)
     b = torch.randn(size, size, dtype=dtype, device=device)
     seconds = []
     for _ in range(repeats + 1):
-        if device != "cpu":
-            torch.cuda.synchronize()
+        wait(a.device)
         start = time.perf_counter()
         torch.mm(a, b)
-        if device != "cpu":
-            torch.cuda.synchronize()
+        wait(a.device)
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / statistics.median(seconds[1:])  # the first one warms up
 

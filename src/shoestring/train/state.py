@@ -146,13 +146,14 @@ def save_training(ctx: Context, state: TrainState, tokenizer: Tokenizer) -> Path
     folder = ctx.run.begin_checkpoint(state.step)
     checkpoint.save(lora.merged(state.model), tokenizer, folder)
     if lora.is_attached(state.model):
-        save_file({name: t.detach().contiguous() for name, t in lora.moved(state.model).items()}, folder / ADAPTERS)
+        moved = {name: t.detach().cpu().contiguous() for name, t in lora.moved(state.model).items()}
+        save_file(moved, folder / ADAPTERS)
     states.save(state.model, folder)
     moments: dict[str, Tensor] = {}
     for name, parameter in state.model.named_parameters():
         for optimizer in state.optimizers:
             for key, value in optimizer.state.get(parameter, {}).items():
-                moments[f"{name}|{key}"] = value.contiguous()
+                moments[f"{name}|{key}"] = value.cpu().contiguous()
     save_file(moments, folder / "optimizer.safetensors")
     counters = {"schema": TRAINING_SCHEMA} | {name: getattr(state, name) for name in COUNTERS}
     (folder / "training.json").write_text(json.dumps(counters, indent=1))

@@ -85,7 +85,7 @@ def projections(model: Any) -> Projections | None:
 def save(model: Any, folder: Path) -> None:
     """Beside the weights of a checkpoint, when there are any."""
     if (found := projections(model)) is not None:
-        save_file({name: p.detach().contiguous() for name, p in found.named_parameters()}, folder / FILE)
+        save_file({name: p.detach().cpu().contiguous() for name, p in found.named_parameters()}, folder / FILE)
 
 
 @torch.no_grad()

@@ -57,11 +57,12 @@ def deepseek(device: str = "cpu", **changes: Any) -> Deepseek:
     return Deepseek(config, generator=torch.Generator().manual_seed(0)).to(device)  # type: ignore[return-value]
 
 
-def dense(device: str = "cpu") -> Dense:
-    config = DenseConfig(
-        model_type="qwen3", vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
+def dense(device: str = "cpu", **changes: Any) -> Dense:
+    config = DenseConfig(**{
+        "model_type": "qwen3", "vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+        "initializer_range": 0.2, **changes,
+    })  # fmt: skip
     return Dense(config, generator=torch.Generator().manual_seed(0)).to(device)  # type: ignore[return-value]
 
 

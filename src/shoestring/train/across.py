@@ -99,7 +99,8 @@ class AcrossLesson:
         capacity = max(self.stage.row_tokens, max(len(e.ids) for e in asked))
         for batch in packed_batches(asked, row_tokens=capacity, pad_id=self.theirs.pad,
                                     tokens_per_microbatch=self.stage.tokens_per_microbatch):  # fmt: skip
-            tokens, keep_N = flat_tokens(batch.to(head_VC.device))
+            batch = batch.to(head_VC.device)
+            tokens, keep_N = flat_tokens(batch)
             out = self.model(batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT,
                              logits=False)  # fmt: skip
             hidden_NC = out.hidden_BTD.flatten(0, 1)[keep_N]

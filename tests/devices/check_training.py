@@ -204,8 +204,7 @@ def test_checkpoints(family: Any, tmp_path: Path) -> None:
     assert {p.device.type for p in [*made.parameters(), *made.buffers()]} == {NAME}
 
 
-@pytest.mark.parametrize("family", [deepseek, dense])
-def test_kernels_are_measured(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoestring.nn.choose.REPEATS", 1)
-    kernels, record = choose_kernels(family().config, 64, 32, device=NAME)
+    kernels, record = choose_kernels(deepseek().config, 64, 32, device=NAME)
     assert kernels.attention == "sdpa" and len(record["ms"]) > 1

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from shoestring.cli_options import ROAD, RUNS, Again, DryRun, Json, Quiet, RunsDir, Sets, described
-from shoestring.core.errors import UserError
 
 Of = Annotated[str | None, typer.Option(metavar="RUN", help="A run directory, or a model folder or hub id.")]
 
@@ -46,16 +45,11 @@ def distill(
     quiet: Quiet = False,
 ) -> None:
     """Without --way, what the inputs suggest: stored logits, else the teacher beside the student, else text."""
-    from shoestring.cli_road import go, roles
+    from shoestring.cli_road import go, inputs_of
     from shoestring.road import stage_recipe
 
-    given = roles(inputs or [])
     named = {"model": student, "traces": traces, "logits": logits}
     named |= {f"teacher{n if n > 1 else ''}": value for n, value in enumerate(teacher or [], 1)}
-    for role, value in named.items():
-        if value is not None and role in given:
-            raise UserError(f'the input "{role}" is given twice; give it once.')
-        if value is not None:
-            given[role] = value
+    given = inputs_of(inputs, named)
     chosen = [f"way={way}"] if way else []
     go(stage_recipe("distill", [*chosen, *(sets or [])], given), runs, dry_run, again, json, quiet)

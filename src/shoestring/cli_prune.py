@@ -60,15 +60,10 @@ def prune(
     quiet: Quiet = False,
 ) -> None:
     """Parameters and held-out loss, before and after."""
-    from shoestring.cli_road import roles
+    from shoestring.cli_road import inputs_of
     from shoestring.train.configs import PruneStage, Recipe, TextFiles
 
-    given = roles(inputs or [])
-    for role, value in {"model": model, "traces": traces}.items():
-        if value is not None and role in given:
-            raise UserError(f'the input "{role}" is given twice; give it once.')
-        if value is not None:
-            given[role] = value
+    given = inputs_of(inputs, {"model": model, "traces": traces})
     if layers is hidden is ffn is experts is heads is None:
         raise UserError("say what to keep: --layers N, --hidden N, --ffn N, --experts N or --heads N.")
     if "model" not in given:

@@ -154,6 +154,17 @@ def roles(inputs: list[str]) -> dict[str, str]:
     return roles
 
 
+def inputs_of(inputs: list[str] | None, named: dict[str, str | None]) -> dict[str, str]:
+    """What --from gives, and the inputs with options of their own (None: not given)."""
+    given = roles(inputs or [])
+    for role, value in named.items():
+        if value is not None and role in given:
+            raise UserError(f'the input "{role}" is given twice; give it once.')
+        if value is not None:
+            given[role] = value
+    return given
+
+
 def go(recipe: Recipe, runs: Path, dry_run: bool, again: bool, json: bool, quiet: bool) -> None:
     """Print the plan of a recipe, or run it and print what came of it."""
     from shoestring.road import plan_rows, run_recipe

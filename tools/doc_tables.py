@@ -40,7 +40,7 @@ def main(name: str, runs_dir: str, document: str) -> None:
         "bill": [row for row in tables.bill_table(recipe, runs, root) if "-s" not in row["stage"][-3:]],
     }  # fmt: skip
     if frontier := frontier_table(recipe, read_spec(recipe), runs):
-        made["frontier"] = frontier
+        made["frontier"] = [row | {"usd": f"${row['usd']:.5f}"} for row in frontier]
         for key in AXES:
             picture = Path(document).parent / "img" / f"{name}-{key}.svg"
             write_text(picture, frontier_svg(frontier, key, alone=True))

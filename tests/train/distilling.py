@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from shoestring.core.nouns import Trace
 from shoestring.core.run import Run
 from shoestring.road import run_recipe
+from shoestring.train import distill
 from shoestring.train.configs import Compute, DistillStage, Optim, Recipe
 
 COMPUTE = Compute(dtype="float32", experts="bmm")
@@ -46,3 +48,22 @@ def weights_of(run: Run) -> dict[str, torch.Tensor]:
     latest = run.latest_checkpoint()
     assert latest is not None
     return load_file(latest[1] / "model.safetensors")
+
+
+def killed_and_resumed(stage: Any, root: Path, monkeypatch: pytest.MonkeyPatch, deaths: tuple[int, ...] = (4,)) -> Run:
+    """The run of a distillation that dies at these updates (counted over all attempts) and is begun again each time."""
+    real, count = distill.train_step, 0
+
+    def dying(*args: Any, **more: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count in deaths:
+            raise KeyboardInterrupt
+        return real(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "train_step", dying)
+        for _ in deaths:
+            with pytest.raises(KeyboardInterrupt):
+                run_stage(stage, root)
+        return run_stage(stage, root)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import run_stage, stage_of, weights_of
+from distilling import killed_and_resumed, run_stage, stage_of, weights_of
 from safetensors.torch import load_file
 
 from shoestring.cli import main
@@ -23,7 +23,7 @@ from shoestring.recipes import quickstart
 from shoestring.report.provenance import sources
 from shoestring.road import plan_rows
 from shoestring.text.tokenizer import Tokenizer
-from shoestring.train.configs import Decoding, DistillStage, Optim, Recipe
+from shoestring.train.configs import Decoding, Optim, Recipe
 from shoestring.train.context import derived_seed
 from shoestring.train.examples import examples_of_step, trace_example
 from shoestring.train.step import flat_tokens
@@ -40,26 +40,6 @@ def second(tmp_path: Path, tokenizer: Tokenizer) -> Path:
         num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3,
     )  # fmt: skip
     return checkpoint.save(Dense(config, generator=torch.Generator().manual_seed(9)), tokenizer, tmp_path / "second")
-
-
-def _killed_and_resumed(stage: DistillStage, root: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The run of a stage whose third update dies once."""
-    from shoestring.train import distill
-
-    real, count = distill.train_step, 0
-
-    def dying(*args: Any, **more: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == 4:
-            raise KeyboardInterrupt
-        return real(*args, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(distill, "train_step", dying)
-        with pytest.raises(KeyboardInterrupt):
-            run_stage(stage, root)
-        return run_stage(stage, root)
 
 
 def _the_same(one: Run, other: Run) -> None:
@@ -86,7 +66,7 @@ def test_two_teachers_teach_and_a_killed_run_ends_the_same(
     whole = run_stage(stage, tmp_path / "whole")
     if way != "on_policy":
         assert whole.metrics()[-1]["loss"] < whole.metrics()[0]["loss"]
-    _the_same(whole, _killed_and_resumed(stage, tmp_path / "killed", monkeypatch))
+    _the_same(whole, killed_and_resumed(stage, tmp_path / "killed", monkeypatch))
     assert {s.name for s in sources(whole.path) if s.kind == "teacher"} >= {folder.name, second.name}
     if way == "on_policy":
         assert whole.manifest["facts"]["teachers"] == [folder.name, second.name]
@@ -219,7 +199,7 @@ def test_projections_are_learnt_and_resumed_and_not_handed_on(
     stage = stage_of(student, way="forward_kl", inputs={"traces": traces, "teacher": second},
                      hidden_states={"measure": "cosine"}, **options)  # fmt: skip
     whole = run_stage(stage, tmp_path / "whole")
-    again = _killed_and_resumed(stage, tmp_path / "killed", monkeypatch)
+    again = killed_and_resumed(stage, tmp_path / "killed", monkeypatch)
     _the_same(whole, again)
     rows = whole.metrics()
     assert rows[-1]["states"] < rows[0]["states"]

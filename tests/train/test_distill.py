@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import COMPUTE, OPTIM, run_stage, stage_of, trace_of, weights_of
+from distilling import COMPUTE, OPTIM, killed_and_resumed, run_stage, stage_of, trace_of, weights_of
 
 from shoestring.core.errors import UserError
 from shoestring.data.logits import LogitsStore
@@ -53,25 +53,7 @@ def test_every_way_learns_and_resumes_with_the_same_bits(
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     if way in ("text", "forward_kl", "reverse_kl", "jsd"):
         assert rows[-1]["loss"] < rows[0]["loss"]
-    from shoestring.train import distill
-
-    real, count = distill.train_step, 0
-
-    class Killed(BaseException):
-        pass
-
-    def dying(*args: Any, **more: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count in (4, 5):
-            raise Killed
-        return real(*args, **more)
-
-    monkeypatch.setattr(distill, "train_step", dying)
-    for _ in range(2):
-        with pytest.raises(Killed):
-            run_stage(stage, tmp_path / "killed")
-    again = run_stage(stage, tmp_path / "killed")
+    again = killed_and_resumed(stage, tmp_path / "killed", monkeypatch, deaths=(4, 5))
     one, other = weights_of(whole), weights_of(again)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert [row["loss"] for row in again.metrics()] == [row["loss"] for row in rows]
@@ -84,21 +66,8 @@ def test_adapters_on_experts_go_on_with_their_balance(
     """The router's bias moves while its weights are frozen: it is part of what a checkpoint must hold."""
     stage = stage_of(folder, way="text", inputs={"traces": traces}, lora={"rank": 4})
     whole = run_stage(stage, tmp_path / "whole")
-    from shoestring.train import distill
-
-    real, count = distill.train_step, 0
-
-    def dying(*args: Any, **more: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == 4:
-            raise KeyboardInterrupt
-        return real(*args, **more)
-
-    monkeypatch.setattr(distill, "train_step", dying)
-    with pytest.raises(KeyboardInterrupt):
-        run_stage(stage, tmp_path / "killed")
-    one, other = weights_of(whole), weights_of(run_stage(stage, tmp_path / "killed"))
+    again = killed_and_resumed(stage, tmp_path / "killed", monkeypatch)
+    one, other = weights_of(whole), weights_of(again)
     assert any("e_score_correction_bias" in name and value.any() for name, value in one.items())
     assert all(torch.equal(one[name], other[name]) for name in one)
 

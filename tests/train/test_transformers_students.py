@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import COMPUTE, run_stage, stage_of, trace_of, weights_of
+from distilling import COMPUTE, killed_and_resumed, run_stage, stage_of, trace_of, weights_of
 from safetensors.torch import load_file
 
 from shoestring.data.textbook import problems
@@ -54,22 +54,7 @@ def test_it_writes_and_learns_from_what_it_wrote(
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[-1]["sampled_tokens"] > 4 * 4 * 10
     if "policy_gradient" not in options:
         assert rows[-1]["loss"] < rows[0]["loss"]
-    from shoestring.train import distill
-
-    real, count = distill.train_step, 0
-
-    def dying(*args: Any, **more: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == 4:
-            raise KeyboardInterrupt
-        return real(*args, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(distill, "train_step", dying)
-        with pytest.raises(KeyboardInterrupt):
-            run_stage(stage, tmp_path / "killed")
-    again = run_stage(stage, tmp_path / "killed")
+    again = killed_and_resumed(stage, tmp_path / "killed", monkeypatch)
     one, other = weights_of(whole), weights_of(again)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert one.keys() == load_file(theirs / "model.safetensors").keys()  # of adapters the sum is what is saved

@@ -51,69 +51,14 @@ def importance(model: Any, batches: Iterable[tuple[Tensor, Tensor | None, Tensor
     """
     if not hasattr(model, "model"):
         raise UserError("prune: this model runs through transformers; only deepseek, llama, qwen2 and qwen3 can be.")
-    layers = model.model.layers
-    device = model.head_weight.device
+    layers, device = model.model.layers, model.head_weight.device
     found = Importance(torch.zeros(model.config.hidden_size, device=device), torch.zeros(len(layers), device=device))
-    seen = 0
-    real_BT: Tensor | None = None
-
-    def strength(x_BTD: Tensor) -> Tensor:
-        rows = x_BTD if real_BT is None else x_BTD[real_BT]
-        return rows.flatten(0, -2).float().abs().mean(0).square()
-
-    def on_norm(_: nn.Module, __: Any, out: Tensor) -> None:
-        found.hidden_D += strength(out)
-
-    def on_block(layer: int) -> Any:
-        def hook(_: nn.Module, given: Any, out: Any) -> None:
-            before, after = given[0], out[0]
-            if real_BT is not None:
-                before, after = before[real_BT], after[real_BT]
-            apart = 1 - torch.cosine_similarity(before.float(), after.float(), dim=-1)
-            found.layers_L[layer] += apart.mean().square()
-
-        return hook
-
-    def on_down(layer: int) -> Any:
-        def hook(_: nn.Module, given: Any) -> None:
-            score = strength(given[0])
-            found.ffn[layer] = found.ffn.get(layer, torch.zeros_like(score)) + score
-
-        return hook
-
-    def on_heads(layer: int, count: int) -> Any:
-        def hook(_: nn.Module, given: Any) -> None:
-            x_BTX = given[0]
-            rows = x_BTX.flatten(0, -2) if real_BT is None else x_BTX[real_BT]
-            score_H = rows.float().unflatten(-1, (count, -1)).norm(dim=-1).mean(0).square()
-            found.heads[layer] = found.heads.get(layer, torch.zeros_like(score_H)) + score_H
-
-        return hook
-
-    def on_moe(layer: int) -> Any:
-        def hook(module: Any, given: Any, _: Any) -> None:
-            x_BTD = given[0]
-            score = _expert_strength(module, x_BTD.flatten(0, 1) if real_BT is None else x_BTD[real_BT])
-            found.experts[layer] = found.experts.get(layer, torch.zeros_like(score)) + score.square()
-
-        return hook
-
-    handles = [model.model.norm.register_forward_hook(on_norm)]
-    for number, block in enumerate(layers):
-        handles.append(block.register_forward_hook(on_block(number)))
-        attention = block.self_attn
-        handles.append(attention.o_proj.register_forward_pre_hook(on_heads(number, attention.heads)))
-        for norm in (block.input_layernorm, block.post_attention_layernorm):
-            assert isinstance(norm, RMSNorm)
-            handles.append(norm.register_forward_hook(on_norm))
-        if isinstance(block.mlp, SwiGLU):
-            handles.append(block.mlp.down_proj.register_forward_pre_hook(on_down(number)))
-        else:
-            handles.append(block.mlp.register_forward_hook(on_moe(number)))
+    ears, seen = _Ears(found), 0
+    handles = ears.put_on(model)
     try:
         with torch.no_grad():
             for tokens_BT, positions_BT, segments_BT in batches:
-                real_BT = None if segments_BT is None else segments_BT >= 0
+                ears.real_BT = None if segments_BT is None else segments_BT >= 0
                 model(tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, logits=False)
                 seen += 1
     finally:
@@ -122,6 +67,69 @@ def importance(model: Any, batches: Iterable[tuple[Tensor, Tensor | None, Tensor
     if not seen:
         raise UserError("pruning needs at least one batch of text to measure importance on.")
     return found
+
+
+@dataclass(slots=True)
+class _Ears:
+    """Hooks that add to the scores what they hear of a pass; `real_BT` leaves out padding."""
+
+    found: Importance
+    real_BT: Tensor | None = None
+
+    def put_on(self, model: Any) -> list[Any]:
+        handles = [model.model.norm.register_forward_hook(self._on_norm)]
+        for number, block in enumerate(model.model.layers):
+            handles.append(block.register_forward_hook(self._on_block(number)))
+            attention = block.self_attn
+            handles.append(attention.o_proj.register_forward_pre_hook(self._on_heads(number, attention.heads)))
+            for norm in (block.input_layernorm, block.post_attention_layernorm):
+                assert isinstance(norm, RMSNorm)
+                handles.append(norm.register_forward_hook(self._on_norm))
+            if isinstance(block.mlp, SwiGLU):
+                handles.append(block.mlp.down_proj.register_forward_pre_hook(self._on_down(number)))
+            else:
+                handles.append(block.mlp.register_forward_hook(self._on_moe(number)))
+        return handles
+
+    def _rows(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD.flatten(0, -2) if self.real_BT is None else x_BTD[self.real_BT]
+
+    def _strength(self, x_BTD: Tensor) -> Tensor:
+        return self._rows(x_BTD).float().abs().mean(0).square()
+
+    def _on_norm(self, _: nn.Module, __: Any, out: Tensor) -> None:
+        self.found.hidden_D += self._strength(out)
+
+    def _on_block(self, layer: int) -> Any:
+        def hook(_: nn.Module, given: Any, out: Any) -> None:
+            before, after = self._rows(given[0]), self._rows(out[0])
+            apart = 1 - torch.cosine_similarity(before.float(), after.float(), dim=-1)
+            self.found.layers_L[layer] += apart.mean().square()
+
+        return hook
+
+    def _on_down(self, layer: int) -> Any:
+        def hook(_: nn.Module, given: Any) -> None:
+            _add(self.found.ffn, layer, self._strength(given[0]))
+
+        return hook
+
+    def _on_heads(self, layer: int, count: int) -> Any:
+        def hook(_: nn.Module, given: Any) -> None:
+            rows = self._rows(given[0])
+            _add(self.found.heads, layer, rows.float().unflatten(-1, (count, -1)).norm(dim=-1).mean(0).square())
+
+        return hook
+
+    def _on_moe(self, layer: int) -> Any:
+        def hook(module: Any, given: Any, _: Any) -> None:
+            _add(self.found.experts, layer, _expert_strength(module, self._rows(given[0])).square())
+
+        return hook
+
+
+def _add(scores: dict[int, Tensor], layer: int, score: Tensor) -> None:
+    scores[layer] = scores[layer] + score if layer in scores else score
 
 
 def _expert_strength(moe: MoE, x_ND: Tensor) -> Tensor:

@@ -33,9 +33,9 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 TEXTS = ['last digit of 3 + 8 + 4 ? 1 2 5 6 7 9 0 the quick brown fox jumps over the lazy dog grüße 你好 😀 {}[]":,']
 
 
-def tiny_deepseek(seed: int = 0) -> Deepseek:
+def tiny_deepseek(seed: int = 0, layers: int = 2) -> Deepseek:
     config = DeepseekConfig(
-        vocab_size=V, hidden_size=32, intermediate_size=64, moe_intermediate_size=24, num_hidden_layers=2,
+        vocab_size=V, hidden_size=32, intermediate_size=64, moe_intermediate_size=24, num_hidden_layers=layers,
         num_attention_heads=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12,
         first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
         max_position_embeddings=POSITIONS, num_nextn_predict_layers=0, initializer_range=0.2,
@@ -66,6 +66,12 @@ def tokenizer() -> Tokenizer:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     """A V3-architecture model of random weights with a tokenizer and the default template."""
     return save(tiny_deepseek(), tokenizer, tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def slow_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """As `checkpoint`, deep enough that a long answer takes seconds."""
+    return save(tiny_deepseek(layers=8), tokenizer, tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")

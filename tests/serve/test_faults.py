@@ -40,17 +40,23 @@ def body(**fields: Any) -> dict[str, Any]:
     return {"model": "tiny", "messages": [{"role": "user", "content": "3 + 8 ?"}], **LONG} | fields
 
 
+@pytest.fixture(scope="module", autouse=True)
+def plain_steps() -> Iterator[None]:
+    """Natively even a deep model is done before anything can happen to its requests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOESTRING_NATIVE", "0")
+        yield
+
+
 @pytest.fixture(scope="module")
-def narrow(start: Any, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def narrow(start: Any, slow_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server with little room and little patience, whose audit log is on a full disk."""
     folder = tmp_path_factory.mktemp("narrow")
     sets = ("max_running=2", "max_queue=3", "queue_seconds=1.5", "request_seconds=2.5", "reader_seconds=1.0",
             "keep_alive_seconds=0.2", "max_body_bytes=100000")  # fmt: skip
     more = [part for setting in sets for part in ("--set", setting)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SHOESTRING_NATIVE", "0")  # natively this model is done before its requests can be too slow
-        with start(f"tiny={checkpoint}", "--audit", "/dev/full", *more, folder=folder) as running:
-            yield running
+    with start(f"tiny={slow_checkpoint}", "--audit", "/dev/full", *more, folder=folder) as running:
+        yield running
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -169,9 +175,9 @@ def test_a_thousand_connections_at_once(server: Any):
 
 
 @pytest.mark.timeout(240)  # three engines are started
-def test_the_engine_is_killed_twice(start: Any, checkpoint: Path, dense_checkpoint: Path, tmp_path: Path):
+def test_the_engine_is_killed_twice(start: Any, slow_checkpoint: Path, dense_checkpoint: Path, tmp_path: Path):
     """Its calls fail at once, it is started again, once; the other model's calls notice nothing."""
-    models = (f"tiny={checkpoint}", f"dense={dense_checkpoint}")
+    models = (f"tiny={slow_checkpoint}", f"dense={dense_checkpoint}")
     with start(*models, folder=tmp_path) as running, ThreadPoolExecutor(4) as pool:
         streams = [pool.submit(stream_of, running) for _ in range(2)]
         whole = pool.submit(running.chat, **body(stream=False))
@@ -211,9 +217,9 @@ def stream_of(server: Any, **fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("patient", [True, False])
-def test_sigterm_under_load(start: Any, checkpoint: Path, tmp_path: Path, patient: bool):
+def test_sigterm_under_load(start: Any, slow_checkpoint: Path, tmp_path: Path, patient: bool):
     drain = f"drain_seconds={60 if patient else 0.3}"
-    with start(f"tiny={checkpoint}", "--set", drain, folder=tmp_path) as running, ThreadPoolExecutor(4) as pool:
+    with start(f"tiny={slow_checkpoint}", "--set", drain, folder=tmp_path) as running, ThreadPoolExecutor(4) as pool:
         jobs = [pool.submit(stream_of, running, max_tokens=400 if patient else 1900) for _ in range(3)]
         assert eventually(lambda: running.get("/health").json()["models"]["tiny"]["running"] == 3)
         engine = running.engines()[0]
@@ -231,8 +237,8 @@ def test_sigterm_under_load(start: Any, checkpoint: Path, tmp_path: Path, patien
         assert "died" not in running.log.read_text()
 
 
-def test_the_engine_does_not_outlive_a_killed_server(start: Any, checkpoint: Path, tmp_path: Path):
-    with start(f"tiny={checkpoint}", folder=tmp_path) as running:
+def test_the_engine_does_not_outlive_a_killed_server(start: Any, slow_checkpoint: Path, tmp_path: Path):
+    with start(f"tiny={slow_checkpoint}", folder=tmp_path) as running:
         (engine,) = running.engines()
         running.process.kill()
         running.process.wait()

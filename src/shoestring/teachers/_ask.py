@@ -138,9 +138,11 @@ class Asking:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-            await self.journal.close()
-            await asyncio.to_thread(acceptance.stop)
-            self._grades()
+            try:
+                await self.journal.close()
+            finally:  # on a full disk too: its thread reads the store, which is closed next
+                await asyncio.to_thread(acceptance.stop)
+                self._grades()
         if self._error is not None:
             raise self._error
         if self._tick:

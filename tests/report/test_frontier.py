@@ -64,5 +64,9 @@ def test_the_picture_has_each_point_where_it_belongs(tmp_path: Path) -> None:
         assert [e.text for e in root.iter() if e.tag.endswith("text")][-2:] == ["b", "a"]
 
 
-def test_one_point_alone_is_drawn() -> None:
-    assert "circle" in frontier_svg([row("a", 1, 0.4, 1e-4)], "usd")
+@pytest.mark.parametrize("right", [0.0, 0.25, 0.4, 0.995, 1.0])
+@pytest.mark.parametrize("usd", [0.0, 1e-4])
+def test_points_that_are_all_the_same_are_drawn(right: float, usd: float) -> None:
+    table = [row("a", 1, right, usd), row("b", 1, right, usd, None)]
+    for key in ("usd", "tokens"):
+        assert frontier_svg(table, key).count("<circle") == 2

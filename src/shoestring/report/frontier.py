@@ -20,6 +20,7 @@ from shoestring.train.configs import Recipe
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460.0, 330.0, 44.0, 118.0, 10.0, 30.0
 TICKS = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 BEST = 0.9975  # the axis is one of errors, in logarithms: it has no place for none
+LEAST = 1e-9  # dollars or tokens
 APART = 11.0  # between two names at the end of lines
 
 
@@ -88,10 +89,11 @@ ALONE = (
 
 def frontier_svg(table: Sequence[Mapping[str, Any]], key: str, *, alone: bool = False) -> str:
     """Right answers (errors in logarithms, more is up) against "usd" or "tokens"; `alone`: a file of its own."""
+    table = [{**row, key: max(row[key], LEAST)} for row in table]  # a machine may cost nothing
     low, high = min(row[key] for row in table), max(row[key] for row in table)
     across, up = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     worst = max(t for t in TICKS if t <= min(row["pass@1"] for row in table))
-    best = min([t for t in TICKS if t >= max(row["pass@1"] for row in table)] or [BEST])
+    best = min([t for t in TICKS if t > max(row["pass@1"] for row in table)] or [BEST])
 
     def to_x(value: float) -> float:
         return LEFT + across * (math.log(value / low) / math.log(high / low) if high > low else 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
@@ -98,12 +99,15 @@ def test_new_weights_under_way(pair: tuple[Any, Any]) -> None:
     engine = Engine(pair[1], block_size=8)
     engine.add(IDS[:20], SAMPLINGS["greedy"])
     engine.step()
-    engine.update_weights(type(pair[1])(pair[1].config).to(NAME))
+    other = type(pair[0])(pair[0].config, generator=torch.Generator().manual_seed(9))
+    engine.update_weights(copy.deepcopy(other).to(NAME))
     while engine.has_work:
         engine.step()
-    with torch.no_grad():
-        engine.model.head_weight.mul_(2.0)  # a trainer's own change is seen
-    engine.generate(PROMPTS, SAMPLINGS["free"])
+    same(engine.generate(PROMPTS, SAMPLINGS["free"]), Engine(other, native=False).generate(PROMPTS, SAMPLINGS["free"]))
+    with torch.no_grad():  # a trainer's own change is seen
+        for model in (engine.model, other):
+            model.head_weight.mul_(2.0)
+    same(engine.generate(PROMPTS, SAMPLINGS["free"]), Engine(other, native=False).generate(PROMPTS, SAMPLINGS["free"]))
 
 
 def certain(device: str) -> Any:

@@ -170,10 +170,16 @@ def test_losses(name: str, kind: str) -> None:
 
 
 def test_hidden_states_are_matched() -> None:
-    h, t, w = (torch.ones(N, width, device=NAME, requires_grad=True) for width in (D, C, 1))
-    projection = torch.ones(C, D, device=NAME, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    h, t, projection = (torch.randn(shape, generator=generator) for shape in ((N, D), (N, C), (C, D)))
+    weight = torch.rand(N, generator=generator)
     for measure in ("mse", "cosine"):
-        states_sum(h, t.detach(), projection, w.detach().squeeze(1), measure).backward()  # type: ignore[arg-type]
+        found = []
+        for device in ("cpu", NAME):
+            leaves = [x.clone().to(device).requires_grad_() for x in (h, projection)]
+            total = states_sum(leaves[0], t.to(device), leaves[1], weight.to(device), measure)  # type: ignore[arg-type]
+            found.append([x.cpu() for x in (total.detach(), *torch.autograd.grad(total, leaves))])
+        torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("dora", [False, True])

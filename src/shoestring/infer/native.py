@@ -2,22 +2,13 @@
 
 At a few rows a step the plain twin (infer/layers.py) spends its time between the products: about a hundred small
 operations a layer. csrc/decode.c does a whole step in one call, with torch's own threads (the same OpenMP library).
-A row's result does not depend on the other rows of the step, to the bit.
-
-The library is compiled once per machine and kept in the user's cache folder; nothing is downloaded.
+A row's result does not depend on the other rows of the step, to the bit. core/build_c.py builds the library.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from pathlib import Path
@@ -27,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shoestring.core.build_c import Missing, load
 from shoestring.infer.pages import Pages
 from shoestring.infer.products import to_int8
 from shoestring.infer.store import Store
@@ -37,31 +29,14 @@ from shoestring.nn.moe import MoE
 from shoestring.nn.norm import RMSNorm
 
 SOURCES = Path(__file__).parent / "csrc"
-FLAGS = (
-    "-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
-    "-fopenmp", "-shared", "-fPIC",
-)  # fmt: skip
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_log = logging.getLogger("shoestring.infer")
 
 
 # ---- the library
-class Missing(Exception):
-    """Why the library cannot be had."""
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Built or found in the cache. Raises Missing: no compiler, one that fails, or SHOESTRING_NATIVE=0."""
-    if os.environ.get("SHOESTRING_NATIVE") == "0":
-        raise Missing("SHOESTRING_NATIVE is 0")
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
-    if compiler is None or shutil.which(compiler) is None:
-        raise Missing("there is no C compiler (cc, gcc or clang)")
-    try:
-        made = ctypes.CDLL(str(_built(compiler)))
-    except OSError as error:
-        raise Missing(f"the compiled library does not load: {error}") from error
+    """Built or found in the cache. Raises Missing (core/build_c.py)."""
+    made = load(SOURCES, "decode")
     for suffix in SUFFIX.values():
         getattr(made, f"shoestring_workspace_{suffix}").restype = c_int64
     return made
@@ -76,44 +51,6 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     except Missing as missing:
         return str(missing)
     return None
-
-
-def _built(compiler: str) -> Path:
-    """The shared library for this source, compiler and processor."""
-    version = _output([compiler, "--version"])
-    digest = hashlib.sha256("\n".join([*FLAGS, version, _processor()]).encode())
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shoestring"
-    found = cache / f"decode-{digest.hexdigest()[:16]}.so"
-    if not found.exists():
-        _log.info("building the native decoding step with %s: some seconds, once on this machine", compiler)
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as folder:  # then moved at once: two may build together
-                made = Path(folder) / "decode.so"
-                _output([compiler, *FLAGS, "-o", str(made), str(SOURCES / "decode.c"), "-lm"])
-                made.replace(found)
-        except OSError as error:
-            raise Missing(f"the cache folder cannot be written: {error}") from error
-    return found
-
-
-def _output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        raise Missing(f"{command[0]} failed: {said[0] if said else error}") from error
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
 # ---- the structs of csrc/decode.c

@@ -5,7 +5,7 @@
    barrier behind it. Weights are read where they lie, [out, in] row by row; sums are fp32, what a product reads is
    rounded to the model's dtype, as in the twin; the residual stream stays fp32.
 
-   Built by infer/native.py, which knows the same structs. Letters as in the package: R rows, D model width, H heads,
+   Called by infer/native.py, which knows the same structs. Letters as in the package: R rows, D model width, H heads,
    G groups of keys, C latent width, W width of a cached entry, E experts, A chosen ones, F an expert's width. */
 
 #include <math.h>

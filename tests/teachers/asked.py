@@ -18,6 +18,14 @@ from shoestring.teachers._session import Job
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tools'}", "NO_COLOR": "1"}
 ENVIRONMENT["RAY_worker_niceness"] = "0"  # on a busy machine a worker of low priority never begins
+# the command line with every job's store written by a process of its own
+APART = """
+import sys
+from shoestring.cli import main
+from shoestring.data import journal
+journal.MANY = 1
+sys.exit(main())
+"""
 
 
 class Server:

@@ -349,7 +349,7 @@ def test_a_full_disk_keeps_what_came(
 ) -> None:
     """The space kept aside holds the answers in flight; nothing more is sent, and afterwards it goes on."""
     from shoestring.core.atomic import DiskFull
-    from shoestring.data import journal
+    from shoestring.data import commits
 
     server = start("--latency", "0.05")
     asked = job(server, tmp_path, texts(400), most=8)
@@ -359,7 +359,7 @@ def test_a_full_disk_keeps_what_came(
         store = asking.store  # type: ignore[attr-defined]
         pages = store.base.execute("PRAGMA page_count").fetchone()[0]
         store.base.execute(f"PRAGMA max_page_count = {pages}")
-        monkeypatch.setattr(journal.Path, "unlink", lambda path, **o: (
+        monkeypatch.setattr(commits.Path, "unlink", lambda path, **o: (
             store.base.execute("PRAGMA max_page_count = 1000000") if path.name.endswith(".ballast") else None,
             freed(path, **o))[1])  # fmt: skip
 

@@ -74,11 +74,15 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def host() -> dict[str, Any]:
     """{cpu, cores (usable by this process), memory_gb, os}."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"cpu": processor(), "cores": cores, "memory_gb": round(memory, 1), "os": platform.platform(terse=True)}
+    return {"cpu": processor(), "cores": cores(), "memory_gb": round(memory, 1), "os": platform.platform(terse=True)}
 
 
 def chip() -> str:

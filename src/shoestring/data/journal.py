@@ -1,50 +1,48 @@
-"""Group commit: a thread of its own takes every change that has come meanwhile into one transaction.
+"""Who writes while a job is asked: a thread beside the event loop, or a process of its own (`writer.py`).
 
 A request leaves only when the transaction that says so is on disk; an answer is acknowledged the same way, but nobody
-waits for that. With hundreds of requests in flight one fsync serves them all, so `synchronous=FULL` costs little.
-When the disk is full, space kept aside for this moment (`BALLAST`) is freed, so that the answers in flight are kept.
+waits for that. What one turn of the loop brings goes to the writer together, and what has come while it was busy goes
+into one transaction (`commits.py`). A thread shares the interpreter's lock with the loop, which costs about 50 us an
+answer where the server answers at once (LOG.md, entry 6); a process costs its start, so only a job of MANY rows, on a
+machine with a core to spare, has one, and only one that has its store alone.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import queue
 import threading
-import time
 from contextlib import suppress
-from pathlib import Path
 
-from shoestring.core.atomic import DiskFull
+from shoestring.core.host import cores
 from shoestring.data.claims import Claim, Op, Purse, Returned, Settled
+from shoestring.data.commits import Commits, free, keep_aside
+from shoestring.data.far import Far
 from shoestring.data.places import AnyStore
+from shoestring.data.store import Store
 
-LINGER = 0.004  # seconds between the starts of two transactions of a busy job, so that its changes come together
-BUSY = 4000  # changes a second; below that a transaction begins at once, since the processor has time for them
+MANY = 4000  # rows still to ask, from which on the start of a process pays
 Item = tuple[Op, asyncio.Future[int] | None]  # a change, and who waits for its answer
-BALLAST = 16 << 20  # bytes kept aside beside the store
 
 
 class Journal:
-    """The writer of a store, for one event loop. Open it inside the loop; `close` waits until all is on disk."""
+    """The writer of a store, for one event loop. Open it inside the loop; `close` waits until all is on disk.
+
+    `lost`: why nothing more can be kept, should the writer die.
+    """
 
     def __init__(self, store: AnyStore) -> None:
-        self._store = store
-        self._loop = asyncio.get_running_loop()
-        self._queue: queue.SimpleQueue[list[Item] | None] = queue.SimpleQueue()
-        self._fresh: list[Item] = []  # what this turn of the loop has brought
-        self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
+        self.store = store
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.error: BaseException | None = None
-        self.commits = 0
-        self._ballast = store.ballast
-        if self._ballast is not None:
-            _keep_aside(self._ballast)
-        self._thread.start()
+        self._loop = asyncio.get_running_loop()
+        self._fresh: list[Item] = []  # what this turn of the loop has brought
+        keep_aside(store.ballast)
 
     @property
     def purse(self) -> Purse:
         """As of the last commit."""
-        return self._store.purse
+        return self.store.purse
 
     def claim(self, claim: Claim) -> asyncio.Future[int]:
         """Resolves to GRANTED once it is on disk that the request is sent, or to POOR or TAKEN. Raises DiskFull."""
@@ -66,78 +64,111 @@ class Journal:
     async def close(self) -> None:
         """Wait until everything is on disk. Raises what stopped the writer."""
         self._hand_over()
-        self._queue.put(None)
-        await asyncio.to_thread(self._thread.join)
-        self._free()
+        await self._end()
+        free(self.store.ballast)
         if self.error is not None:
             raise self.error
 
     def _add(self, item: Item) -> None:
-        """To the thread, together with what else this turn of the loop brings: woken for each change, the thread would
-        fight for the interpreter's lock and commit them one by one."""
+        """To the writer, together with what else this turn of the loop brings: woken for each change, it would fight
+        for the interpreter's lock and commit them one by one."""
         if not self._fresh:
             self._loop.call_soon(self._hand_over)
         self._fresh.append(item)
 
     def _hand_over(self) -> None:
         if self._fresh:
-            self._queue.put(self._fresh)
-            self._fresh = []
+            fresh, self._fresh = self._fresh, []
+            self._give(fresh)
 
-    # ---- in the thread -------------------------------------------------------------------------------------------
+    def _give(self, items: list[Item]) -> None:
+        raise NotImplementedError
+
+    async def _end(self) -> None:
+        raise NotImplementedError
+
+
+class ThreadJournal(Journal):
+    """Written by a thread of this process."""
+
+    def __init__(self, store: AnyStore) -> None:
+        super().__init__(store)
+        self._queue: queue.SimpleQueue[list[Item] | None] = queue.SimpleQueue()
+        self._commits = Commits(store)
+        self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
+        self._thread.start()
+
+    def _give(self, items: list[Item]) -> None:
+        self._queue.put(items)
+
+    async def _end(self) -> None:
+        self._queue.put(None)
+        await asyncio.to_thread(self._thread.join)
+        self.error = self._commits.error
 
     def _write(self) -> None:
-        last = since = time.monotonic()
-        rate, changes, open_ = 0.0, 0, True
+        open_ = True
         while open_:
-            first = self._queue.get()
-            if rate > BUSY and (wait := last + LINGER - time.monotonic()) > 0:
-                time.sleep(wait)
-            given = [first]
+            given = [self._queue.get()]
+            self._commits.linger()
             with suppress(queue.Empty):
                 while len(given) < 4096:
                     given.append(self._queue.get_nowait())
             open_ = None not in given
-            batch = [item for items in given for item in items or ()]
-            last = time.monotonic()
-            changes += len(batch)
-            if last - since > 0.05:
-                rate, changes, since = changes / (last - since), 0, last
-            self._commit(batch)
+            if batch := [item for items in given for item in items or ()]:
+                self._commit(batch)
 
     def _commit(self, batch: list[Item]) -> None:
-        if not batch:
-            return
         futures = [future for _, future in batch if future is not None]
         try:
-            if self.error is not None:  # the disk was full: no new claims, but what comes back is still kept
-                batch = [(op, future) for op, future in batch if future is None]
-            answers = self._apply([op for op, _ in batch])
+            answers = self._commits.commit([op for op, _ in batch])
         except BaseException as error:
-            self.error = self.error or error
-        if self.error is not None:
-            self._tell(futures, self.error)
+            self.error = error
+            self._loop.call_soon_threadsafe(_reject, futures, error)
         else:
             self._loop.call_soon_threadsafe(_resolve, futures, answers)
 
-    def _apply(self, ops: list[Op]) -> list[int]:
-        self.commits += 1
-        try:
-            return self._store.apply(ops)
-        except DiskFull as error:
-            if self.error is not None:
-                raise
-            self.error = error
-            self._free()
-            return self._store.apply([op for op in ops if type(op) is not Claim])
 
-    def _free(self) -> None:
-        if self._ballast is not None:
-            self._ballast.unlink(missing_ok=True)
+class FarJournal(Journal):
+    """Written by a process of its own. Dead processes write nothing: what was in flight is in doubt then."""
 
-    def _tell(self, futures: list[asyncio.Future[int]], error: BaseException) -> None:
-        if futures:
-            self._loop.call_soon_threadsafe(_reject, futures, error)
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self._waiting: list[asyncio.Future[int]] = []  # in the order of their claims
+        self._far = Far(store)
+
+    async def open(self) -> FarJournal:
+        """Start listening to the process; it takes what is written meanwhile when it has started."""
+        await self._far.listen(self._hear, self._died)
+        return self
+
+    def _give(self, items: list[Item]) -> None:
+        self._waiting += [future for _, future in items if future is not None]
+        self._far.write([op for op, _ in items])
+
+    async def _end(self) -> None:
+        await self._far.end()
+
+    def _hear(self, answers: list[int] | BaseException, claims: int) -> None:
+        """Of a commit: what it answers to the `claims` oldest claims."""
+        futures, self._waiting = self._waiting[:claims], self._waiting[claims:]
+        if isinstance(answers, BaseException):
+            self.error = self.error or answers
+            _reject(futures, self.error)
+        else:
+            _resolve(futures, answers)
+
+    def _died(self, why: str) -> None:
+        """Claims are answered no more."""
+        if not self.lost.done():
+            self.lost.set_result(why)
+
+
+async def open_journal(store: AnyStore, rows: int = 0) -> Journal:
+    """The writer that suits a job with `rows` still to ask. Raises DiskFull when little space is left."""
+    if rows >= MANY and isinstance(store, Store) and not store.share and cores() > 1:
+        return await FarJournal(store).open()
+    return ThreadJournal(store)
 
 
 def _resolve(futures: list[asyncio.Future[int]], answers: list[int]) -> None:
@@ -150,13 +181,3 @@ def _reject(futures: list[asyncio.Future[int]], error: BaseException) -> None:
     for future in futures:
         if not future.done():
             future.set_exception(error)
-
-
-def _keep_aside(path: Path) -> None:
-    """Take up BALLAST bytes, really; a file system that cannot promise space gets zeros written."""
-    with open(path, "wb") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, BALLAST)
-        except OSError as error:
-            path.unlink()
-            raise DiskFull(f"Less than {BALLAST >> 20} MB are free for {path.parent}: free some, then ask.") from error

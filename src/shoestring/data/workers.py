@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
 from shoestring.core.errors import UserError
 from shoestring.data.store import Store
+from shoestring.data.writer import LOCK
+
+WRITER_S = 30.0  # seconds in which the writer of a process that was killed has written what it had been sent
 
 
 class Worker:
@@ -31,6 +35,17 @@ class Worker:
                 f"Another process is asking into {folder}: wait for it, or let several share the work with --share "
                 "(all of them)."
             )
+        self._await_writer(folder)
+
+    def _await_writer(self, folder: Path) -> None:
+        """A process that was killed may have left one behind that is still writing (`writer.py`)."""
+        end = time.monotonic() + WRITER_S
+        while not self._try(LOCK, fcntl.LOCK_SH):
+            if time.monotonic() > end:
+                self._file.close()
+                raise UserError(f"A dead process's writer still holds {folder}: end it, then run the command again.")
+            time.sleep(0.005)
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, LOCK)
 
     def register(self, store: Store) -> int:
         """Take a number in the store, and put what dead workers had sent in doubt; the number of such rows."""

@@ -15,9 +15,10 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from typing import Any
 
 from shoestring.data.claims import GRANTED, POOR, Answer, Claim, Returned, Row, Settled
-from shoestring.data.journal import Journal
+from shoestring.data.journal import Journal, open_journal
 from shoestring.data.places import AnyStore
 from shoestring.teachers._accept import Acceptance
 from shoestring.teachers._pace import Pace
@@ -98,10 +99,10 @@ class Asking:
     """One session of asking. `await run()` once; `stop()` ends it after what is in flight."""
 
     def __init__(
-        self, store: AnyStore, job: int, lanes: list[Lane], *, tick: Callable[[Asking], None] | None = None,
-        tick_s: float = 0.5,
+        self, store: AnyStore, job: int, lanes: list[Lane], *, rows: int = 0,
+        tick: Callable[[Asking], None] | None = None, tick_s: float = 0.5,
     ) -> None:  # fmt: skip
-        self.store, self.job, self.lanes = store, job, lanes
+        self.store, self.job, self.lanes, self.rows = store, job, lanes, rows
         self.told = Told()
         self.in_flight = 0
         self.settlements = 0
@@ -126,13 +127,18 @@ class Asking:
 
     async def run(self) -> Told:
         """Ask until nothing is left or something stops it. Raises DiskFull and the errors of the program."""
-        self.journal = Journal(self.store)
+        self.journal = await open_journal(self.store, self.rows)
         acceptance = self._acceptance = Acceptance(self.store)
         acceptance.start()
         ticking = asyncio.create_task(self._ticks())
         workers = [asyncio.create_task(self._work(lane)) for lane in self.lanes for _ in range(lane.pace.most)]
+        ends: list[asyncio.Future[Any]] = [asyncio.gather(*workers), self.journal.lost]
         try:
-            await asyncio.gather(*workers)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if self.journal.lost.done():  # what is in flight could not be kept
+                self.stop(self.journal.lost.result())
+            else:
+                ends[0].result()
         finally:
             ticking.cancel()
             for worker in workers:
@@ -140,7 +146,7 @@ class Asking:
             await asyncio.gather(*workers, return_exceptions=True)
             try:
                 await self.journal.close()
-            finally:  # on a full disk too: its thread reads the store, which is closed next
+            finally:  # on a full disk too: acceptance reads the store, which is closed next
                 await asyncio.to_thread(acceptance.stop)
                 self._grades()
         if self._error is not None:

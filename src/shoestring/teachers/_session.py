@@ -138,7 +138,7 @@ async def _session(job: Job, seat: Seat, watch: Callable[[Asking], None] | None)
             if watch is not None:
                 watch(asking)
 
-        asking = Asking(store, number, lanes, tick=tick)
+        asking = Asking(store, number, lanes, rows=counts["planned"], tick=tick)
         with _interruptible(asking):
             told = await asking.run()
             while job.share and told.stopped is None and seat.take_over():  # of workers that died meanwhile

@@ -1,4 +1,4 @@
-"""The asking side of a writer in a process of its own (`writer.py`): starts it, sends changes, hears what they came to."""
+"""The asking side of a writer in a process of its own (`writer.py`): starts it, sends changes, hears their results."""
 
 from __future__ import annotations
 

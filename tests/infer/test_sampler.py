@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoestring.core.nouns import Sampling
-from shoestring.infer.sampler import draw_in_blocks, kept, sample
+from shoestring.infer.sampler import draw_in_blocks, draw_natively, kept, sample
+from shoestring.nn import native
 
 
 def uniforms(n: int, seed: int = 0) -> Tensor:
@@ -115,3 +116,36 @@ def test_a_draw_by_blocks_is_the_plain_draw(width: int) -> None:
     assert torch.equal(mass_R, p_RV.gather(1, token_R[:, None]).squeeze(1))
     alone = [draw_in_blocks(p_RV[r : r + 1], u_R[r : r + 1])[0].item() for r in range(0, 64, 9)]
     assert alone == token_R[::9].tolist()  # whoever else draws
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"no C here: {native.why_not()}")
+@pytest.mark.parametrize("width", [8_192, 33_001])
+def test_a_draw_in_c_is_a_plain_one(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same token but at the very edge of one, the same logprob, nothing that was ruled out; `sample` takes it."""
+    torch.manual_seed(2)
+    logits_RV = 4 * torch.randn(64, width)
+    logits_RV[::3, : width // 2] = float("-inf")
+    logits_RV[3, :-1] = float("-inf")
+    logits_RV[4] -= 300.0
+    u_R = uniforms(64, 1)
+    u_R[:3] = torch.tensor([0.0, 1 - 2**-53, 0.5])
+    options = [Sampling(temperature=0.5 + row % 3 / 2) for row in range(64)]
+    token_R, logp_R = draw_natively(logits_RV, u_R, [s.temperature for s in options])
+    temperature_R1 = torch.tensor([s.temperature for s in options])[:, None]
+    exact_RV = torch.log_softmax(logits_RV.double() / temperature_R1, dim=-1)
+    torch.testing.assert_close(logp_R.double(), exact_RV.gather(1, token_R[:, None])[:, 0], atol=2e-6, rtol=1e-6)
+    upto_RV = exact_RV.exp().cumsum(-1)
+    after_R = upto_RV.gather(1, token_R[:, None])[:, 0]
+    before_R = after_R - logp_R.double().exp()
+    assert bool(((u_R > before_R - 1e-6) & (u_R < after_R + 1e-6)).all()) and bool((logp_R > -60).all())
+    drawn = sample(logits_RV, u_R, options)
+    assert drawn.tokens == token_R.tolist() and drawn.logprobs == logp_R.tolist()
+    alone = sample(logits_RV[5:6].clone(), u_R[5:6], options[5:6])
+    assert (alone.tokens[0], alone.logprobs[0]) == (drawn.tokens[5], drawn.logprobs[5])  # whoever else draws
+    broken_RV = logits_RV.clone()
+    broken_RV[7, 9] = float("nan")
+    with pytest.raises(FloatingPointError):
+        sample(broken_RV, u_R, options)
+    monkeypatch.setattr(native, "why_not", lambda: "it is not wanted")
+    plain = sample(logits_RV, u_R, options)
+    assert sum(a == b for a, b in zip(plain.tokens, drawn.tokens, strict=True)) >= 62

@@ -1,15 +1,58 @@
-"""Muon against torch's own, the split of parameters, and schedules."""
+"""AdamW and Muon against torch's own, the split of parameters, and schedules."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+from shoestring.optim.adamw import AdamW, adamw_groups
 from shoestring.optim.make import optimizers
 from shoestring.optim.muon import Muon
 from shoestring.optim.schedules import lr_at
 from shoestring.train.configs import Optim
+
+
+def test_adamw_is_torchs_to_the_bit() -> None:
+    """Two groups, two dtypes, a parameter without a gradient at times, a learning rate that moves."""
+    torch.manual_seed(0)
+    start = [torch.randn(3, 5), torch.randn(7), torch.randn(4, 4).bfloat16()]
+    ours, theirs = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    options = {"lr": 0.02, "betas": (0.9, 0.95)}
+    a = AdamW(adamw_groups(ours, 0.1), **options)  # type: ignore[arg-type]
+    b = torch.optim.AdamW(adamw_groups(theirs, 0.1), **options, eps=1e-8, fused=True)  # type: ignore[arg-type]
+    for step in range(5):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = None if step == 2 and mine.ndim == 1 else torch.randn_like(mine)
+            other.grad = None if mine.grad is None else mine.grad.clone()
+        for optimizer in (a, b):
+            optimizer.param_groups[0]["lr"] = 0.02 / (step + 1)
+            optimizer.step()
+        for mine, other in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, other)
+            moments = b.state[other]
+            assert all(torch.equal(value, moments[name]) for name, value in a.state[mine].items())
+            assert a.state[mine].keys() == moments.keys()
+    a.zero_grad()
+    assert all(p.grad is None for p in ours)
+
+
+def test_an_update_imports_no_compiler() -> None:
+    """torch.optim.Optimizer would: 76 MB and more than a second of every training process."""
+    code = """
+import sys, torch
+from shoestring.optim.make import optimizers
+model = torch.nn.Linear(4, 4)
+model(torch.randn(2, 4)).sum().backward()
+for optimizer in optimizers(model, "muon", lr=0.1, betas=(0.9, 0.95), weight_decay=0.1):
+    optimizer.step()
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])

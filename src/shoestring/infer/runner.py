@@ -77,10 +77,12 @@ class ModelRunner:
         """Prepare these weights. Nothing may be using the cache: its blocks are zeroed again when they are taken, in
         case the old weights left NaN there."""
         self.store.ready = 0
+        for name in ("blocks", "head", "layers"):  # old and new weights never lie beside each other
+            self.__dict__.pop(name, None)
         make = self.making()
         self.model, self.device = model, model.embedding.device
         self.blocks = [PreparedBlock(block, make) for block in model.model.layers]  # type: ignore[arg-type]
-        self.table_VD = model.embedding.detach().to(self.dtype)
+        self.table_VD = model.embedding.detach()  # rows are cast as they are looked up
         self.head = make.exactly(model.head_weight)
         self.norm = Norm(model.model.norm, self.dtype)
         self.layers = self.native_layers(model.model.layers, model.model.norm, 0) if self.native else None
@@ -122,7 +124,7 @@ class ModelRunner:
         rows = self._rows(works[:R])
         tokens_R = torch.tensor([work.sequence.token(work.start) for work in works[:R]])
         assert self.layers is not None
-        hidden_RD, chosen_LRA = self.layers.run(F.embedding(tokens_R, self.table_VD), rows, routed=routed)
+        hidden_RD, chosen_LRA = self.layers.run(self.embed(tokens_R), rows, routed=routed)
         if len(works) == R:
             return Ran(hidden_RD, chosen_LRA, [rows])
         rest = self._pass(works[R:], routed)
@@ -148,13 +150,17 @@ class ModelRunner:
 
     def _pass(self, works: list[Work], routed: bool) -> Ran:
         step, tokens_N, position_N = self._step(works)
-        x_ND = F.embedding(tokens_N, self.table_VD)
+        x_ND = self.embed(tokens_N)
         chosen = []
         for layer, block in enumerate(self.blocks):
             x_ND, chosen_NA = block(x_ND, step, layer)
             if routed and chosen_NA is not None:
                 chosen.append(chosen_NA)
         return Ran(self.norm(x_ND), torch.stack(chosen) if chosen else None, [(step, position_N)])
+
+    def embed(self, tokens_N: Tensor) -> Tensor:
+        """Their rows of the input table, in the dtype of products."""
+        return F.embedding(tokens_N, self.table_VD).to(self.dtype)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """fp32 [R, V]."""

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from ctypes import c_int, c_int64, c_void_p
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shoestring.core.nouns import Sampling, TokenLogprobs
+from shoestring.nn import native
 
 FIRST_WIDTH = 256  # likeliest tokens looked at before more are
 WIDE, BLOCK = 1 << 13, 128  # from so many tokens on a draw goes by blocks of so many
@@ -41,6 +43,10 @@ def sample(logits_RV: Tensor, u_R: Tensor, samplings: Sequence[Sampling]) -> Dra
     `u_R` is uniform on [0, 1) in fp64. Temperature 0 takes the largest logit; its logprob is the one at temperature
     1, since that of a certain draw would always be 0. Raises FloatingPointError when a row has no finite distribution.
     """
+    if _natively(logits_RV, samplings):
+        token_R, logp_R = draw_natively(logits_RV.float(), u_R, [s.temperature for s in samplings])
+        _check_finite(logp_R)
+        return Drawn(token_R.tolist(), logp_R.tolist(), {})
     p_RV = torch.softmax(_at_temperature(logits_RV.float(), samplings), dim=-1)
     greedy = [row for row, s in enumerate(samplings) if s.temperature == 0.0]
     cut = [row for row, s in enumerate(samplings) if s.temperature > 0.0 and restricts(s)]
@@ -69,6 +75,25 @@ def _at_temperature(logits_RV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     if all(t == 1.0 for t in temperatures):
         return logits_RV
     return logits_RV / torch.tensor(temperatures, device=logits_RV.device)[:, None]
+
+
+def _natively(logits_RV: Tensor, samplings: Sequence[Sampling]) -> bool:
+    """Whether every row is a plain draw from a wide vocabulary on a CPU, and C can be had."""
+    if logits_RV.device.type != "cpu" or logits_RV.shape[1] < WIDE:
+        return False
+    plain = all(s.temperature > 0.0 and not s.top_logprobs and not restricts(s) for s in samplings)
+    return plain and native.why_not() is None
+
+
+def draw_natively(logits_RV: Tensor, u_R: Tensor, temperatures: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Token and logprob of each row, by blocks as in `draw_in_blocks`, with no probabilities written down."""
+    logits_RV, (R, V) = logits_RV.contiguous(), logits_RV.shape
+    temperature_R = torch.tensor(temperatures, dtype=torch.float32)
+    token_R, logp_R = torch.empty(R, dtype=torch.int64), torch.empty(R)
+    at = [c_void_p(x.data_ptr()) for x in (logits_RV, u_R, temperature_R)]
+    out = [c_void_p(x.data_ptr()) for x in (token_R, logp_R)]
+    native.library().draw_f32(*at, c_int64(R), c_int64(V), *out, c_int(torch.get_num_threads()))
+    return token_R, logp_R
 
 
 def _draw_mixed(
@@ -186,9 +211,9 @@ def _fill(
         found[row] = best[: samplings[row].top_logprobs]
 
 
-def _check_finite(mass: Tensor) -> None:
-    """One test a step: NaN or infinite logits make every probability of their row NaN."""
-    if bool(mass.isnan().any()):
+def _check_finite(drawn_R: Tensor) -> None:
+    """One test a step: NaN or infinite logits make every probability of their row NaN, and so what was drawn."""
+    if bool(drawn_R.isnan().any()):
         raise FloatingPointError(
             "the model produced NaN or infinite logits; check its weights and, in bf16, its scale."
         )

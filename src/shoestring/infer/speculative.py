@@ -57,9 +57,7 @@ class Drafter:
             pad = count - len(next_ids_N[start : start + count])
             ids_n = F.pad(next_ids_N[start : start + count], (0, pad))
             hidden_nD = F.pad(ran.hidden_ND[start : start + count], (0, 0, 0, pad))
-            joined_nD = self._join(
-                torch.cat([self._enorm(F.embedding(ids_n, self._runner.table_VD)), self._hnorm(hidden_nD)], -1)
-            )
+            joined_nD = self._join(torch.cat([self._enorm(self._runner.embed(ids_n)), self._hnorm(hidden_nD)], -1))
             found.append(self._through(joined_nD, step))
             start += count
         if not rows:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shoestring.losses._native import native_form
 from shoestring.losses._teacher import Buffers, Form, Targets, accurate_rows, product
 from shoestring.losses._tokens import Tokens
 from shoestring.nn.head import add_outer, scaled
@@ -51,8 +52,11 @@ class _DivergenceSum(torch.autograd.Function):
         scale_N1 = (weight_N.to(accurate) / temperature)[:, None]
         value_N = torch.zeros(N, dtype=accurate, device=hidden_ND.device)
         grad_ND = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        grad_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
-        buffers, block = Buffers(), block_rows(targets.width(vocab))
+        grad_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
+        if grad_VD is not None:
+            grad_VD[vocab if N else 0 :].zero_()  # the rest is written by the first chunk
+        buffers, quick = Buffers(), native_form(form, hidden_ND, vocab, targets)
+        block = chunk if quick is not None else block_rows(targets.width(vocab))
         for start in range(0, N, chunk):
             rows = slice(start, min(start + chunk, N))
             hidden_nD = hidden_ND[rows] if temperature == 1 else hidden_ND[rows] / temperature
@@ -60,14 +64,14 @@ class _DivergenceSum(torch.autograd.Function):
             divergence = targets.open(rows, temperature, buffers)
             for first in range(0, len(z_nV), block):
                 some = slice(first, min(first + block, len(z_nV)))
-                z_bV = accurate_rows("student", z_nV, some, buffers)
-                value_N[start + some.start : start + some.stop] = divergence(some, z_bV, form)
-                if dtype != accurate:
+                z_bV = z_nV if quick is not None else accurate_rows("student", z_nV, some, buffers)
+                value_N[start + some.start : start + some.stop] = divergence(some, z_bV, quick or form)
+                if z_bV.dtype != dtype:
                     z_nV[some] = z_bV
             if grad_ND is not None:
                 grad_ND[rows] = torch.mm(z_nV, table_VD) * scale_N1[rows]
             if grad_VD is not None:
-                add_outer(grad_VD[:vocab], z_nV, (hidden_ND[rows] * scale_N1[rows]).to(dtype))
+                add_outer(grad_VD[:vocab], z_nV, (hidden_ND[rows] * scale_N1[rows]).to(dtype), first=start == 0)
         ctx.save_for_backward(grad_ND, grad_VD)
         ctx.mark_non_differentiable(value_N)
         return (value_N * weight_N).sum(), value_N

@@ -121,6 +121,8 @@ class Hidden(_Rows):
         logits_nV = product("teacher chunk", hidden_nC, buffers.once("head", self._head), buffers)
 
         def divergence(rows: slice, z_nV: Tensor, form: Form) -> Tensor:
+            if z_nV.dtype == logits_nV.dtype:
+                return form(z_nV, logits_nV[rows], buffers)
             return form(z_nV, accurate_rows("teacher", logits_nV, rows, buffers).to(z_nV.dtype), buffers)
 
         return divergence

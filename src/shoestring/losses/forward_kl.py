@@ -25,6 +25,7 @@ def form(z_nV: Tensor, t_nV: Tensor, buffers: Buffers) -> Tensor:
 
 
 form.linear_in_teacher = True  # type: ignore[attr-defined]
+form.native = "forward_kl"  # type: ignore[attr-defined]
 
 
 def plain(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:

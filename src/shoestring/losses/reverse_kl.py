@@ -22,6 +22,9 @@ def form(z_nV: Tensor, t_nV: Tensor, buffers: Buffers) -> Tensor:
     return through_softmax(q_nV, ratio_nV, out=z_nV)
 
 
+form.native = "reverse_kl"  # type: ignore[attr-defined]
+
+
 def plain(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
     """The plain twin of the values."""
     return (logq_NV.exp() * (logq_NV - logp_NV)).sum(-1)

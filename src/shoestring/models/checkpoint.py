@@ -8,7 +8,7 @@ Left out: pickled `.bin` files (never opened), writing FP8.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def load_state(model: Decoder, path: str | Path) -> None:
     _compare(wanted, file.keys(), path)
     for name, target in wanted.items():
         tensor = file.get_tensor(name)
-        _same_shape(name, tensor, target, path)
+        _same_shape(name, tensor.shape, target, path)
         target.copy_(tensor)
 
 
@@ -162,11 +162,14 @@ def build(
     if getattr(config, "num_nextn_predict_layers", 0) and not has_mtp(list(names), config.num_hidden_layers):
         _log.warning("config.json announces multi-token prediction, but the files hold no weights for it: left out.")
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
-    model: Decoder = module.MODEL(config, kernels=kernels, device="meta").to(dtype)
-    for gate in model.modules():
-        if isinstance(gate, Gate) and gate.e_score_correction_bias is not None:
-            gate.e_score_correction_bias = gate.e_score_correction_bias.float()  # it decides ties: never rounded
-    return model.to_empty(device=device or "cpu")
+    model: Decoder = module.MODEL(config, kernels=kernels, device="meta")
+    exact = {id(gate.e_score_correction_bias) for gate in model.modules() if isinstance(gate, Gate)}  # decides ties
+
+    def real(part: Tensor) -> Tensor:  # not to_empty: on meta tensors that imports sympy (LOG.md, entry 15)
+        kept = part.dtype if id(part) in exact or not part.is_floating_point() else dtype
+        return torch.empty(part.shape, dtype=kept, device=device or "cpu")
+
+    return model._apply(real)
 
 
 @torch.no_grad()
@@ -176,15 +179,16 @@ def _fill(model: Decoder, files: Files, raw: dict[str, Any]) -> None:
     _compare(wanted, [name for name in files.names if not is_needless(name, tied, n_layers)], files.folder)
     block = _fp8_block(raw)
     for name, target in wanted.items():
-        tensor = files.read(name)
-        _same_shape(name, tensor, target, files.folder)
-        if f"{name}_scale_inv" in files.file_of:
-            tensor = dequantize(tensor, files.read(f"{name}_scale_inv"), block)
-        elif tensor.dtype == torch.float8_e4m3fn:
-            raise UserError(f"{files.folder}: {name} is fp8 and its scale {name}_scale_inv is missing.")
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{files.folder}: {name} holds NaN or infinite values; this checkpoint is broken.")
-        target.copy_(tensor)
+        _same_shape(name, files.shape(name), target, files.folder)
+        scale = files.read(f"{name}_scale_inv") if f"{name}_scale_inv" in files.file_of else None
+        for rows, tensor in files.pieces(name) if scale is None else [(..., files.read(name))]:
+            if scale is not None:
+                tensor = dequantize(tensor, scale, block)
+            elif tensor.dtype == torch.float8_e4m3fn:
+                raise UserError(f"{files.folder}: {name} is fp8 and its scale {name}_scale_inv is missing.")
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{files.folder}: {name} holds NaN or infinite values; this checkpoint is broken.")
+            target[rows] = tensor
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -198,9 +202,9 @@ def _fp8_block(raw: dict[str, Any]) -> int:
     return int(rows)
 
 
-def _same_shape(name: str, tensor: Tensor, target: Tensor, where: Path) -> None:
-    if tensor.shape != target.shape:
-        shapes = f"{tuple(tensor.shape)} on disk and {tuple(target.shape)} by its config"
+def _same_shape(name: str, shape: Sequence[int], target: Tensor, where: Path) -> None:
+    if tuple(shape) != tuple(target.shape):
+        shapes = f"{tuple(shape)} on disk and {tuple(target.shape)} by its config"
         raise UserError(f"{where}: {name} is {shapes}; the two do not belong together.")
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from shoestring.core.atomic import disk_full, fsync_path, is_disk_full, write_js
 from shoestring.core.errors import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PIECE_ELEMENTS = 1 << 20  # of a tensor that are in memory beside their copy
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -62,14 +65,40 @@ class Files:
         return list(self.file_of)
 
     def read(self, name: str) -> Tensor:
+        """The whole tensor."""
+        with self._file_of(name) as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def shape(self, name: str) -> list[int]:
+        with self._file_of(name) as file:
+            shape: list[int] = file.get_slice(name).get_shape()
+        return shape
+
+    def pieces(self, name: str) -> Iterator[tuple[slice | EllipsisType, Tensor]]:
+        """(rows, the tensor's part) for all of its rows, a few megabytes at a time: a whole table would be there twice
+        while it is copied."""
+        shape = self.shape(name)
+        step = max(1, PIECE_ELEMENTS // max(1, math.prod(shape[1:])))
+        if not shape or shape[0] <= step:
+            yield ..., self.read(name)
+            return
+        for start in range(0, shape[0], step):
+            rows = slice(start, min(start + step, shape[0]))
+            with self._file_of(name) as file:
+                part: Tensor = file.get_slice(name)[rows]
+            yield rows, part
+
+    @contextmanager
+    def _file_of(self, name: str) -> Iterator[Any]:
+        """The open file that holds it."""
         file = self.file_of[name]
         if file not in self._handles:
             self._handles[file] = open_safetensors(self.folder / file)
         try:
-            tensor: Tensor = self._handles[file].get_tensor(name)
+            yield self._handles[file]
         except SafetensorError as error:
             raise UserError(f"{self.folder / file} does not hold {name} ({error}); copy it again.") from None
-        return tensor
 
 
 def write_shards(tensors: dict[str, Tensor], folder: Path, max_bytes: float) -> None:

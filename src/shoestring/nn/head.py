@@ -32,11 +32,15 @@ def _accurate(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def add_outer(grad_VD: Tensor, dz_nV: Tensor, hidden_nD: Tensor) -> None:
-    """Add dzᵀ h; on a CPU some rows of the table at a time, whose product is in cache still when it is added."""
+def add_outer(grad_VD: Tensor, dz_nV: Tensor, hidden_nD: Tensor, *, first: bool = False) -> None:
+    """Add dzᵀ h; on a CPU some rows of the table at a time, whose product is in cache still when it is added.
+
+    `first`: write it, whatever was there.
+    """
     step = max(1024, SLICE_ELEMENTS // hidden_nD.shape[1]) if grad_VD.device.type == "cpu" else len(grad_VD)
     for part_vD, dz_nv in zip(grad_VD.split(step), dz_nV.split(step, dim=1), strict=True):
-        part_vD += dz_nv.t() @ hidden_nD
+        product_vD = dz_nv.t() @ hidden_nD
+        _ = part_vD.copy_(product_vD) if first else part_vD.add_(product_vD)
 
 
 def scaled(gradient: Tensor | None, grad: Tensor) -> Tensor | None:

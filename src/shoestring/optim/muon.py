@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shoestring.optim.base import Optimizer
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic iteration
 
 
@@ -33,7 +35,7 @@ def orthogonalise(update_bNM: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Muon for parameters of two or three dimensions; see `muon` for the usual split with AdamW."""
 
     def __init__(self, params: Iterable[Any], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
@@ -44,7 +46,7 @@ class Muon(torch.optim.Optimizer):
                     raise ValueError(f"Muon takes matrices and stacks of them, not shape {tuple(p.shape)}")
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
             for p in group["params"]:

@@ -23,6 +23,7 @@ from shoestring.nn import lora
 from shoestring.nn.decoder import Decoder, Embedding
 from shoestring.nn.experts import Experts
 from shoestring.nn.linear import Linear
+from shoestring.optim.base import Optimizer
 from shoestring.optim.make import optimizers
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train import states
@@ -136,7 +137,7 @@ def _adapt(model: Any, stage: TrainBase) -> None:
     lora.attach(model, given.rank, given.alpha, given.dora, step_generator(stage.seed, 17))
 
 
-def _optimizers(model: nn.Module, stage: TrainBase) -> list[torch.optim.Optimizer]:
+def _optimizers(model: nn.Module, stage: TrainBase) -> list[Optimizer]:
     o = stage.optim
     return optimizers(model, o.kind, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
 

@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from shoestring.data.batch import Batch, total_weight
 from shoestring.losses import next_token
 from shoestring.losses._tokens import Tokens
 from shoestring.nn.moe import update_router_bias
+from shoestring.optim.base import Optimizer
 from shoestring.optim.schedules import lr_at
 from shoestring.train.configs import TrainBase
 
@@ -36,7 +36,7 @@ class TrainState:
     """What a training stage carries from step to step, and saves."""
 
     model: Any
-    optimizers: list[torch.optim.Optimizer]
+    optimizers: list[Optimizer]
     step: int = 0  # optimiser updates done
     tokens: int = 0  # trained tokens, padding not counted
     sampled: int = 0  # tokens that rollouts read and wrote (RL)
@@ -135,7 +135,10 @@ def train_step(
         state.model, batches, objective, mtp_lambda=stage.mtp_lambda, balance_alpha=stage.balance_alpha
     )
     trainable = [p for p in state.model.parameters() if p.grad is not None]
-    grad_norm = float(nn.utils.clip_grad_norm_(trainable, stage.optim.clip_norm))
+    norm = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
+    grad_norm = float(norm)
+    if grad_norm + 1e-6 > stage.optim.clip_norm:  # else the factor is 1, and a pass over all gradients for nothing
+        nn.utils.clip_grads_with_norm_(trainable, stage.optim.clip_norm, norm)
     if not (math.isfinite(grad_norm) and math.isfinite(loss)):
         raise FloatingPointError(
             f"loss {loss} and gradient norm {grad_norm} at step {state.step}: not finite; lower optim.lr and run again."
@@ -145,7 +148,7 @@ def train_step(
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     if load_LE is not None:
         if stage.bias_gamma > 0:
             update_router_bias(state.model, load_LE, stage.bias_gamma)

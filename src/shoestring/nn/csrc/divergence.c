@@ -1,0 +1,85 @@
+/* Divergences of the vocabulary's rows, values and gradients; and a draw from such rows. Each row is read three or four
+   times while it lies in a core's cache, and nothing but the gradient is written. Sums are fp32 over strips, fp64 over
+   the strips. The plain twins stand in losses/forward_kl.py, losses/reverse_kl.py and infer/sampler.py.
+
+   Letters as in the package: N rows, V vocabulary; z, t logits of student and teacher at the temperature. */
+
+#include "numbers.h"
+
+#define STRIP 2048 /* logits whose sum is fp32 */
+#define BLOCK 128  /* tokens among which a draw is made in the end */
+
+INLINE float exp_down(float x) { /* of x <= 0, to 2e-7 relative near 0; NaN stays NaN; e^-87 below -87 */
+    const float y = (-87.0f > x ? -87.0f : x) * 1.44269504088896341f;
+    const float shifted = y + 12582912.0f; /* 1.5 · 2^23: the nearest integer n stands in the last bits */
+    const float f = y - (shifted - 12582912.0f);
+    float p = 1.327647013e-3f; /* 2^f on [-1/2, 1/2] */
+    p = p * f + 9.675540961e-3f;
+    p = p * f + 5.550713092e-2f;
+    p = p * f + 2.402212024e-1f;
+    p = p * f + 6.931469440e-1f;
+    p = p * f + 1.0f;
+    uint32_t n, bits;
+    memcpy(&n, &shifted, 4);
+    memcpy(&bits, &p, 4);
+    bits += n << 23;
+    memcpy(&p, &bits, 4);
+    return p;
+}
+
+#define T float
+#define NAME(name) name##_f32
+#define FLOAT wide_f32
+#define ROUND round_f32
+#include "divergence.h"
+#undef T
+#undef NAME
+#undef FLOAT
+#undef ROUND
+
+#define T bf16
+#define NAME(name) name##_bf16
+#define FLOAT wide_bf16
+#define ROUND round_bf16
+#include "divergence.h"
+
+INLINE float seen(float z, float top, float by) { /* in proportion to the probability; 0 for what is ruled out */
+    const float x = (z - top) * by;
+    return x < -87.0f ? 0.0f : exp_down(x);
+}
+
+/* One token a row: the first whose running sum of probabilities exceeds u times the whole, by blocks and then within
+   one. logp is that of the distribution drawn from; NaN where the row has none. */
+void draw_f32(const float *logits, const double *u, const float *temperature, int64_t N, int64_t V, int64_t *token,
+              float *logp, int threads) {
+    const int64_t blocks = (V + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(N *V < SMALL ? 1 : threads)
+    for (int64_t n = 0; n < N; n++) {
+        const float *z = logits + n * V, by = 1.0f / temperature[n];
+        float top = -INFINITY, sum[blocks];
+        double whole = 0;
+#pragma omp simd reduction(max : top)
+        for (int64_t v = 0; v < V; v++) top = z[v] > top ? z[v] : top;
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t end = (b + 1) * BLOCK < V ? (b + 1) * BLOCK : V;
+            float s = 0;
+#pragma omp simd reduction(+ : s)
+            for (int64_t v = b * BLOCK; v < end; v++) s += seen(z[v], top, by);
+            sum[b] = s;
+            whole += s;
+        }
+        double left = u[n] * whole;
+        int64_t b = 0, last = 0, v = 0;
+        for (; b + 1 < blocks && left >= sum[b]; b++) left -= sum[b];
+        while (b > 0 && sum[b] == 0.0f) left = sum[--b]; /* by rounding, behind the last that has any */
+        const int64_t end = (b + 1) * BLOCK < V ? (b + 1) * BLOCK : V;
+        for (last = v = b * BLOCK; v < end; v++) {
+            const float p = seen(z[v], top, by);
+            if (p > 0.0f) last = v;
+            if (p > left) break;
+            left -= p;
+        }
+        token[n] = last;
+        logp[n] = (float)((double)((z[last] - top) * by) - log(whole));
+    }
+}

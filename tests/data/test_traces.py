@@ -19,7 +19,7 @@ from shoestring.core.errors import UserError
 from shoestring.core.nouns import Trace
 from shoestring.curate._contract import example
 from shoestring.data import schema
-from shoestring.data.traces import TraceIds, TraceStore, texts, trace_id
+from shoestring.data.traces import TraceIds, TraceStore, _plain, canonical, texts, trace_id
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(shoestring.__file__).parent.parent)}
 WRITER = """
@@ -194,3 +194,17 @@ def test_ids_in_one_go_are_the_same() -> None:
         decoding = {"top_p": 0.9, "temperature": 1.0, "stop": ["a"]}
         found = TraceIds(name, decoding).of(texts(messages)[0], 3)
         assert found == [trace_id(name, messages, decoding, sample) for sample in range(3)]
+
+
+def test_plain_messages_are_canonical() -> None:
+    """The fast twin of `canonical`, and what it leaves to it."""
+    odd = 'a"\\/\x00\x1f\x7f\n é 世界 \U0001f600 \ud800 </script>'
+    for messages in (
+        [],
+        [{"role": "user", "content": odd}],
+        [{"content": "b", "role": "system"}, {"role": odd, "content": ""}],
+    ):
+        assert _plain(messages) == canonical(messages) == texts(messages)[0]
+    for other in ({"role": "user", "content": None}, {"role": "user", "content": ["a"]}, {"content": "a"},
+                  {"role": "user", "content": "a", "name": "b"}, {"role": "user", "text": "a"}):  # fmt: skip
+        assert _plain([other]) is None and texts([other])[0] == canonical([other])

@@ -26,6 +26,7 @@ from shoestring.data.store import Store
 NOT_CONTENT = ("date", "cost_usd")  # when it was said and at what price: not part of what was said
 CHUNK = 1000
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))  # `dumps` would make one each time
+_quoted = json.encoder.encode_basestring_ascii
 _BODY = (
     "thinking", "answer", "prompt_ids", "token_ids", "task", "problem_id", "decoding", "usage", "cost_usd", "source",
 )  # fmt: skip
@@ -139,11 +140,21 @@ def canonical(value: Any) -> str:
 
 def texts(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """(`canonical` JSON, which is ASCII and hashed; the same as UTF-8 text, which is stored and sent)."""
-    escaped = canonical(messages)
+    escaped = _plain(messages) or canonical(messages)
     if "\\u" not in escaped:
         return escaped, escaped
     text = json.dumps(messages, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return (escaped, text) if _encodes(text) else (escaped, escaped)
+
+
+def _plain(messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """`canonical` of messages that are only a role and a text each, in a fifth of its time; None for others."""
+    found = []
+    for one in messages:
+        if len(one) != 2 or type(role := one.get("role")) is not str or type(text := one.get("content")) is not str:
+            return None
+        found.append(f'{{"content":{_quoted(text)},"role":{_quoted(role)}}}')
+    return f"[{','.join(found)}]"
 
 
 def _encodes(text: str) -> bool:

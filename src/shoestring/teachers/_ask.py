@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
 
+from shoestring.core.garbage import seldom_searched
 from shoestring.data.claims import GRANTED, POOR, Answer, Claim, Returned, Row, Settled
 from shoestring.data.journal import Journal, open_journal
 from shoestring.data.places import AnyStore
@@ -127,6 +128,15 @@ class Asking:
 
     async def run(self) -> Told:
         """Ask until nothing is left or something stops it. Raises DiskFull and the errors of the program."""
+        with seldom_searched():
+            await self._run()
+        if self._error is not None:
+            raise self._error
+        if self._tick:
+            self._tick(self)
+        return self.told
+
+    async def _run(self) -> None:
         self.journal = await open_journal(self.store, self.rows)
         acceptance = self._acceptance = Acceptance(self.store)
         acceptance.start()
@@ -149,11 +159,6 @@ class Asking:
             finally:  # on a full disk too: acceptance reads the store, which is closed next
                 await asyncio.to_thread(acceptance.stop)
                 self._grades()
-        if self._error is not None:
-            raise self._error
-        if self._tick:
-            self._tick(self)
-        return self.told
 
     async def _ticks(self) -> None:
         while self._tick:

@@ -146,12 +146,16 @@ def plan(
     asked = source()
     while chunk := list(islice(asked, CHUNK)):
         parts: list[list[Planned]] = [[] for _ in lanes]
-        for one in _with_one_meaning(store, chunk, skipped):
-            escaped, text = texts(one.messages)
-            digest = question_hash(escaped)
-            which = bisect(ends, int(digest[:8], 16) / 2**32 * ends[-1]) if len(ends) > 1 else 0
+        known = [
+            (one, escaped, text, question_hash(escaped)) for one in chunk for escaped, text in [texts(one.messages)]
+        ]
+        bad = _with_two_meanings(store, [(one.ref, hash_, one.line) for one, _, _, hash_ in known], skipped)
+        for one, escaped, text, hash_ in known:
+            if one.line in bad:
+                continue
+            which = bisect(ends, int(hash_[:8], 16) / 2**32 * ends[-1]) if len(ends) > 1 else 0
             problem = canonical(one.problem) if one.problem else None
-            parts[which].append(Planned(digest, text, one.ref, problem, ids[which].of(escaped, samples)))
+            parts[which].append(Planned(hash_, text, one.ref, problem, ids[which].of(escaped, samples)))
         for lane, part in zip(lanes, parts, strict=True):
             if part:
                 store.plan(part, lane.how, job)
@@ -162,9 +166,11 @@ def plan(
     return count
 
 
-def _with_one_meaning(store: AnyStore, chunk: Sequence[Asked], skipped: Skipped | None) -> Iterable[Asked]:
-    """The questions whose id means only them."""
-    refs = [(one.ref, hash(str(one.messages)), one.line) for one in chunk if one.ref is not None]
+def _with_two_meanings(
+    store: AnyStore, asked: Iterable[tuple[str | None, str, int]], skipped: Skipped | None
+) -> set[int]:
+    """The lines whose id already stands for another question, of (id, hash, line): counted in `skipped`, or an error."""
+    refs = [(ref, int(hash_[:15], 16), line) for ref, hash_, line in asked if ref is not None]
     bad: set[int] = set()
     while refs and (found := store.check_refs(refs)):
         ref, first, line = found
@@ -175,4 +181,4 @@ def _with_one_meaning(store: AnyStore, chunk: Sequence[Asked], skipped: Skipped 
         skipped.first = skipped.first or told
         bad.add(line)
         refs = [one for one in refs if one[2] != line]
-    return [one for one in chunk if one.line not in bad] if bad else chunk
+    return bad

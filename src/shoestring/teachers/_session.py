@@ -17,6 +17,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from shoestring.core.errors import UserError
+from shoestring.core.garbage import seldom_searched
 from shoestring.core.progress import Progress
 from shoestring.data.claims import Budget, Purse
 from shoestring.data.places import AnyStore, Seat, seat_at
@@ -121,7 +122,7 @@ async def _session(job: Job, seat: Seat, watch: Callable[[Asking], None] | None)
     store = seat.store
     number = store.job(signature(job.apis, job.identity, job.samples))
     lanes = [api.lane(store) for api in job.apis]
-    with store.planning():
+    with seldom_searched(), store.planning():
         if not store.is_planned(number):
             plan(store, number, job.source, job.apis, lanes, job.samples, skipped=job.skipped)
     if job.retry_failed:

@@ -154,6 +154,8 @@ def _ask(given: SimpleNamespace) -> None:
 def _run(given: SimpleNamespace, job: Job) -> Outcome:
     """Ask over HTTP: from this process, from many, or by batches."""
     if given.batch:
+        if given.workers or given.ray:
+            raise UserError("--batch asks from one process; leave out --workers and --ray.")
         from shoestring.teachers._batch import run_batch
 
         return run_batch(job, poll_s=given.poll)

@@ -400,7 +400,7 @@ def test_mistakes(server: Server, tmp_path: Path, url: str, capsys: pytest.Captu
         (command(server, tmp_path, str(tmp_path / "t"), "--workers", "2"), "are for a store in PostgreSQL"),
         (command(server, tmp_path, url, "--workers", "-1"), "--workers is -1"),
         (command(server, tmp_path, url, "--workers", "2", "--dry-run"), "leave out --workers"),
-        (command(server, tmp_path, url, "--batch"), "--batch keeps its answers in a folder"),
+        (command(server, tmp_path, url, "--batch", "--workers", "2"), "--batch asks from one process"),
     ):  # fmt: skip
         assert main(line[3:]) == 2
         heard = capsys.readouterr().err

@@ -12,16 +12,14 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from shoestring.core.errors import UserError
+from shoestring.data.batches import claim_batch, settle_batch
 from shoestring.data.claims import GRANTED, Answer, Claim, Returned, Row, Settled
-from shoestring.data.postgres import is_url
-from shoestring.data.store import Store
-from shoestring.data.workers import Worker
+from shoestring.data.places import AnyStore, seat_at
 from shoestring.teachers._ask import TEMPLATE_TOKENS, Lane, Told
 from shoestring.teachers._job import plan, signature
 from shoestring.teachers._send import check_url, key_from
@@ -37,28 +35,23 @@ def run_batch(job: Job, *, poll_s: float = 30.0) -> Outcome:
     """Ask what is missing through the provider's batch API. Raises UserError for mistakes and for its refusals."""
     if len(job.apis) != 1 or job.apis[0].n != 1 or job.share:
         raise UserError("--batch asks one teacher, one sample a request, from one process.")
-    if is_url(job.out):
-        raise UserError("--batch keeps its answers in a folder; give one as --out.")
-    with Worker(Path(job.out)) as worker:
-        store = Store(job.out, create=True)
-        try:
-            doubtful = worker.register(store)
-            store.budget = job.budget
-            started = time.monotonic()
-            told, number = asyncio.run(_session(job, store, poll_s))
-            ask_longer(job, store, number, told, lambda more: asyncio.run(_session(more, store, poll_s))[0])
-            seconds = time.monotonic() - started
-            return Outcome(told, store.counts(number), store.read_purse(), doubtful, store.troubles(), seconds)
-        finally:
-            store.close()
+    with seat_at(job.out) as seat:
+        store = seat.store
+        store.budget = job.budget
+        started = time.monotonic()
+        told, number = asyncio.run(_session(job, store, poll_s))
+        ask_longer(job, store, number, told, lambda more: asyncio.run(_session(more, store, poll_s))[0])
+        seconds = time.monotonic() - started
+        return Outcome(told, store.counts(number), store.read_purse(), seat.doubtful, store.troubles(), seconds)
 
 
-async def _session(job: Job, store: Store, poll_s: float) -> tuple[Told, int]:
+async def _session(job: Job, store: AnyStore, poll_s: float) -> tuple[Told, int]:
     api = job.apis[0]
     number = store.job(signature(job.apis, job.identity, job.samples))
     lane = api.lane(store)
-    if not store.is_planned(number):
-        plan(store, number, job.source, job.apis, [lane], job.samples, skipped=job.skipped)
+    with store.planning():
+        if not store.is_planned(number):
+            plan(store, number, job.source, job.apis, [lane], job.samples, skipped=job.skipped)
     if job.retry_failed:
         store.repeat_failed(number)
     key = key_from(api.key)
@@ -130,31 +123,25 @@ class Remote:
 class Batches:
     """Batches of one lane: claimed in the store, made at the provider, collected."""
 
-    def __init__(self, store: Store, lane: Lane, remote: Remote) -> None:
-        self._store, self._lane, self._remote = store, lane, remote
+    def __init__(self, store: AnyStore, lane: Lane, remote: Remote) -> None:
+        self._store, self._lane, self._remote, self._sql = store, lane, remote, store.sql
         self.told = Told()
 
     def claim(self, job: int) -> int | None:
         """Claim as many planned rows as a batch and the budget hold; the batch's number, None when there are none."""
-        rows = self._store.planned(job, self._lane.how, 0, rows=MOST_ROWS, size=MOST_BYTES - 2**20)
-        if not rows:
-            return None
-        cursor = self._store.base.execute("INSERT INTO batches(made) VALUES (datetime('now'))")
-        number, worker = int(cursor.lastrowid or 0), self._store.worker
-        self._store.worker = -number
-        try:
-            granted = self._store.apply([self._claim_of(row) for row in rows])
-        finally:
-            self._store.worker = worker
+        number, granted = claim_batch(
+            self._store, job, self._lane.how, self._claim_of, rows=MOST_ROWS, size=MOST_BYTES - 2**20
+        )
         if GRANTED in granted:
             return number
-        self._store.base.execute("UPDATE batches SET done = 1 WHERE id = ?", (number,))
-        self.told.stopped = "the budget does not allow another question; raise it and run the same command again"
+        if granted:
+            self._sql.execute("UPDATE batches SET done = 1 WHERE id = ?", (number,))
+            self.told.stopped = "the budget does not allow another question; raise it and run the same command again"
         return None
 
     def open(self) -> list[int]:
         """Batches that are not done, but for those of other teachers, parameters or answers asked longer."""
-        found = self._store.base.execute(
+        found = self._sql.execute(
             "SELECT id FROM batches b WHERE done = 0 AND NOT EXISTS "
             "(SELECT 1 FROM rows WHERE state = 1 AND worker = -b.id AND how != ?) ORDER BY id", (self._lane.how,),
         )  # fmt: skip
@@ -162,27 +149,29 @@ class Batches:
 
     async def finish(self, number: int) -> None:
         """Make batch `number` if it is not made, wait for it, and settle what came."""
-        (remote,) = self._store.base.execute("SELECT remote FROM batches WHERE id = ?", (number,)).fetchone()
+        (remote,) = self._sql.execute("SELECT remote FROM batches WHERE id = ?", (number,)).fetchone()
         rows = self._rows(number)
         if rows:
             try:
                 if remote is None:
                     mark = f"{rows[0][0].trace}-{number}"
                     remote = await self._remote.make(self._file(rows), mark)
-                    self._store.base.execute("UPDATE batches SET remote = ? WHERE id = ?", (remote, number))
+                    self._sql.execute("UPDATE batches SET remote = ? WHERE id = ?", (remote, number))
                 batch = await self._remote.wait(remote)
                 results = await self._remote.lines(batch.get("output_file_id"))
                 results += await self._remote.lines(batch.get("error_file_id"))
             except Trouble as trouble:
                 raise UserError(f"{self._lane.name}: {trouble}.") from trouble
-            self._settle(rows, results, batch)
-        self._store.base.execute("UPDATE batches SET done = 1 WHERE id = ?", (number,))
+            self._settle(number, rows, results, batch)
+        self._sql.execute("UPDATE batches SET done = 1 WHERE id = ?", (number,))
 
-    def _settle(self, rows: list[tuple[Row, Claim]], results: list[dict[str, Any]], batch: dict[str, Any]) -> None:
+    def _settle(
+        self, number: int, rows: list[tuple[Row, Claim]], results: list[dict[str, Any]], batch: dict[str, Any]
+    ) -> None:
         found = {str(result.get("custom_id")): result for result in results}
         for start in range(0, len(rows), TOGETHER):
             ops = [self._op(row, claim, found.get(row.trace)) for row, claim in rows[start : start + TOGETHER]]
-            self._store.apply(ops)
+            settle_batch(self._store, number, ops)
         if batch["status"] == "failed":
             words = (
                 "; ".join(str(e.get("message")) for e in (batch.get("errors") or {}).get("data") or ()) or "no reason"
@@ -233,7 +222,7 @@ class Batches:
 
     def _rows(self, number: int) -> list[tuple[Row, Claim]]:
         """The rows of a batch that are not settled, with what was claimed for them."""
-        cursor = self._store.base.execute(
+        cursor = self._sql.execute(
             "SELECT r.id, r.trace, r.sample, r.attempts, r.turn, r.question, q.messages, r.reserved, r.reserved_tokens "
             "FROM rows r JOIN questions q ON q.id = r.question WHERE r.state = 1 AND r.worker = ? ORDER BY r.id",
             (-number,),

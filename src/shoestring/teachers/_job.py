@@ -169,7 +169,7 @@ def plan(
 def _with_two_meanings(
     store: AnyStore, asked: Iterable[tuple[str | None, str, int]], skipped: Skipped | None
 ) -> set[int]:
-    """The lines whose id already stands for another question, of (id, hash, line): counted in `skipped`, or an error."""
+    """Lines whose id stands for another question already, of (id, hash, line): an error, or counted in `skipped`."""
     refs = [(ref, int(hash_[:15], 16), line) for ref, hash_, line in asked if ref is not None]
     bad: set[int] = set()
     while refs and (found := store.check_refs(refs)):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapting import IDS, adapters_learn_alone, next_token_loss
 from torch.nn.utils import parametrize
 
 from shoestring.core.errors import UserError
@@ -16,7 +17,6 @@ from shoestring.nn import lora
 from shoestring.nn.kernels import Kernels
 
 transformers = pytest.importorskip("transformers")
-IDS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
 def _theirs(family: str, folder: Path) -> AnyModel:
@@ -35,31 +35,12 @@ def _theirs(family: str, folder: Path) -> AnyModel:
     return model
 
 
-def _loss(logits_BTV: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
-
-
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("family", ["olmo2", "gpt_neox"])
 def test_adapters_learn_alone_and_merge_into_a_checkpoint(family: str, dora: bool, tmp_path: Path) -> None:
     model = _theirs(family, tmp_path / "base")
     names = set(model.state_dict())
-    before = model(IDS).logits.detach()
-    lora.attach(model, 3, 6.0, dora, torch.Generator().manual_seed(2))
-    torch.testing.assert_close(model(IDS).logits, before)
-    trained = lora.adapters(model)
-    assert trained and all(name.endswith((".A", ".B", ".m")) for name in trained)
-    kept = {name: p.clone() for name, p in model.named_parameters() if name not in trained}
-    optimizer = torch.optim.AdamW(trained.values(), lr=0.02)
-    losses = []
-    for _ in range(10):
-        loss = _loss(model(IDS).logits)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.3
-    assert all(torch.equal(p, kept[name]) for name, p in model.named_parameters() if name in kept)
+    adapters_learn_alone(model, dora, steps=10)
     plain = lora.merged(model)
     assert lora.is_attached(model) and not lora.is_attached(plain) and set(plain.state_dict()) == names
     checkpoint.save(plain, None, tmp_path / "merged")
@@ -70,7 +51,8 @@ def test_adapters_learn_alone_and_merge_into_a_checkpoint(family: str, dora: boo
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_same_as_peft(dora: bool, tmp_path: Path) -> None:
     """The same adapters: the same logits, gradients of A, B and DoRA's lengths, and merged weights."""
-    peft = pytest.importorskip("peft")
+    import peft  # of the dev extra: the comparison is never left out unseen
+
     model = _theirs("olmo2", tmp_path / "base")
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", use_dora=dora, task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(copy.deepcopy(model.hf), config)
@@ -87,8 +69,8 @@ def test_the_same_as_peft(dora: bool, tmp_path: Path) -> None:
             parts[name].lora_B["default"].weight.copy_(own.B)
     said, told = model(IDS).logits, theirs(IDS).logits
     torch.testing.assert_close(said, told, atol=1e-5, rtol=1e-5)
-    _loss(said).backward()
-    _loss(told).backward()
+    next_token_loss(said).backward()
+    next_token_loss(told).backward()
     for name, part in ours.items():
         own, other = part.parametrizations.weight[0], parts[name]
         pairs = [(own.A, other.lora_A["default"].weight), (own.B, other.lora_B["default"].weight)]

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shoestring.core.build_c import Missing, load
@@ -29,6 +30,7 @@ from shoestring.nn.moe import MoE
 from shoestring.nn.norm import RMSNorm
 
 SOURCES = Path(__file__).parent / "csrc"
+TILE = 16  # outputs of a packed tile
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -55,9 +57,12 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
 
 # ---- the structs of csrc/decode.c
 class Matrix(Structure):
-    """A product's weights, [out, in]."""
+    """A product's weights: [out, in], or packed."""
 
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("scale", c_void_p), ("out", c_int64), ("in", c_int64)]
+    _fields_ = [
+        ("weight", c_void_p), ("bias", c_void_p), ("scale", c_void_p), ("out", c_int64), ("in", c_int64),
+        ("packed", c_int64),
+    ]  # fmt: skip
 
 
 class Layer(Structure):
@@ -67,8 +72,8 @@ class Layer(Structure):
         *((name, c_void_p) for name in ("norm1", "norm2", "q_norm", "k_norm")),
         *((name, c_float) for name in ("eps1", "eps2", "q_eps", "k_eps")),
         ("first", Matrix * 3),
-        *((name, Matrix) for name in ("q_b", "o", "gate_proj", "up_proj", "down_proj")),
-        *((name, c_void_p) for name in ("uk", "uv", "keys", "values")),
+        *((name, Matrix) for name in ("q_b", "o", "gate_proj", "up_proj", "down_proj", "uk", "uv")),
+        *((name, c_void_p) for name in ("keys", "values")),
         ("gate", Matrix), ("gate_bias", c_void_p), ("gate_up", Matrix), ("down", Matrix),
     ]  # fmt: skip
 
@@ -96,6 +101,13 @@ class Batch(Structure):
 
 
 # ---- a model's layers, ready to run
+def packed(weight: Tensor, pair: int) -> Tensor:
+    """Weights [..., out, in] as csrc/products.h reads them fastest: [..., tiles, in / pair, 16, pair], zeros added."""
+    out, inputs = weight.shape[-2:]
+    padded = F.pad(weight, (0, -inputs % pair, 0, -out % TILE))
+    return padded.unflatten(-1, (-1, pair)).unflatten(-3, (-1, TILE)).transpose(-3, -2)
+
+
 class Rows:
     """R rows of one token each: `length_R` positions with the new one, `table_RJ` their blocks."""
 
@@ -145,13 +157,23 @@ class NativeLayers:
         self._kept.append(ready)
         return ready.data_ptr()
 
-    def _matrix(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Matrix:
-        """Of a linear's weights, in int8 where that is asked for."""
-        if not self._int8:
-            return Matrix(self._at(weight_OI), self._at(bias_O), None, *weight_OI.shape)
-        int8_OI, scale_O = to_int8(weight_OI)
-        at, scale = self._at(int8_OI, torch.int8), self._at(scale_O, torch.float32)
-        return Matrix(at, self._at(bias_O), scale, *weight_OI.shape)
+    def _matrix(self, weight: Tensor, bias_O: Tensor | None = None, *, exact: bool = False) -> Matrix:
+        """Of a linear's weights [out, in] or several [parts, out, in]; in int8 where that is asked for, unless `exact`."""
+        weight = weight.detach()
+        dtype, scale = self.dtype, None
+        if self._int8 and not exact:
+            weight_OI, scale_O = to_int8(weight.flatten(0, -2))
+            weight, dtype, scale = weight_OI.view_as(weight), torch.int8, self._at(scale_O, torch.float32)
+        return self._placed(weight, dtype, self._at(bias_O), scale, pair=2 if self.dtype == torch.bfloat16 else 1)
+
+    def _placed(
+        self, weight: Tensor, dtype: torch.dtype, bias: int | None = None, scale: int | None = None, *, pair: int = 1
+    ) -> Matrix:
+        """Packed, unless it is so large that it stays where it lies."""
+        shape = weight.shape[-2:]
+        if self._pages.keeps(weight, dtype):
+            return Matrix(self._at(weight, dtype), bias, scale, *shape, 0)
+        return Matrix(self._at(packed(weight, pair), dtype), bias, scale, *shape, 1)
 
     def _linear(self, layer: Linear) -> Matrix:
         return self._matrix(layer.weight, layer.bias)
@@ -177,16 +199,16 @@ class NativeLayers:
             made.down_proj = self._linear(dense.down_proj)
         if isinstance(mlp, MoE):
             gate = mlp.gate
-            made.gate = Matrix(self._at(gate.weight, torch.float32), None, None, *gate.weight.shape)
+            made.gate = self._placed(gate.weight.detach(), torch.float32)
             made.gate_bias = self._at(gate.e_score_correction_bias, torch.float32)
-            made.gate_up = self._matrix(mlp.experts.gate_up_proj.flatten(0, 1))
-            made.down = self._matrix(mlp.experts.down_proj.flatten(0, 1))
+            made.gate_up = self._matrix(mlp.experts.gate_up_proj.unflatten(1, (2, -1)).flatten(0, 1))
+            made.down = self._matrix(mlp.experts.down_proj)
         return made
 
     def _latent(self, made: Layer, mla: MLA) -> tuple[list[Linear], RMSNorm | None, RMSNorm]:
         kv_HXC = mla.kv_b_proj.weight.detach().view(mla.heads, mla.nope + mla.v, mla.kv_lora)
         uk_HNC, uv_HVC = kv_HXC.split([mla.nope, mla.v], dim=1)
-        made.uk, made.uv = self._at(uk_HNC.transpose(1, 2)), self._at(uv_HVC)
+        made.uk, made.uv = self._matrix(uk_HNC.transpose(1, 2), exact=True), self._matrix(uv_HVC, exact=True)
         if mla.q_lora is None:
             return [mla.q_proj, mla.kv_a_proj_with_mqa], None, mla.kv_a_layernorm
         made.q_b = self._linear(mla.q_b_proj)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 HUGE = 2 << 20  # bytes of a huge page
 CHUNK = 4 * HUGE
-LARGE = CHUNK  # a tensor of that size has huge pages of its own where it lies: it is not copied
+LARGE = 64 << 20  # bytes; a tensor of that size that needs no other dtype stays where it lies
 COLLAPSE = 25  # madvise's MADV_COLLAPSE (Linux 6.1), which the mmap module does not name
 
 
@@ -48,10 +48,15 @@ class Pages:
     def __init__(self) -> None:
         self._room = torch.empty(0, dtype=torch.uint8)
 
+    @staticmethod
+    def keeps(tensor: Tensor, dtype: torch.dtype) -> bool:
+        """Whether `copy` would leave it where it lies."""
+        return tensor.numel() * dtype.itemsize >= LARGE and tensor.dtype == dtype and tensor.is_contiguous()
+
     def copy(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """Contiguous and in this dtype. Large ones that are so already are not copied."""
         size = tensor.numel() * dtype.itemsize
-        if size >= LARGE and tensor.dtype == dtype and tensor.is_contiguous():
+        if self.keeps(tensor, dtype):
             collapse(tensor)
             return tensor
         if size > len(self._room):

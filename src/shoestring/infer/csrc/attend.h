@@ -110,7 +110,7 @@ static void NAME(attend)(const Model *m, const Layer *l, const Batch *b, int64_t
                          int64_t heads, int64_t W, int64_t V, T *o, float *space) {
     const int64_t length = b->length[r], size = m->size, ld = (b->longest + 15) / 16 * 16 + 16;
     const int32_t *table = b->table + r * b->J;
-    float *score = space, *sum = space + heads * ld, out[ROWS * OUTS];
+    float *score = space, *sum = space + heads * ld, out[ROWS * GROUP];
     const T *rows[ROWS];
     for (int64_t h = 0; h < heads; h++) rows[h] = q + h * W;
     for (int64_t s0 = 0; s0 < length; s0 += size) {
@@ -119,7 +119,7 @@ static void NAME(attend)(const Model *m, const Layer *l, const Batch *b, int64_t
         for (int64_t s = 0; s < count; s += OUTS) {
             const int64_t outs = count - s < OUTS ? count - s : OUTS;
             NAME(tile)(rows, heads, keys + s * W, W, outs, W, OUTS * W, out);
-            for (int64_t h = 0; h < heads; h++) memcpy(score + h * ld + s0 + s, out + h * OUTS, outs * sizeof(float));
+            for (int64_t h = 0; h < heads; h++) memcpy(score + h * ld + s0 + s, out + h * GROUP, outs * sizeof(float));
         }
     }
     for (int64_t h = 0; h < heads; h++) {

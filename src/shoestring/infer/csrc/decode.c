@@ -20,9 +20,12 @@ typedef float v16 __attribute__((vector_size(64)));
 typedef float v16u __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t h16u __attribute__((vector_size(32), aligned(2)));
 typedef uint32_t i16 __attribute__((vector_size(64)));
+typedef uint32_t i16u __attribute__((vector_size(64), aligned(2)));
 
 #define ROWS 64 /* rows a tile of outputs is multiplied with before the next tile */
 #define OUTS 16 /* outputs of a tile */
+#define GROUP 64 /* outputs that are computed together, and the stride of what they are written to */
+#define TILE(in) (((in) + PAIR - 1) / PAIR * PAIR * OUTS) /* numbers in a packed tile */
 #define UNROLL _Pragma("GCC unroll 16")
 #define NOINLINE __attribute__((noinline)) /* inlined, accumulators are spilled */
 #define INLINE static inline __attribute__((always_inline))
@@ -30,7 +33,7 @@ typedef uint32_t i16 __attribute__((vector_size(64)));
 typedef struct {
     const void *weight, *bias; /* bias may be null; weight too: no product */
     const float *scale;        /* one for each row of int8 weights; null: the weights have the model's dtype */
-    int64_t out, in;
+    int64_t out, in, packed;   /* packed: as products.h says; else row by row */
 } Matrix;
 
 typedef struct {
@@ -38,7 +41,7 @@ typedef struct {
     float eps1, eps2, q_eps, k_eps;
     Matrix first[3];                              /* MLA: q_a (or q), kv_a; else q, k, v */
     Matrix q_b, o, gate_proj, up_proj, down_proj; /* the dense block, or the shared expert */
-    const void *uk, *uv;                          /* [H, C, nope] and [H, v, C] */
+    Matrix uk, uv;                                /* of all heads: [H, C, nope] and [H, v, C]; `out` is a head's */
     void *keys, *values;                          /* this layer's arenas [blocks, G, size, W] */
     Matrix gate;                                  /* fp32; null where the layer has no experts */
     const float *gate_bias;                       /* may be null */
@@ -153,6 +156,13 @@ static void route(const Model *m, const Layer *l, const float *logit, float *sco
 #define FLOAT(x) (x)
 #define ROUND(x) (x)
 #define WIDEN(p) (*(const v16u *)(p))
+#define PAIR 1 /* inputs that one step of a packed product takes */
+#define PACKED v16
+#define ONE float
+#define LOAD_TILE(p) LOAD(p)
+#define PICK(p) (*(p))
+#define PICK_LAST(p) (*(p))
+#define EACH(acc, a, b) ((acc) + (a) * (b))
 #include "products.h"
 #include "attend.h"
 #include "step.h"
@@ -182,18 +192,46 @@ INLINE v16 widen(const uint16_t *p) { return (v16)(__builtin_convertvector(*(con
 #undef FLOAT
 #undef ROUND
 #undef WIDEN
+#undef PAIR
+#undef PACKED
+#undef ONE
+#undef LOAD_TILE
+#undef PICK
+#undef PICK_LAST
+#undef EACH
 #define T uint16_t
 #define NAME(name) name##_bf16
 #define FLOAT(x) from_bf16(x)
 #define ROUND(x) to_bf16(x)
 #define WIDEN(p) widen(p)
+#define PAIR 2
 #ifdef __AVX512BF16__
+INLINE __m512i both(const uint16_t *p) {
+    int32_t two;
+    memcpy(&two, p, 4);
+    return _mm512_set1_epi32(two);
+}
 #define PAIRED
+#define PACKED __m512i
+#define ONE __m512i
+#define LOAD_TILE(p) _mm512_loadu_si512(p)
+#define PICK(p) both(p)
+#define PICK_LAST(p) _mm512_set1_epi32(*(p))
+#define EACH(acc, a, b) DOT(acc, a, b)
 #define WIDE 32
 #define VECTOR __m512i
 #define LOAD(p) _mm512_loadu_si512(p)
 #define DOT(acc, a, b) (v16) _mm512_dpbf16_ps((__m512)(acc), (__m512bh)(a), (__m512bh)(b))
 #else
+typedef struct {
+    float first, second;
+} Two;
+#define PACKED i16
+#define ONE Two
+#define LOAD_TILE(p) (*(const i16u *)(p))
+#define PICK(p) ((Two){FLOAT((p)[0]), FLOAT((p)[1])})
+#define PICK_LAST(p) ((Two){FLOAT((p)[0]), 0.0f})
+#define EACH(acc, a, b) ((acc) + (a).first * (v16)((b) << 16) + (a).second * (v16)((b) & 0xffff0000u))
 #define WIDE 16
 #define VECTOR v16
 #define LOAD(p) widen(p)

@@ -48,7 +48,7 @@ static NOINLINE void NAME(block4)(const T *const *x, const T *const *w, int64_t 
     NAME(block)(4, 4, x, w, in, ahead, out);
 }
 
-/* n <= ROWS rows times up to OUTS rows of w that are `stride` apart: out [n, OUTS]. What lies `ahead` is fetched,
+/* n <= ROWS rows times up to OUTS rows of w that are `stride` apart: out [n, GROUP]. What lies `ahead` is fetched,
    a quarter at a time spread over the rows: in one burst it would wait for memory. */
 static void NAME(tile)(const T *const *x, int64_t n, const T *w, int64_t stride, int64_t outs, int64_t in,
                        int64_t ahead, float *out) {
@@ -62,47 +62,152 @@ static void NAME(tile)(const T *const *x, int64_t n, const T *w, int64_t stride,
         for (int o = 0; o < OUTS; o += 4) {
             if (o >= outs) break;
             NAME(block4)(four, rows + o, in, n / 4 * (o / 4) / 4 == r / 4 ? ahead : 0, sum);
-            for (int i = 0; i < many; i++) memcpy(out + (r + i) * OUTS + o, sum + 4 * i, 16);
+            for (int i = 0; i < many; i++) memcpy(out + (r + i) * GROUP + o, sum + 4 * i, 16);
         }
     }
     for (; r + 2 <= n; r += 2)
         for (int o = 0; o < OUTS; o += 8) {
             if (o >= outs) break;
             NAME(block2)(x + r, rows + o, in, r ? 0 : ahead, sum);
-            for (int i = 0; i < 2; i++) memcpy(out + (r + i) * OUTS + o, sum + 8 * i, 32);
+            for (int i = 0; i < 2; i++) memcpy(out + (r + i) * GROUP + o, sum + 8 * i, 32);
         }
-    if (r < n) NAME(block1)(x + r, rows, in, r ? 0 : ahead, out + r * OUTS);
+    if (r < n) NAME(block1)(x + r, rows, in, r ? 0 : ahead, out + r * GROUP);
 }
 
-/* n rows times rows [at, at + outs) of a matrix; the next tile is fetched meanwhile. int8 becomes T, which holds it
-   exactly, a tile at a time; its scales are applied to the sums. */
-static void NAME(multiply)(const T *const *x, int64_t n, Matrix w, int64_t at, int64_t outs, float *out) {
-    if (!w.scale) {
-        NAME(tile)(x, n, (const T *)w.weight + at * w.in, w.in, outs, w.in, OUTS * w.in, out);
-        return;
+/* ---- packed weights: tiles of 16 outputs, [tiles, in / PAIR, 16, PAIR], zeros beyond `out` and `in`. A lane is an
+   output, so that nothing is summed across lanes, and a tile is read from front to back. */
+
+/* RT rows times OT tiles into out [RT, GROUP]. In the first `lines` steps what is `far` is fetched: a line, or OT. */
+INLINE void NAME(lanes)(int RT, int OT, const T *const *x, const T *w, int64_t in, int64_t lines, int every,
+                        const T *far, float *out) {
+    const int64_t steps = in / PAIR, tile = TILE(in);
+    v16 acc[16];
+    UNROLL for (int i = 0; i < RT * OT; i++) acc[i] = (v16){0};
+    int64_t k = 0;
+#define STEP(pick)                                                                                                     \
+    {                                                                                                                  \
+        PACKED b[4];                                                                                                   \
+        UNROLL for (int o = 0; o < OT; o++) b[o] = LOAD_TILE(w + o * tile + k * PAIR * OUTS);                          \
+        UNROLL for (int r = 0; r < RT; r++) {                                                                          \
+            const ONE a = pick(x[r] + k * PAIR);                                                                       \
+            UNROLL for (int o = 0; o < OT; o++) acc[r * OT + o] = EACH(acc[r * OT + o], a, b[o]);                      \
+        }                                                                                                              \
     }
-    T wide[OUTS * w.in] __attribute__((aligned(64)));
-    const int8_t *from = (const int8_t *)w.weight + at * w.in;
-    const int64_t count = outs * w.in;
+    if (every)
+        for (; k < lines; k++) {
+            STEP(PICK)
+            UNROLL for (int o = 0; o < OT; o++) __builtin_prefetch((const char *)far + 64 * (OT * k + o), 0, 2);
+        }
+    else
+        for (; k < lines; k++) {
+            STEP(PICK)
+            __builtin_prefetch((const char *)far + 64 * k, 0, 2);
+        }
+    for (; k < steps; k++) STEP(PICK)
+    if (k * PAIR < in) STEP(PICK_LAST)
+#undef STEP
+    UNROLL for (int r = 0; r < RT; r++)
+        UNROLL for (int o = 0; o < OT; o++) *(v16u *)(out + r * GROUP + o * OUTS) = acc[r * OT + o];
+}
+
+#define LANES(RT, OT)                                                                                                  \
+    static NOINLINE void NAME(lanes##RT##_##OT)(const T *const *x, const T *w, int64_t in, int64_t lines, int every,   \
+                                                const T *far, float *out) {                                            \
+        NAME(lanes)(RT, OT, x, w, in, lines, every, far, out);                                                         \
+    }
+LANES(8, 2) LANES(8, 1) LANES(4, 4) LANES(4, 2) LANES(4, 1) LANES(2, 4) LANES(2, 1) LANES(1, 4) LANES(1, 1)
+#undef LANES
+
+/* n <= 4 rows times up to 4 tiles */
+static void NAME(few)(const T *const *x, int64_t n, const T *w, int64_t tiles, int64_t in, int fetch, float *out) {
+    const int64_t tile = TILE(in), lines = fetch ? in / PAIR : 0;
+    const T *const four[4] = {x[0], x[n > 1], x[n > 2 ? 2 : 0], x[n - 1]}; /* three are four with the last one twice */
+    float spare[4 * GROUP];
+    float *to = n == 3 ? spare : out;
+    for (int64_t o = 0; o < tiles;) {
+        const int many = tiles - o >= 4 ? 4 : n > 2 && tiles - o >= 2 ? 2 : 1;
+        const T *at = w + o * tile, *far = at + tiles * tile;
+        if (n > 2)
+            (many == 4 ? NAME(lanes4_4) : many == 2 ? NAME(lanes4_2) : NAME(lanes4_1))(four, at, in, lines, 1, far,
+                                                                                       to + o * OUTS);
+        else if (n == 2) (many == 4 ? NAME(lanes2_4) : NAME(lanes2_1))(four, at, in, lines, 1, far, to + o * OUTS);
+        else (many == 4 ? NAME(lanes1_4) : NAME(lanes1_1))(four, at, in, lines, 1, far, to + o * OUTS);
+        o += many;
+    }
+    for (int64_t r = 0; to == spare && r < n; r++) memcpy(out + r * GROUP, spare + r * GROUP, tiles * OUTS * sizeof(float));
+}
+
+/* n <= ROWS rows times up to 4 tiles into out [n, GROUP]: 8 rows at a time, tiles staying in the second-level cache;
+   meanwhile the tiles behind them are fetched, each 8 rows a part. */
+static void NAME(group)(const T *const *x, int64_t n, const T *w, int64_t tiles, int64_t in, int fetch, float *out) {
+    const int64_t tile = TILE(in), steps = in / PAIR, blocks = (n + 3) / 8;
+    for (int64_t i = 0; i < blocks; i++) {
+        const int64_t many = n - 8 * i < 8 ? n - 8 * i : 8; /* 5 to 8 */
+        const T *rows[8];
+        float spare[8 * GROUP], *to = many == 8 ? out + 8 * i * GROUP : spare;
+        for (int r = 0; r < 8; r++) rows[r] = x[8 * i + (r < many ? r : many - 1)];
+        for (int64_t o = 0; o < tiles; o += 2) {
+            const int64_t two = o + 2 <= tiles, lines = !fetch ? 0 : blocks == 1 ? steps : (1 + two) * steps / blocks;
+            const T *far = w + (tiles + o) * tile + (blocks == 1 ? 0 : i * lines * 64 / (int64_t)sizeof(T));
+            (two ? NAME(lanes8_2) : NAME(lanes8_1))(rows, w + o * tile, in, lines, blocks == 1, far, to + o * OUTS);
+        }
+        for (int64_t r = 0; to == spare && r < many; r++)
+            memcpy(out + (8 * i + r) * GROUP, spare + r * GROUP, tiles * OUTS * sizeof(float));
+    }
+    if (n > 8 * blocks) NAME(few)(x + 8 * blocks, n - 8 * blocks, w, tiles, in, fetch && !blocks, out + 8 * blocks * GROUP);
+}
+
+/* int8 as T, which holds it exactly */
+static void NAME(widen)(const int8_t *from, int64_t count, T *wide) {
     int64_t i = 0;
 #ifdef PAIRED
     for (; i + 32 <= count; i += 32) {
-        if (i % 64 == 0) __builtin_prefetch(from + OUTS * w.in + i, 0, 2);
+        if (i % 64 == 0) __builtin_prefetch(from + count + i, 0, 2);
         const __m512 a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(from + i))));
         const __m512 b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(from + i + 16))));
         _mm512_storeu_si512(wide + i, (__m512i)_mm512_cvtne2ps_pbh(b, a));
     }
 #endif
     for (; i < count; i++) wide[i] = ROUND((float)from[i]);
-    NAME(tile)(x, n, wide, w.in, outs, w.in, 0, out);
-    for (int64_t r = 0; r < n; r++)
-        for (int64_t o = 0; o < outs; o++) out[r * OUTS + o] *= w.scale[at + o];
 }
 
-/* rows [row, row + out) of a matrix, as a matrix */
-INLINE Matrix NAME(part)(Matrix w, int64_t row, int64_t out) {
+/* n rows times rows [at, at + outs) of a matrix, outs <= GROUP, into out [n, GROUP]. int8 is widened some tiles at a
+   time; its scales are applied to the sums. */
+static void NAME(multiply)(const T *const *x, int64_t n, Matrix w, int64_t at, int64_t outs, float *out) {
+    const int64_t tile = w.packed ? TILE(w.in) : OUTS * w.in, tiles = (outs + OUTS - 1) / OUTS;
+    if (!w.scale) {
+        const T *from = (const T *)w.weight + at / OUTS * tile;
+        if (w.packed) {
+            NAME(group)(x, n, from, tiles, w.in, 1, out);
+            return;
+        }
+        for (int64_t o = 0; o < outs; o += OUTS, from += tile)
+            NAME(tile)(x, n, from, w.in, outs - o < OUTS ? outs - o : OUTS, w.in, tile, out + o);
+        return;
+    }
+    T wide[2 * tile] __attribute__((aligned(64)));
+    const int8_t *from = (const int8_t *)w.weight + at / OUTS * tile;
+    for (int64_t o = 0; o < tiles; o += 2, from += 2 * tile) {
+        const int64_t many = tiles - o < 2 ? 1 : 2, left = outs - o * OUTS;
+        if (w.packed) {
+            NAME(widen)(from, many * tile, wide);
+            NAME(group)(x, n, wide, many, w.in, 0, out + o * OUTS);
+            continue;
+        }
+        NAME(widen)(from, (left < 2 * OUTS ? left : 2 * OUTS) * w.in, wide);
+        for (int64_t i = 0; i < many; i++)
+            NAME(tile)(x, n, wide + i * tile, w.in, left - i * OUTS < OUTS ? left - i * OUTS : OUTS, w.in, 0,
+                       out + (o + i) * OUTS);
+    }
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t o = 0; o < outs; o++) out[r * GROUP + o] *= w.scale[at + o];
+}
+
+/* the i-th `out` rows of a matrix, as a matrix; packed ones begin with a tile of their own */
+INLINE Matrix NAME(part)(Matrix w, int64_t i, int64_t out) {
     const int64_t size = w.scale ? 1 : sizeof(T);
-    return (Matrix){(const char *)w.weight + row * w.in * size, 0, w.scale ? w.scale + row : 0, out, w.in};
+    const int64_t at = w.packed ? i * ((out + OUTS - 1) / OUTS) * TILE(w.in) : i * out * w.in;
+    return (Matrix){(const char *)w.weight + at * size, 0, w.scale ? w.scale + i * out : 0, out, w.in, w.packed};
 }
 
 INLINE float NAME(bias)(Matrix w, int64_t o) { return w.bias ? FLOAT(((const T *)w.bias)[o]) : 0.0f; }
@@ -111,16 +216,16 @@ INLINE float NAME(bias)(Matrix w, int64_t o) { return w.bias ? FLOAT(((const T *
 static void NAME(product)(int t, int n, const T *x, int64_t ldx, int64_t R, Matrix w, float *y, T *z, float *sum,
                           int64_t ldy) {
     const int64_t end = low(w.out, OUTS, t + 1, n);
-    float out[ROWS * OUTS];
+    float out[ROWS * GROUP];
     const T *rows[ROWS];
-    for (int64_t at = low(w.out, OUTS, t, n); at < end; at += OUTS)
+    for (int64_t at = low(w.out, OUTS, t, n); at < end; at += GROUP)
         for (int64_t r0 = 0; r0 < R; r0 += ROWS) {
-            const int64_t many = R - r0 < ROWS ? R - r0 : ROWS, outs = w.out - at < OUTS ? w.out - at : OUTS;
+            const int64_t many = R - r0 < ROWS ? R - r0 : ROWS, outs = end - at < GROUP ? end - at : GROUP;
             for (int64_t r = 0; r < many; r++) rows[r] = x + (r0 + r) * ldx;
             NAME(multiply)(rows, many, w, at, outs, out);
             for (int64_t r = 0; r < many; r++)
                 for (int64_t o = 0; o < outs; o++) {
-                    const float s = out[r * OUTS + o] + NAME(bias)(w, at + o);
+                    const float s = out[r * GROUP + o] + NAME(bias)(w, at + o);
                     const int64_t place = (r0 + r) * ldy + at + o;
                     if (y) y[place] = s;
                     else if (z) z[place] = ROUND(s);
@@ -132,17 +237,18 @@ static void NAME(product)(int t, int n, const T *x, int64_t ldx, int64_t R, Matr
 /* A product for each head: x [R, H, in] with W [H, out, in] into z[R, H, :out]. */
 static void NAME(heads)(int t, int n, const T *x, int64_t ldx, int64_t step_x, int64_t R, int64_t H, Matrix w, T *z,
                         int64_t ldz, int64_t step_z) {
-    const int64_t tiles = (w.out + OUTS - 1) / OUTS, end = low(H * tiles, 1, t + 1, n);
-    float out[ROWS * OUTS];
+    const int64_t groups = (w.out + GROUP - 1) / GROUP, end = low(H * groups, 1, t + 1, n);
+    float out[ROWS * GROUP];
     const T *rows[ROWS];
-    for (int64_t i = low(H * tiles, 1, t, n); i < end; i++) {
-        const int64_t h = i / tiles, at = i % tiles * OUTS, outs = w.out - at < OUTS ? w.out - at : OUTS;
+    for (int64_t i = low(H * groups, 1, t, n); i < end; i++) {
+        const int64_t h = i / groups, at = i % groups * GROUP, outs = w.out - at < GROUP ? w.out - at : GROUP;
+        const Matrix head = NAME(part)(w, h, w.out);
         for (int64_t r0 = 0; r0 < R; r0 += ROWS) {
             const int64_t many = R - r0 < ROWS ? R - r0 : ROWS;
             for (int64_t r = 0; r < many; r++) rows[r] = x + (r0 + r) * ldx + h * step_x;
-            NAME(multiply)(rows, many, w, h * w.out + at, outs, out);
+            NAME(multiply)(rows, many, head, at, outs, out);
             for (int64_t r = 0; r < many; r++)
-                for (int64_t o = 0; o < outs; o++) z[(r0 + r) * ldz + h * step_z + at + o] = ROUND(out[r * OUTS + o]);
+                for (int64_t o = 0; o < outs; o++) z[(r0 + r) * ldz + h * step_z + at + o] = ROUND(out[r * GROUP + o]);
         }
     }
 }

@@ -68,8 +68,7 @@ static void NAME(latent_queries)(const Model *m, const Layer *l, const Batch *b,
         NAME(turn)(from + m->nope, cis, m->rope, m->interleaved, w->query + i * W + m->C);
     }
 #pragma omp barrier
-    const Matrix uk = {l->uk, 0, 0, m->C, m->nope};
-    NAME(heads)(t, n, w->nope, H * m->nope, m->nope, R, H, uk, w->query, H * W, W);
+    NAME(heads)(t, n, w->nope, H * m->nope, m->nope, R, H, l->uk, w->query, H * W, W);
 }
 
 static void NAME(plain_queries)(const Model *m, const Layer *l, const Batch *b, NAME(Work) * w, int t, int n) {
@@ -91,25 +90,25 @@ static void NAME(plain_queries)(const Model *m, const Layer *l, const Batch *b, 
 
 /* silu(gate) · up of thread t's share of the columns, for rows of h, into a[i * lda] */
 static void NAME(swiglu)(int t, int n, const T *const *h, int64_t R, Matrix gate, Matrix up, T *a, int64_t lda) {
-    float g[ROWS * OUTS], u[ROWS * OUTS];
+    float g[ROWS * GROUP], u[ROWS * GROUP];
     const int64_t F = gate.out, end = low(F, OUTS, t + 1, n);
-    for (int64_t at = low(F, OUTS, t, n); at < end; at += OUTS)
+    for (int64_t at = low(F, OUTS, t, n); at < end; at += GROUP)
         for (int64_t r0 = 0; r0 < R; r0 += ROWS) {
-            const int64_t many = R - r0 < ROWS ? R - r0 : ROWS, outs = F - at < OUTS ? F - at : OUTS;
+            const int64_t many = R - r0 < ROWS ? R - r0 : ROWS, outs = end - at < GROUP ? end - at : GROUP;
             NAME(multiply)(h + r0, many, gate, at, outs, g);
             NAME(multiply)(h + r0, many, up, at, outs, u);
             for (int64_t r = 0; r < many; r++) {
-                float z[OUTS];
-#pragma omp simd
-                for (int64_t o = 0; o < OUTS; o++) {
-                    const float s = FLOAT(ROUND(g[r * OUTS + o]));
-                    z[o] = s / (1.0f + exp1(-s)) * u[r * OUTS + o];
-                }
+                float z[GROUP], *gr = g + r * GROUP, *ur = u + r * GROUP;
                 if (gate.bias || up.bias)
                     for (int64_t o = 0; o < outs; o++) {
-                        const float s = g[r * OUTS + o] + NAME(bias)(gate, at + o);
-                        z[o] = s / (1.0f + exp1(-s)) * (u[r * OUTS + o] + NAME(bias)(up, at + o));
+                        gr[o] += NAME(bias)(gate, at + o);
+                        ur[o] += NAME(bias)(up, at + o);
                     }
+#pragma omp simd
+                for (int64_t o = 0; o < outs; o++) {
+                    const float s = FLOAT(ROUND(gr[o]));
+                    z[o] = s / (1.0f + exp1(-s)) * ur[o];
+                }
                 for (int64_t o = 0; o < outs; o++) a[(r0 + r) * lda + at + o] = ROUND(z[o]);
             }
         }
@@ -118,17 +117,17 @@ static void NAME(swiglu)(int t, int n, const T *const *h, int64_t R, Matrix gate
 /* y[row[i]] += weight[i] · W a[i] for thread t's share of the columns; row null: i itself, weight null: 1 */
 static void NAME(down)(int64_t from, int64_t to, const T *a, int64_t count, Matrix w, const int64_t *row,
                        const float *weight, float *y, int64_t D) {
-    float out[ROWS * OUTS];
+    float out[ROWS * GROUP];
     const T *rows[ROWS];
-    for (int64_t at = from; at < to; at += OUTS)
+    for (int64_t at = from; at < to; at += GROUP)
         for (int64_t i0 = 0; i0 < count; i0 += ROWS) {
-            const int64_t many = count - i0 < ROWS ? count - i0 : ROWS, outs = D - at < OUTS ? D - at : OUTS;
+            const int64_t many = count - i0 < ROWS ? count - i0 : ROWS, outs = to - at < GROUP ? to - at : GROUP;
             for (int64_t i = 0; i < many; i++) rows[i] = a + (i0 + i) * w.in;
             NAME(multiply)(rows, many, w, at, outs, out);
             for (int64_t i = 0; i < many; i++) {
                 float *to_row = y + (row ? row[i0 + i] : i0 + i) * D + at;
                 const float by = weight ? weight[i0 + i] : 1.0f;
-                for (int64_t o = 0; o < outs; o++) to_row[o] += by * (out[i * OUTS + o] + NAME(bias)(w, at + o));
+                for (int64_t o = 0; o < outs; o++) to_row[o] += by * (out[i * GROUP + o] + NAME(bias)(w, at + o));
             }
         }
 }
@@ -166,7 +165,7 @@ static void NAME(feed_forward)(const Model *m, const Layer *l, const Batch *b, N
             const int64_t many = begin[e + 1] - begin[e];
             if (!many) continue;
             for (int64_t i = 0; i < many; i++) h[i] = w->h + row[begin[e] + i] * D;
-            const Matrix gate = NAME(part)(l->gate_up, 2 * e * F, F), up = NAME(part)(l->gate_up, (2 * e + 1) * F, F);
+            const Matrix gate = NAME(part)(l->gate_up, 2 * e, F), up = NAME(part)(l->gate_up, 2 * e + 1, F);
             NAME(swiglu)(t, n, h, many, gate, up, w->a + begin[e] * F, F);
         }
     }
@@ -174,7 +173,7 @@ static void NAME(feed_forward)(const Model *m, const Layer *l, const Batch *b, N
     const int64_t from = low(D, OUTS, t, n), to = low(D, OUTS, t + 1, n);
     if (S) NAME(down)(from, to, shared, R, l->down_proj, 0, 0, w->x, D);
     for (int64_t e = 0; e < E; e++) {
-        const Matrix down = NAME(part)(l->down, e * D, D);
+        const Matrix down = NAME(part)(l->down, e, D);
         NAME(down)(from, to, w->a + begin[e] * F, begin[e + 1] - begin[e], down, row + begin[e], weight + begin[e],
                    w->x, D);
     }
@@ -204,8 +203,7 @@ static void NAME(layer)(const Model *m, const Layer *l, const Batch *b, NAME(Wor
 #pragma omp barrier
     const T *o = w->o;
     if (m->latent) {
-        const Matrix uv = {l->uv, 0, 0, m->v, m->C};
-        NAME(heads)(t, n, w->o, H * V, V, R, H, uv, w->v, H * m->v, m->v);
+        NAME(heads)(t, n, w->o, H * V, V, R, H, l->uv, w->v, H * m->v, m->v);
         o = w->v;
 #pragma omp barrier
     }

@@ -301,7 +301,7 @@ class Engine:
         running = len(self._scheduler.running)
         drafts = self._drafter is not None and (self._speculative is True or self._choice.drafts(running))
         began = time.perf_counter()
-        works = self._scheduler.schedule(drafts=drafts)
+        works = self._runner.arrange(self._scheduler.schedule(drafts=drafts))
         if not works:
             return []
         routed = any(work.sequence.sampling.routed_experts for work in works)

@@ -128,6 +128,59 @@ def make_rows(positions: Sequence[int], tables: Sequence[Sequence[int]], known: 
     return Rows(length_R, known)
 
 
+class Weights:
+    """Weights as csrc reads them: in the model's dtype or int8, in huge pages, packed."""
+
+    def __init__(self, dtype: torch.dtype, *, int8: bool = False):
+        self.dtype, self._int8 = dtype, int8
+        self._kept: list[Tensor] = []
+        self._pages = Pages()
+
+    def at(self, tensor: Tensor | None, dtype: torch.dtype | None = None) -> int | None:
+        """Where it lies, in this dtype and in huge pages; it is kept alive."""
+        if tensor is None:
+            return None
+        ready = self._pages.copy(tensor.detach(), dtype or self.dtype)
+        self._kept.append(ready)
+        return ready.data_ptr()
+
+    def matrix(self, weight: Tensor, bias_O: Tensor | None = None, *, exact: bool = False) -> Matrix:
+        """Of a linear's weights [out, in] or several [parts, out, in]; in int8 where that is asked for, unless `exact`."""
+        weight = weight.detach()
+        dtype, scale = self.dtype, None
+        if self._int8 and not exact:
+            weight_OI, scale_O = to_int8(weight.flatten(0, -2))
+            weight, dtype, scale = weight_OI.view_as(weight), torch.int8, self.at(scale_O, torch.float32)
+        return self.placed(weight, dtype, self.at(bias_O), scale, pair=2 if self.dtype == torch.bfloat16 else 1)
+
+    def placed(
+        self, weight: Tensor, dtype: torch.dtype, bias: int | None = None, scale: int | None = None, *, pair: int = 1
+    ) -> Matrix:
+        """Packed, unless it is so large that it stays where it lies (int8 has only just been made)."""
+        shape = weight.shape[-2:]
+        if dtype != torch.int8 and self._pages.keeps(weight, dtype):
+            return Matrix(self.at(weight, dtype), bias, scale, *shape, 0)
+        return Matrix(self.at(packed(weight, pair), dtype), bias, scale, *shape, 1)
+
+
+class NativeHead:
+    """hidden [R, D] -> logits fp32 [R, V]; a row does not depend on the others."""
+
+    def __init__(self, weight_VD: Tensor, dtype: torch.dtype):
+        self._weights = Weights(dtype)
+        self._matrix = self._weights.matrix(weight_VD)
+        self._product = getattr(library(), f"shoestring_product_{SUFFIX[dtype]}")
+
+    def __call__(self, hidden_RD: Tensor) -> Tensor:
+        hidden_RD = hidden_RD.contiguous()
+        logits_RV = torch.empty(len(hidden_RD), self._matrix.out)
+        self._product(
+            ctypes.byref(self._matrix), c_void_p(hidden_RD.data_ptr()), c_int64(len(hidden_RD)),
+            c_void_p(logits_RV.data_ptr()), c_int64(torch.get_num_threads()),
+        )  # fmt: skip
+        return logits_RV
+
+
 class NativeLayers:
     """Some blocks over some layers of the cache, and the norm behind them: x [R, D] -> hidden [R, D]."""
 
@@ -135,9 +188,7 @@ class NativeLayers:
         self, blocks: Sequence[Any], norm: RMSNorm, store: Store, first: int, rope: Any, dtype: torch.dtype, *,
         int8: bool = False,
     ):  # fmt: skip
-        self.dtype, self._rope, self._int8 = dtype, rope, int8
-        self._kept: list[Tensor] = []
-        self._pages = Pages()
+        self._rope, self._weights = rope, Weights(dtype, int8=int8)
         self._decode = getattr(library(), f"shoestring_decode_{SUFFIX[dtype]}")
         self._size = getattr(library(), f"shoestring_workspace_{SUFFIX[dtype]}")
         self._layers = (Layer * len(blocks))(
@@ -149,40 +200,14 @@ class NativeLayers:
         self._turn = torch.empty(0)
 
     # ---- weights
-    def _at(self, tensor: Tensor | None, dtype: torch.dtype | None = None) -> int | None:
-        """Where it lies, in this dtype and in huge pages; it is kept alive."""
-        if tensor is None:
-            return None
-        ready = self._pages.copy(tensor.detach(), dtype or self.dtype)
-        self._kept.append(ready)
-        return ready.data_ptr()
-
-    def _matrix(self, weight: Tensor, bias_O: Tensor | None = None, *, exact: bool = False) -> Matrix:
-        """Of a linear's weights [out, in] or several [parts, out, in]; in int8 where that is asked for, unless `exact`."""
-        weight = weight.detach()
-        dtype, scale = self.dtype, None
-        if self._int8 and not exact:
-            weight_OI, scale_O = to_int8(weight.flatten(0, -2))
-            weight, dtype, scale = weight_OI.view_as(weight), torch.int8, self._at(scale_O, torch.float32)
-        return self._placed(weight, dtype, self._at(bias_O), scale, pair=2 if self.dtype == torch.bfloat16 else 1)
-
-    def _placed(
-        self, weight: Tensor, dtype: torch.dtype, bias: int | None = None, scale: int | None = None, *, pair: int = 1
-    ) -> Matrix:
-        """Packed, unless it is so large that it stays where it lies."""
-        shape = weight.shape[-2:]
-        if self._pages.keeps(weight, dtype):
-            return Matrix(self._at(weight, dtype), bias, scale, *shape, 0)
-        return Matrix(self._at(packed(weight, pair), dtype), bias, scale, *shape, 1)
-
     def _linear(self, layer: Linear) -> Matrix:
-        return self._matrix(layer.weight, layer.bias)
+        return self._weights.matrix(layer.weight, layer.bias)
 
     def _layer(self, block: Any, store: Store, index: int) -> Layer:
         attention, mlp = block.self_attn, block.mlp
         made = Layer(
-            norm1=self._at(block.input_layernorm.weight), eps1=block.input_layernorm.eps,
-            norm2=self._at(block.post_attention_layernorm.weight), eps2=block.post_attention_layernorm.eps,
+            norm1=self._weights.at(block.input_layernorm.weight), eps1=block.input_layernorm.eps,
+            norm2=self._weights.at(block.post_attention_layernorm.weight), eps2=block.post_attention_layernorm.eps,
             keys=store.keys[index].data_ptr(), values=store.values[index].data_ptr(),
             o=self._linear(attention.o_proj),
         )  # fmt: skip
@@ -190,25 +215,25 @@ class NativeLayers:
         for place, linear in enumerate(firsts):
             made.first[place] = self._linear(linear)
         if q_norm is not None:
-            made.q_norm, made.q_eps = self._at(q_norm.weight), q_norm.eps
+            made.q_norm, made.q_eps = self._weights.at(q_norm.weight), q_norm.eps
         if k_norm is not None:
-            made.k_norm, made.k_eps = self._at(k_norm.weight), k_norm.eps
+            made.k_norm, made.k_eps = self._weights.at(k_norm.weight), k_norm.eps
         dense: SwiGLU | None = mlp.shared_experts if isinstance(mlp, MoE) else mlp
         if dense is not None:
             made.gate_proj, made.up_proj = self._linear(dense.gate_proj), self._linear(dense.up_proj)
             made.down_proj = self._linear(dense.down_proj)
         if isinstance(mlp, MoE):
             gate = mlp.gate
-            made.gate = self._placed(gate.weight.detach(), torch.float32)
-            made.gate_bias = self._at(gate.e_score_correction_bias, torch.float32)
-            made.gate_up = self._matrix(mlp.experts.gate_up_proj.unflatten(1, (2, -1)).flatten(0, 1))
-            made.down = self._matrix(mlp.experts.down_proj)
+            made.gate = self._weights.placed(gate.weight.detach(), torch.float32)
+            made.gate_bias = self._weights.at(gate.e_score_correction_bias, torch.float32)
+            made.gate_up = self._weights.matrix(mlp.experts.gate_up_proj.unflatten(1, (2, -1)).flatten(0, 1))
+            made.down = self._weights.matrix(mlp.experts.down_proj)
         return made
 
     def _latent(self, made: Layer, mla: MLA) -> tuple[list[Linear], RMSNorm | None, RMSNorm]:
         kv_HXC = mla.kv_b_proj.weight.detach().view(mla.heads, mla.nope + mla.v, mla.kv_lora)
         uk_HNC, uv_HVC = kv_HXC.split([mla.nope, mla.v], dim=1)
-        made.uk, made.uv = self._matrix(uk_HNC.transpose(1, 2), exact=True), self._matrix(uv_HVC, exact=True)
+        made.uk, made.uv = self._weights.matrix(uk_HNC.transpose(1, 2), exact=True), self._weights.matrix(uv_HVC, exact=True)
         if mla.q_lora is None:
             return [mla.q_proj, mla.kv_a_proj_with_mqa], None, mla.kv_a_layernorm
         made.q_b = self._linear(mla.q_b_proj)
@@ -217,7 +242,7 @@ class NativeLayers:
     def _shape(self, blocks: Sequence[Any], norm: RMSNorm, store: Store) -> Model:
         attention = blocks[0].self_attn
         made = Model(
-            layers=len(blocks), D=len(norm.weight), size=store.size, layer=self._layers, norm=self._at(norm.weight),
+            layers=len(blocks), D=len(norm.weight), size=store.size, layer=self._layers, norm=self._weights.at(norm.weight),
             eps=norm.eps, groups=1, kept_groups=1,
         )  # fmt: skip
         if isinstance(attention, MLA):

@@ -13,7 +13,7 @@ from shoestring.infer.attend import FixedPlan, Plan, make_plan
 from shoestring.infer.chunks import Chunk
 from shoestring.infer.layers import Making, Norm, PreparedGQA, PreparedMLA, PreparedSwiGLU, Step
 from shoestring.infer.mixture import PreparedMoE
-from shoestring.infer.native import NativeLayers, Rows, make_rows
+from shoestring.infer.native import NativeHead, NativeLayers, Rows, make_rows
 from shoestring.infer.scheduler import Work
 from shoestring.infer.store import Store
 from shoestring.nn.decoder import Block, Decoder
@@ -21,9 +21,10 @@ from shoestring.nn.gqa import GQA
 from shoestring.nn.mla import MLA
 from shoestring.nn.moe import MoE
 
-# Tokens of prompts that are computed row by row, natively: a pass of their own would cost more (LOG.md, entry 11).
-# Matrix units make the pass's products several times as fast.
-SINGLES = 16 if torch.cpu._is_amx_tile_supported() else 128
+# Tokens of prompts up to this position are computed row by row, natively: a pass of their own would cost more, beyond
+# it reading the keys again for every row does (LOG.md, entries 11 and 15). Matrix units make the pass's products
+# several times as fast.
+SINGLES = 16 if torch.cpu._is_amx_tile_supported() else 256
 
 
 @dataclass(slots=True)
@@ -77,15 +78,23 @@ class ModelRunner:
         """Prepare these weights. Nothing may be using the cache: its blocks are zeroed again when they are taken, in
         case the old weights left NaN there."""
         self.store.ready = 0
-        for name in ("blocks", "head", "layers"):  # old and new weights never lie beside each other
+        for name in ("_blocks", "head", "layers"):  # old and new weights never lie beside each other
             self.__dict__.pop(name, None)
         make = self.making()
         self.model, self.device = model, model.embedding.device
-        self.blocks = [PreparedBlock(block, make) for block in model.model.layers]  # type: ignore[arg-type]
+        self._blocks: list[PreparedBlock] | None = None
         self.table_VD = model.embedding.detach()  # rows are cast as they are looked up
-        self.head = make.exactly(model.head_weight)
+        self.head = NativeHead(model.head_weight, self.dtype) if self.native else make.exactly(model.head_weight)
         self.norm = Norm(model.model.norm, self.dtype)
         self.layers = self.native_layers(model.model.layers, model.model.norm, 0) if self.native else None
+
+    @property
+    def blocks(self) -> list[PreparedBlock]:
+        """The plain layers: made when the first pass needs them, which native steps may never do."""
+        if self._blocks is None:
+            make = self.making()
+            self._blocks = [PreparedBlock(block, make) for block in self.model.model.layers]  # type: ignore[arg-type]
+        return self._blocks
 
     def making(self) -> Making:
         """How this runner's products are made."""
@@ -95,9 +104,16 @@ class ModelRunner:
         """These blocks as one native call; their keys are in the cache's layers from `first` on."""
         return NativeLayers(blocks, norm, self.store, first, self.model.rope, self.dtype, int8=self.int8)
 
+    def arrange(self, works: list[Work]) -> list[Work]:
+        """In the order in which `run` computes them: rows of one token, what is computed as such, chunks."""
+        return works if self.layers is None else sorted(works, key=lambda work: not self._by_rows(work))
+
+    def _by_rows(self, work: Work) -> bool:
+        return bool(self.tile) or work.end - work.start == 1 or work.end <= SINGLES
+
     @torch.inference_mode()
     def run(self, works: list[Work], *, routed: bool = False) -> Ran:
-        """One pass over the work, decoding rows first."""
+        """One pass over the work, as `arrange` orders it."""
         works = [single for work in works for single in (self._singles(work) if work.drafted else [work])]
         if self.layers is not None:
             return self._natively(works, routed)
@@ -114,10 +130,8 @@ class ModelRunner:
         return Ran(hidden_ND, torch.cat(chosen, dim=1)[:, : len(singles)] if chosen else None, steps)
 
     def _natively(self, works: list[Work], routed: bool) -> Ran:
-        """Rows of one token in one native call, then the chunks; few chunk tokens are rows too."""
-        fed = sum(work.end - work.start for work in works if work.end - work.start > 1)
-        if self.tile or fed <= SINGLES:
-            works = [single for work in works for single in self._singles(work)]
+        """Rows of one token in one native call, then the chunks; short prompts are rows too."""
+        works = [single for work in works for single in (self._singles(work) if self._by_rows(work) else [work])]
         R = next((i for i, work in enumerate(works) if work.end - work.start > 1), len(works))
         if not R:
             return self._pass(works, routed)
@@ -164,7 +178,8 @@ class ModelRunner:
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """fp32 [R, V]."""
-        return self.head(hidden_RD).float()
+        logits_RV: Tensor = self.head(hidden_RD).float()
+        return logits_RV
 
     def _step(self, works: list[Work]) -> tuple[Step, Tensor, Tensor]:
         """Indices of the step; `works` has the rows that decode first."""

@@ -35,7 +35,7 @@ class Drafter:
 
     def __init__(self, module: MTPModule, runner: ModelRunner):
         make = runner.making()
-        self._runner, self._layer = runner, len(runner.blocks)
+        self._runner, self._layer = runner, len(runner.model.model.layers)
         self._enorm, self._hnorm = Norm(module.enorm, runner.dtype), Norm(module.hnorm, runner.dtype)
         self._join = make(module.eh_proj.weight)
         self._block = PreparedBlock(module.block, make)

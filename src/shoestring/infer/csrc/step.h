@@ -243,3 +243,9 @@ void NAME(shoestring_decode)(const Model *m, const Batch *b) {
         for (int64_t r = from; r < to; r++) NAME(norm)(work.x + r * D, m->norm, m->eps, D, (T *)b->hidden + r * D, 0);
     }
 }
+
+/* y [R, out] = x Wᵀ + b in fp32: the head */
+void NAME(shoestring_product)(const Matrix *w, const T *x, int64_t R, float *y, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+    NAME(product)(omp_get_thread_num(), omp_get_num_threads(), x, w->in, R, *w, y, 0, 0, w->out);
+}

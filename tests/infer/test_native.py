@@ -13,7 +13,7 @@ import torch
 
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Sampling
-from shoestring.infer import native
+from shoestring.infer import native, pages, runner
 from shoestring.infer.engine import Engine
 from shoestring.infer.pages import LARGE, Pages
 from shoestring.infer.products import through_int8
@@ -117,6 +117,41 @@ def test_nan_weights_are_found(family: Any) -> None:
         model.model.layers[1].mlp.experts.down_proj.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="NaN"):
         Engine(model, native=True).generate([[1]], Sampling(max_new_tokens=2))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_weights_stay_where_they_lie(any_model: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And give the numbers of packed ones; nothing is large in a test, so everything counts as such."""
+    model = any_model if dtype == torch.float32 else in_bf16(any_model).bfloat16()
+    with torch.no_grad():
+        packed = hidden_of(model, list(range(1, 60)), native=True)
+        monkeypatch.setattr(pages, "LARGE", 0)
+        found = hidden_of(model, list(range(1, 60)), native=True)
+    assert native.Weights(dtype).matrix(torch.zeros(3, 4, dtype=dtype)).packed == 0
+    assert relative(found.float(), packed.float()) < (1e-5 if dtype == torch.float32 else 5e-2)
+
+
+@needs_native
+@pytest.mark.parametrize("family", [v3, dense])
+def test_short_and_long_prompts_of_one_step(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long ones are read by the plain layers, short ones as rows, whatever the order they come in."""
+    monkeypatch.setattr(runner, "SINGLES", 16)
+    model = family()
+    routed = model.n_experts > 0
+    sampling = Sampling(temperature=0.0, max_new_tokens=5, ignore_eos=True, prompt_logprobs=0, routed_experts=routed)
+    prompts = [IDS[i : i + n] for i, n in enumerate([40, 3, 30, 16, 17, 9])]
+    ours = Engine(model, native=True).generate(prompts, sampling)
+    plain = Engine(model, native=False).generate(prompts, sampling)
+    for (a,), (b,) in zip(ours, plain, strict=True):
+        assert a.token_ids == b.token_ids and a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+        assert a.prompt_logprobs is not None and b.prompt_logprobs is not None
+        for mine, theirs in zip(a.prompt_logprobs[1:], b.prompt_logprobs[1:], strict=True):
+            assert mine is not None and theirs is not None and mine[0] == pytest.approx(theirs[0], abs=1e-4)
+        if routed:
+            assert a.routed_experts is not None and b.routed_experts is not None
+            pairs = zip(a.routed_experts, b.routed_experts, strict=True)
+            assert all([sorted(x) for x in mine] == [sorted(x) for x in theirs] for mine, theirs in pairs)
 
 
 # ---- int8

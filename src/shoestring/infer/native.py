@@ -145,7 +145,7 @@ class Weights:
         return ready.data_ptr()
 
     def matrix(self, weight: Tensor, bias_O: Tensor | None = None, *, exact: bool = False) -> Matrix:
-        """Of a linear's weights [out, in] or several [parts, out, in]; in int8 where that is asked for, unless `exact`."""
+        """Of a linear's weights [out, in] or several [parts, out, in]; in int8 where asked for, unless `exact`."""
         weight = weight.detach()
         dtype, scale = self.dtype, None
         if self._int8 and not exact:
@@ -233,7 +233,10 @@ class NativeLayers:
     def _latent(self, made: Layer, mla: MLA) -> tuple[list[Linear], RMSNorm | None, RMSNorm]:
         kv_HXC = mla.kv_b_proj.weight.detach().view(mla.heads, mla.nope + mla.v, mla.kv_lora)
         uk_HNC, uv_HVC = kv_HXC.split([mla.nope, mla.v], dim=1)
-        made.uk, made.uv = self._weights.matrix(uk_HNC.transpose(1, 2), exact=True), self._weights.matrix(uv_HVC, exact=True)
+        made.uk, made.uv = (
+            self._weights.matrix(uk_HNC.transpose(1, 2), exact=True),
+            self._weights.matrix(uv_HVC, exact=True),
+        )
         if mla.q_lora is None:
             return [mla.q_proj, mla.kv_a_proj_with_mqa], None, mla.kv_a_layernorm
         made.q_b = self._linear(mla.q_b_proj)
@@ -242,8 +245,8 @@ class NativeLayers:
     def _shape(self, blocks: Sequence[Any], norm: RMSNorm, store: Store) -> Model:
         attention = blocks[0].self_attn
         made = Model(
-            layers=len(blocks), D=len(norm.weight), size=store.size, layer=self._layers, norm=self._weights.at(norm.weight),
-            eps=norm.eps, groups=1, kept_groups=1,
+            layers=len(blocks), D=len(norm.weight), size=store.size, layer=self._layers,
+            norm=self._weights.at(norm.weight), eps=norm.eps, groups=1, kept_groups=1,
         )  # fmt: skip
         if isinstance(attention, MLA):
             made.latent, made.H, made.G, made.C = 1, attention.heads, 1, attention.kv_lora

@@ -12,14 +12,20 @@ static void NAME(norm)(const float *x, const T *weight, float eps, int64_t D, T 
 }
 
 /* a head's last `rope` numbers turned by its position, rounded */
-static void NAME(turn)(const float *x, const float *cis, int64_t rope, int64_t interleaved, T *y) {
-    const int64_t half = rope / 2;
+INLINE void NAME(turn_by)(const float *restrict x, const float *restrict cis, int64_t half, int64_t step, int64_t apart,
+                          T *restrict y) {
+#pragma omp simd
     for (int64_t i = 0; i < half; i++) {
-        const int64_t a = interleaved ? 2 * i : i, b = interleaved ? 2 * i + 1 : i + half;
-        const float c = cis[2 * i], s = cis[2 * i + 1], p = FLOAT(ROUND(x[a])), q = FLOAT(ROUND(x[b]));
-        y[a] = ROUND(p * c - q * s);
-        y[b] = ROUND(q * c + p * s);
+        const float c = cis[2 * i], s = cis[2 * i + 1];
+        const float p = FLOAT(ROUND(x[step * i])), q = FLOAT(ROUND(x[step * i + apart]));
+        y[step * i] = ROUND(p * c - q * s);
+        y[step * i + apart] = ROUND(q * c + p * s);
     }
+}
+
+static void NAME(turn)(const float *x, const float *cis, int64_t rope, int64_t interleaved, T *y) {
+    if (interleaved) NAME(turn_by)(x, cis, rope / 2, 2, 1, y);
+    else NAME(turn_by)(x, cis, rope / 2, 1, rope / 2, y);
 }
 
 /* ---- attention of `heads` <= ROWS query heads of one row against one group's blocks */
@@ -124,6 +130,7 @@ static void NAME(attend)(const Model *m, const Layer *l, const Batch *b, int64_t
     }
     for (int64_t h = 0; h < heads; h++) {
         float *p = score + h * ld, top = -INFINITY, total = 0;
+#pragma omp simd reduction(max : top)
         for (int64_t s = 0; s < length; s++) top = p[s] > top ? p[s] : top;
 #pragma omp simd reduction(+ : total)
         for (int64_t s = 0; s < length; s++) {
@@ -131,8 +138,12 @@ static void NAME(attend)(const Model *m, const Layer *l, const Batch *b, int64_t
             total += p[s];
         }
         const float share = 1.0f / total;
-        T *rounded = (T *)p; /* in place: never wider than what it overwrites */
-        for (int64_t s = 0; s < length; s++) rounded[s] = ROUND(p[s] * share);
+        T *rounded = (T *)p; /* in place, 16 read before so many are written; there is room behind the last */
+        for (int64_t s = 0; s < length; s += 16) {
+            float wide[16];
+            for (int i = 0; i < 16; i++) wide[i] = p[s + i] * share;
+            for (int i = 0; i < 16; i++) rounded[s + i] = ROUND(wide[i]);
+        }
         rounded[length] = ROUND(0.0f); /* the partner of the last one, when that is alone */
     }
     memset(sum, 0, heads * V * sizeof(float));

@@ -2,8 +2,8 @@
 
    The plain twin is infer/layers.py; this does the same in one call, because at a few rows a step there is a hundred
    small operations a layer and each costs microseconds before it computes. Threads share every phase and meet at a
-   barrier behind it. Weights are read where they lie, [out, in] row by row; sums are fp32, what a product reads is
-   rounded to the model's dtype, as in the twin; the residual stream stays fp32.
+   barrier behind it. Weights are packed in tiles (products.h), but for those that are too large to be copied; sums are
+   fp32, what a product reads is rounded to the model's dtype, as in the twin; the residual stream stays fp32.
 
    Called by infer/native.py, which knows the same structs. Letters as in the package: R rows, D model width, H heads,
    G groups of keys, C latent width, W width of a cached entry, E experts, A chosen ones, F an expert's width. */

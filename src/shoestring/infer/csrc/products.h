@@ -1,4 +1,4 @@
-/* Products for one dtype T: tiles of 16 outputs, sums in fp32, the same order whatever the number of rows. */
+/* Products for one dtype T: sums in fp32, in the same order whatever the number of rows. */
 
 INLINE VECTOR NAME(rest)(const T *p, int64_t count) {
 #ifdef PAIRED
@@ -134,7 +134,8 @@ static void NAME(few)(const T *const *x, int64_t n, const T *w, int64_t tiles, i
         else (many == 4 ? NAME(lanes1_4) : NAME(lanes1_1))(four, at, in, lines, 1, far, to + o * OUTS);
         o += many;
     }
-    for (int64_t r = 0; to == spare && r < n; r++) memcpy(out + r * GROUP, spare + r * GROUP, tiles * OUTS * sizeof(float));
+    for (int64_t r = 0; to == spare && r < n; r++)
+        memcpy(out + r * GROUP, spare + r * GROUP, tiles * OUTS * sizeof(float));
 }
 
 /* n <= ROWS rows times up to 4 tiles into out [n, GROUP]: 8 rows at a time, tiles staying in the second-level cache;
@@ -154,7 +155,8 @@ static void NAME(group)(const T *const *x, int64_t n, const T *w, int64_t tiles,
         for (int64_t r = 0; to == spare && r < many; r++)
             memcpy(out + (8 * i + r) * GROUP, spare + r * GROUP, tiles * OUTS * sizeof(float));
     }
-    if (n > 8 * blocks) NAME(few)(x + 8 * blocks, n - 8 * blocks, w, tiles, in, fetch && !blocks, out + 8 * blocks * GROUP);
+    const int64_t done = 8 * blocks;
+    if (n > done) NAME(few)(x + done, n - done, w, tiles, in, fetch && !blocks, out + done * GROUP);
 }
 
 /* int8 as T, which holds it exactly */
@@ -171,33 +173,26 @@ static void NAME(widen)(const int8_t *from, int64_t count, T *wide) {
     for (; i < count; i++) wide[i] = ROUND((float)from[i]);
 }
 
-/* n rows times rows [at, at + outs) of a matrix, outs <= GROUP, into out [n, GROUP]. int8 is widened some tiles at a
-   time; its scales are applied to the sums. */
+/* n rows times rows [at, at + outs) of a matrix, outs <= GROUP, into out [n, GROUP]. int8, which is always packed, is
+   widened two tiles at a time; its scales are applied to the sums. */
 static void NAME(multiply)(const T *const *x, int64_t n, Matrix w, int64_t at, int64_t outs, float *out) {
     const int64_t tile = w.packed ? TILE(w.in) : OUTS * w.in, tiles = (outs + OUTS - 1) / OUTS;
-    if (!w.scale) {
-        const T *from = (const T *)w.weight + at / OUTS * tile;
-        if (w.packed) {
-            NAME(group)(x, n, from, tiles, w.in, 1, out);
-            return;
-        }
+    const T *from = (const T *)w.weight + at / OUTS * tile;
+    if (!w.packed) {
         for (int64_t o = 0; o < outs; o += OUTS, from += tile)
             NAME(tile)(x, n, from, w.in, outs - o < OUTS ? outs - o : OUTS, w.in, tile, out + o);
         return;
     }
+    if (!w.scale) {
+        NAME(group)(x, n, from, tiles, w.in, 1, out);
+        return;
+    }
     T wide[2 * tile] __attribute__((aligned(64)));
-    const int8_t *from = (const int8_t *)w.weight + at / OUTS * tile;
-    for (int64_t o = 0; o < tiles; o += 2, from += 2 * tile) {
-        const int64_t many = tiles - o < 2 ? 1 : 2, left = outs - o * OUTS;
-        if (w.packed) {
-            NAME(widen)(from, many * tile, wide);
-            NAME(group)(x, n, wide, many, w.in, 0, out + o * OUTS);
-            continue;
-        }
-        NAME(widen)(from, (left < 2 * OUTS ? left : 2 * OUTS) * w.in, wide);
-        for (int64_t i = 0; i < many; i++)
-            NAME(tile)(x, n, wide + i * tile, w.in, left - i * OUTS < OUTS ? left - i * OUTS : OUTS, w.in, 0,
-                       out + (o + i) * OUTS);
+    const int8_t *narrow = (const int8_t *)w.weight + at / OUTS * tile;
+    for (int64_t o = 0; o < tiles; o += 2) {
+        const int64_t many = tiles - o < 2 ? 1 : 2;
+        NAME(widen)(narrow + o * tile, many * tile, wide);
+        NAME(group)(x, n, wide, many, w.in, 0, out + o * OUTS);
     }
     for (int64_t r = 0; r < n; r++)
         for (int64_t o = 0; o < outs; o++) out[r * GROUP + o] *= w.scale[at + o];

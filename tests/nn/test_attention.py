@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoestring.nn import native
 from shoestring.nn.attention import Pass, attend_plain, cache_bias, segment_bias
 from shoestring.nn.kernels import Kernels
 
-WAYS = ("blocks", "sdpa")
+REASON = native.why_not()
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(REASON is not None, reason=f"no native attention: {REASON}"))
+WAYS = ("blocks", "sdpa", NATIVE)
 
 
 def attend(way: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,12 +17,13 @@ class Kernels:
     """How products, routed experts (nn/experts.py) and attention (nn/attention.py) are computed.
 
     `experts`: "loop" one product an expert, "bmm" padded to the fullest expert, "grouped" torch's grouped product.
-    `attention`: "blocks" by hand (fast on a CPU), "sdpa" torch's kernel (fast on a GPU). "plain": the readable twins.
+    `attention`: "native" in C (fast on a CPU with a compiler), "blocks" of torch's operations (fast on one
+    without), "sdpa" torch's kernel (fast on a GPU). "plain": the readable twins.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     experts: Literal["loop", "bmm", "grouped", "plain"] = "loop"
-    attention: Literal["blocks", "sdpa", "plain"] = "blocks"
+    attention: Literal["native", "blocks", "sdpa", "plain"] = "blocks"
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 from shoestring.core.atomic import write_json
+from shoestring.core.errors import UserError
 from shoestring.core.host import processor
-from shoestring.nn.choose import choose_kernels
+from shoestring.nn.attention_native import why_not
+from shoestring.nn.choose import attentions, choose_kernels
 from shoestring.nn.kernels import Kernels, wait
 from shoestring.train.configs import Compute
 
@@ -87,20 +89,35 @@ class Machine:
         return float(found)
 
     def kernels(self, config: Any, compute: Compute, *, tokens: int, seq_len: int) -> Kernels:
-        """The kernels for a model: what `compute` fixes, and measured choices where it says "auto"."""
-        fixed = {"dtype": compute.dtype, "experts": compute.experts}
-        free = [name for name, value in fixed.items() if value == "auto"]
-        attention: Any = "blocks" if compute.device == "cpu" else "sdpa"
-        if not free:
-            return Kernels(**fixed, attention=attention)  # type: ignore[arg-type]
+        """The kernels for a model: what `compute` fixes, and measured choices where it says "auto".
+
+        Where nothing is left to measure, attention is what was fastest elsewhere, so that two folders of one machine
+        compute alike. Raises UserError when attention was recorded as native and cannot be had any more.
+        """
         if not hasattr(config, "probe"):  # a model of transformers has its own kernels: only the dtype is a choice
+            attention: Any = "blocks" if compute.device == "cpu" else "sdpa"
             return Kernels(dtype="bfloat16" if compute.dtype == "bfloat16" else "float32", attention=attention)
         asked = json.dumps([config.to_json(), compute.to_json(), tokens, seq_len], sort_keys=True)
         name = "kernels " + hashlib.sha256(asked.encode()).hexdigest()[:12]
         found = self._facts().get(self.key, {}).get(name)
         if found is None:
-            given = {key: None if value == "auto" else value for key, value in fixed.items()}
-            best, record = choose_kernels(config, tokens, seq_len, device=compute.device, **given)
-            found = {**asdict(best), "measured": record}
+            found = _choice(config, compute, tokens, seq_len)
             self._keep(name, found)
-        return Kernels(dtype=found["dtype"], experts=found["experts"], attention=found["attention"])
+        kernels = Kernels(dtype=found["dtype"], experts=found["experts"], attention=found["attention"])
+        missing = why_not(kernels.torch_dtype, torch.device(compute.device)) if kernels.attention == "native" else None
+        if missing is not None:
+            raise UserError(
+                f"{self.path} says that these runs compute attention natively, which is not to be had now: {missing}; "
+                "mend that, or remove the file (what is resumed then goes on with other bits)."
+            )
+        return kernels
+
+
+def _choice(config: Any, compute: Compute, tokens: int, seq_len: int) -> dict[str, Any]:
+    """What a record of kernels holds."""
+    fixed: dict[str, Any] = {"dtype": compute.dtype, "experts": compute.experts}
+    given = {key: None if value == "auto" else value for key, value in fixed.items()}
+    if None in given.values():
+        best, record = choose_kernels(config, tokens, seq_len, device=compute.device, **given)
+        return {**asdict(best), "measured": record}
+    return asdict(Kernels(**fixed, attention=attentions(compute.dtype, compute.device)[0]))

@@ -1,0 +1,121 @@
+"""Exact attention in C, forward and backward (csrc/attention.c); its plain twin is attend_plain in nn/attention.py.
+
+Against attention_blocks.py it spares the probabilities' way through memory (each block of them stays in the first
+cache, none is kept: O(1) a token), the copies to [B, H, T, *], and the keys a mask hides. Numbers lie where the caller
+has them; the result lies as [B, T, H, W], which is what the output projection reads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import Structure, c_float, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from shoestring.core.errors import UserError
+from shoestring.nn import native
+from shoestring.nn.native import library
+
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+STEP = 16  # of csrc/attention.c
+
+
+def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
+    """None when attention over such numbers can be native here, else the reason."""
+    if device.type != "cpu" or dtype not in SUFFIX:
+        return f"there is none for {dtype} on {device.type}"
+    return native.why_not()
+
+
+class _Place(Structure):
+    """Where a tensor [B, H, T, *] lies: its first number, and how many bytes apart sequences, heads, positions are."""
+
+    _fields_ = [("at", c_void_p), ("b", c_int64), ("h", c_int64), ("t", c_int64)]
+
+
+class _Call(Structure):
+    """The struct Attention of csrc/attention.c."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("B", "H", "G", "T", "K", "W", "threads")),
+        ("scale", c_float), ("seen", c_void_p),
+        *((name, _Place) for name in ("q", "k", "v", "o", "dout", "dq", "dk", "dv")),
+        ("top", c_void_p), ("work", c_void_p),
+    ]  # fmt: skip
+
+
+def _place(x_BHTK: Tensor) -> _Place:
+    b, h, t, _ = (stride * x_BHTK.element_size() for stride in x_BHTK.stride())
+    return _Place(x_BHTK.data_ptr(), b, h, t)
+
+
+def _rows(x_BHTK: Tensor) -> Tensor:
+    """The same, with the numbers of a row side by side."""
+    return x_BHTK if x_BHTK.stride(-1) == 1 or x_BHTK.shape[-1] == 1 else x_BHTK.contiguous()
+
+
+def seen_by(bias_B1TT: Tensor) -> Tensor:
+    """The mask in bits [B, T/16, T rounded up to 16]: bit i of [b, j, s] says whether query 16 j + i sees key s."""
+    B, _, T, _ = bias_B1TT.shape
+    bias = bias_B1TT if bias_B1TT[0, 0].is_contiguous() else bias_B1TT.contiguous()
+    steps = -(-T // STEP)
+    seen = torch.empty(B, steps, steps * STEP, dtype=torch.int16)
+    fill = getattr(library(), f"shoestring_attention_seen_{SUFFIX[bias.dtype]}")
+    apart = bias.stride(0) * bias.element_size()
+    fill(
+        c_void_p(bias.data_ptr()), c_int64(apart), c_int64(B), c_int64(T), c_int64(torch.get_num_threads()),
+        c_void_p(seen.data_ptr()),
+    )  # fmt: skip
+    return seen
+
+
+def _call(shape: tuple[int, ...], scale: float, seen: Tensor | None, top: Tensor, **tensors: Tensor) -> _Call:
+    at = None if seen is None else seen.data_ptr()
+    places = {name: _place(tensor) for name, tensor in tensors.items()}
+    return _Call(*shape, torch.get_num_threads(), scale, at, top=top.data_ptr(), **places)
+
+
+def _run(call: _Call, dtype: torch.dtype, backward: bool) -> None:
+    suffix, made = SUFFIX[dtype], library()
+    size = getattr(made, f"shoestring_attention_work_{suffix}")
+    size.restype = c_int64
+    work = torch.empty(size(ctypes.byref(call), c_int64(backward)), dtype=torch.uint8)
+    call.work = work.data_ptr()
+    getattr(made, f"shoestring_attention_{suffix}")(ctypes.byref(call), c_int64(backward))
+
+
+class _NativeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None) -> Tensor:
+        (B, H, T, K), G, W = q.shape, k.shape[1], v.shape[-1]
+        out = v.new_empty(B, T, H, W).transpose(1, 2)
+        top = q.new_empty(B, H, T, dtype=torch.float32)
+        ctx.shape, ctx.scale = (B, H, G, T, K, W), scale
+        _run(_call(ctx.shape, scale, seen, top, q=q, k=k, v=v, o=out), q.dtype, False)
+        ctx.save_for_backward(q, k, v, out, top, seen)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (q, k, v, out, top, seen), dout = ctx.saved_tensors, _rows(dout)
+        made = {f"d{name}": torch.empty_like(x) for name, x in (("q", q), ("k", k), ("v", v))}
+        call = _call(ctx.shape, ctx.scale, seen, top, q=q, k=k, v=v, o=out, dout=dout, **made)
+        _run(call, q.dtype, True)
+        return made["dq"], made["dk"], made["dv"], None, None
+
+
+def attend_native(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTW: Tensor, scale: float, seen: Tensor | None) -> Tensor:
+    """Attention [B, H, T, W] over as many keys as queries: causal, or where `seen` (of `seen_by`) has a bit.
+
+    Numbers are fp32 or bf16 on a CPU, `scale` is positive. Where a query sees nothing the result is NaN, as in the
+    twin. Raises UserError when there is no library.
+    """
+    reason = why_not(q_BHTK.dtype, q_BHTK.device)
+    if reason is not None:
+        raise UserError(f'attention is "native", which is not to be had: {reason}; mend that, or take "blocks".')
+    out: Tensor = _NativeAttention.apply(_rows(q_BHTK), _rows(k_BGTK), _rows(v_BGTW), scale, seen)
+    return out

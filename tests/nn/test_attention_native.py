@@ -19,7 +19,7 @@ from torch import Tensor
 from shoestring.core.errors import UserError
 from shoestring.nn import native
 from shoestring.nn.attention import attend_plain, segment_bias
-from shoestring.nn.attention_native import attend_native, seen_by
+from shoestring.nn.attention_native import attend_native, is_fast, seen_by
 
 REASON = native.why_not()
 needs_native = pytest.mark.skipif(REASON is not None, reason=f"no native attention: {REASON}")
@@ -201,6 +201,7 @@ def test_with_narrower_vectors(
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert is_fast() == (without == "-mno-avx512f")
     for kind, shape in (("causal", (2, 4, 2, 100, 9, 13)), ("documents", (1, 2, 2, 80, 32, 24))):
         given, bias = tensors(6, *shape), mask(kind, 6, shape[0], shape[3])
         truth = results(attend_plain, given, bias, torch.float64)

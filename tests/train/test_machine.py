@@ -11,6 +11,7 @@ import pytest
 from shoestring.core.errors import UserError
 from shoestring.models.dense import DenseConfig
 from shoestring.nn import native
+from shoestring.nn.choose import attentions
 from shoestring.nn.kernels import Kernels
 from shoestring.train.configs import Compute
 from shoestring.train.machine import Machine
@@ -43,9 +44,8 @@ def test_native_attention_that_is_gone_stops_a_resumed_run(
     (record,) = (found for key, found in read(tmp_path).items() if key.startswith("kernels"))
     assert record["attention"] == first.attention
     if compute is FIXED:
-        assert first.attention == "native"  # no clock decides where nothing is left to measure
-    else:
-        write_attention(tmp_path, "native")
+        assert first.attention == attentions("float32")[0]  # no clock decides where nothing is left to measure
+    write_attention(tmp_path, "native")
     native.library.cache_clear()
     monkeypatch.setenv("SHOESTRING_NATIVE", "0")
     with pytest.raises(UserError, match=r"machine\.json says .* natively, .* SHOESTRING_NATIVE is 0; mend that"):

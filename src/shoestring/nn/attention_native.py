@@ -30,6 +30,11 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     return native.why_not()
 
 
+def is_fast() -> bool:
+    """Whether the library's vectors are wide enough (AVX, AVX-512) to be taken without measuring (LOG.md, entry 15)."""
+    return bool(library().shoestring_attention_lanes() >= 8)
+
+
 class _Place(Structure):
     """Where a tensor [B, H, T, *] lies: its first number, and how many bytes apart sequences, heads, positions are."""
 

@@ -49,11 +49,12 @@ def candidates(
 
 
 def attentions(dtype: str, device: str = "cpu") -> list[Literal["native", "blocks", "sdpa"]]:
-    """The ways to attend that apply here; the first is the fastest where they were measured (LOG.md, entry 15)."""
+    """The ways to attend that apply here; first the one to take where nothing is measured."""
     if device != "cpu":
         return ["sdpa"]
-    missing = attention_native.why_not(Kernels(dtype=cast(Any, dtype)).torch_dtype, torch.device(device))
-    return ["native", "blocks"] if missing is None else ["blocks"]
+    if attention_native.why_not(Kernels(dtype=cast(Any, dtype)).torch_dtype, torch.device(device)) is not None:
+        return ["blocks"]
+    return ["native", "blocks"] if attention_native.is_fast() else ["blocks", "native"]
 
 
 def label(kernels: Kernels) -> str:

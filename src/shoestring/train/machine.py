@@ -91,8 +91,9 @@ class Machine:
     def kernels(self, config: Any, compute: Compute, *, tokens: int, seq_len: int) -> Kernels:
         """The kernels for a model: what `compute` fixes, and measured choices where it says "auto".
 
-        Where nothing is left to measure, attention is what was fastest elsewhere, so that two folders of one machine
-        compute alike. Raises UserError when attention was recorded as native and cannot be had any more.
+        Where nothing else is left to measure, attention is not measured either (nn/choose.py names the likely one), so
+        that two folders of one machine compute alike. Raises UserError when attention was recorded as native and cannot
+        be had any more.
         """
         if not hasattr(config, "probe"):  # a model of transformers has its own kernels: only the dtype is a choice
             attention: Any = "blocks" if compute.device == "cpu" else "sdpa"

@@ -130,6 +130,8 @@ static Run next_run(const Attention *x, int64_t b, int64_t t0, int64_t columns, 
 #include "tiles.h"
 #include "attention.h"
 
+int shoestring_attention_lanes(void) { return LANES; } /* numbers in a vector */
+
 /* Which queries see which keys: of a mask that is 0 where they do, [B, T, T] with sequences `apart` bytes apart. */
 #define SEEN(name, type)                                                                                              \
     void shoestring_attention_seen_##name(const type *mask, int64_t apart, int64_t B, int64_t T, int64_t threads,     \

@@ -15,7 +15,7 @@
    Called by nn/attention_native.py, which knows the same struct. Letters as in the package: B sequences, H heads, G
    groups of keys, T positions, K and W the widths of keys and values. */
 
-#include "numbers.h"
+#include "vectors.h"
 #include <omp.h>
 
 #define BLOCK 64 /* queries, and keys, of a block; a multiple of 16 */
@@ -98,8 +98,8 @@ static Run next_run(const Attention *x, int64_t b, int64_t t0, int64_t columns, 
 #define DIRECT 1 /* whether two neighbours, or one number, are a word as they lie */
 #define EXACTLY 1
 #define DOT(acc, a, b) ((acc) + (a) * (b))
-#define FLOAT(x) (x)
-#define ROUND(x) (x)
+#define FLOAT wide_f32
+#define ROUND round_f32
 #include "tiles.h"
 #include "attention.h"
 
@@ -112,11 +112,11 @@ static Run next_run(const Attention *x, int64_t b, int64_t t0, int64_t columns, 
 #undef DOT
 #undef FLOAT
 #undef ROUND
-#define NUMBER uint16_t
+#define NUMBER bf16
 #define NAME(name) name##_bf16
 #define EXACTLY 0
-#define FLOAT(x) from_bf16(x)
-#define ROUND(x) to_bf16(x)
+#define FLOAT wide_bf16
+#define ROUND round_bf16
 #if defined(WIDE) && defined(__AVX512BF16__)
 #define PAIRED
 #define UNIT 2

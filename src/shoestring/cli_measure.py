@@ -1,6 +1,6 @@
-"""Measuring this machine for `plan calibrate`: products, attention, copies, operations, then real training steps.
+"""Measuring this machine for `plan calibrate`: the parts of a step, copies, messages, then real training steps.
 
-Medians of repeated runs after a warm-up; on a busy machine the figures are those of a busy machine.
+The best of repeated runs after a warm-up, in rounds; a machine that is never quiet is measured as it is.
 """
 
 # ruff: noqa: E501 (tables of sizes)
@@ -8,87 +8,47 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 from collections.abc import Callable
-from functools import partial
-from statistics import median
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from shoestring.cost.calibrate import Calibration
-from shoestring.cost.shape import ModelShape
+from shoestring.cli_exchange import measure_exchange
+from shoestring.cli_timed import Bench, samples, timed
+from shoestring.core.errors import UserError
+from shoestring.cost.calibrate import Calibration, Exchange, Step
+from shoestring.nn.choose import choose_kernels, label
+from shoestring.nn.kernels import Kernels
 
-SIDES = ((512, 64, 64), (512, 256, 256), (2048, 64, 64), (2048, 256, 64), (2048, 256, 256), (2048, 512, 256), (2048, 1024, 512),
-         (256, 256, 2048), (256, 64, 2048), (4096, 768, 256), (4096, 4096, 256), (4096, 256, 4096), (256, 4096, 4096))  # fmt: skip
 # Real steps: (kind, width, layers, heads, ffn, experts, vocabulary, sequences, length).
-STEPS = (("dense", 128, 2, 4, 384, 0, 512, 16, 128), ("dense", 256, 4, 8, 768, 0, 1024, 8, 256), ("dense", 192, 6, 6, 512, 0, 256, 32, 64),
-         ("moe", 128, 3, 4, 256, 8, 512, 16, 128), ("moe", 256, 4, 8, 512, 16, 1024, 4, 256), ("moe", 96, 2, 4, 256, 8, 256, 32, 64))  # fmt: skip
+STEPS = (
+    ("dense", 128, 2, 4, 384, 0, 512, 16, 128), ("dense", 256, 4, 8, 768, 0, 1024, 8, 256), ("dense", 192, 6, 6, 512, 0, 256, 32, 64),
+    ("dense", 384, 2, 6, 1024, 0, 4096, 4, 256), ("dense", 96, 3, 3, 256, 0, 8192, 4, 512),
+    ("moe", 128, 3, 4, 256, 8, 512, 16, 128), ("moe", 256, 4, 8, 512, 16, 1024, 4, 256), ("moe", 96, 2, 4, 256, 8, 256, 32, 64),
+    ("moe", 192, 3, 6, 768, 8, 8192, 8, 128), ("moe", 320, 2, 5, 1024, 32, 512, 4, 512),
+)  # fmt: skip
 
 
-def timed(work: Callable[[], Any], repeats: int = 7) -> float:
-    """Median seconds after two warm-ups. One thread is timed by its CPU time, so that neighbours disturb it less."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    work(), work()
-    taken = []
-    for _ in range(repeats):
-        start = clock()
-        work()
-        taken.append(clock() - start)
-    return median(taken)
-
-
-def gemm_rates() -> list[tuple[float, float, float, float]]:
-    """FLOP/s of FP32 products."""
-    out = []
-    for m, n, k in SIDES:
-        a, b = torch.randn(m, k), torch.randn(k, n)
-        out.append((float(m), float(n), float(k), 2 * m * n * k / timed(partial(torch.mm, a, b))))
-    return out
-
-
-def attention_rates(length: int, heads: int = 8, dim: int = 32, tokens: int = 2048) -> tuple[float, float, float]:
-    """(length, causal FLOP/s forward, backward) of our own CPU attention."""
-    from shoestring.nn.attention_blocks import attend_blocks
-
-    batch = max(1, tokens // length)
-    q, k, v = (torch.randn(batch, heads, length, dim, requires_grad=True) for _ in range(3))
-    flops = 2 * batch * heads * length * length * dim * 2 / 2
-
-    def both() -> None:
-        attend_blocks(q, k, v, dim**-0.5, None).sum().backward()
-
-    with torch.no_grad():
-        forward = timed(partial(attend_blocks, q, k, v, dim**-0.5, None))
-    return float(length), flops / forward, 2.5 * flops / max(timed(both) - forward, 0.2 * forward)
-
-
-def bandwidth(numbers: int = 16_000_000) -> float:
+def bandwidth(device: torch.device, numbers: int = 16_000_000) -> float:
     """Bytes a second of an addition into a third array (two reads, one write)."""
-    a, b, out = torch.ones(numbers), torch.ones(numbers), torch.empty(numbers)
-    return 12 * numbers / timed(lambda: torch.add(a, b, out=out))
+    a, b, out = (torch.ones(numbers, device=device) for _ in range(3))
+    return 12 * numbers / timed(lambda: torch.add(a, b, out=out), device=device)
 
 
-def per_operation() -> float:
-    """Seconds of an operation on almost nothing."""
-    a = torch.ones(8)
-
-    def many() -> None:
-        for _ in range(200):
-            a.add(1.0)
-
-    return timed(many) / 200
-
-
-def step_model(kind: str, d: int, layers: int, heads: int, ffn: int, experts: int, vocab: int) -> Any:
+def step_model(
+    kind: str, d: int, layers: int, heads: int, ffn: int, experts: int, vocab: int, *, device: str = "cpu"
+) -> Any:
     """A small model of ours, dense (Llama) or V3-shaped."""
+    generator = torch.Generator(device).manual_seed(0)
     if kind == "dense":
         from shoestring.models.dense import Dense, DenseConfig
 
         return Dense(DenseConfig.from_hf({
             "model_type": "llama", "vocab_size": vocab, "hidden_size": d, "num_hidden_layers": layers,
             "num_attention_heads": heads, "num_key_value_heads": heads, "intermediate_size": ffn,
-        }))  # fmt: skip
+        }), device=device, generator=generator)  # fmt: skip
     from shoestring.models.deepseek import Deepseek, DeepseekConfig
 
     return Deepseek(DeepseekConfig(
@@ -96,47 +56,110 @@ def step_model(kind: str, d: int, layers: int, heads: int, ffn: int, experts: in
         num_attention_heads=heads, q_lora_rank=None, kv_lora_rank=d // 4, qk_nope_head_dim=d // heads,
         qk_rope_head_dim=max(4, d // heads // 2), v_head_dim=d // heads, first_k_dense_replace=1, n_routed_experts=experts,
         num_experts_per_tok=2, n_shared_experts=1,
-    ))  # fmt: skip
+    ), device=device, generator=generator)  # fmt: skip
+
+
+def training_step(model: Any, sequences: int, length: int) -> Callable[[], Any]:
+    """The optimiser step of every stage (train/step.py) on this model and random tokens, ready to be taken."""
+    from shoestring.data.batch import stream_batch
+    from shoestring.losses import next_token
+    from shoestring.optim.make import optimizers
+    from shoestring.train.configs import Optim, PretrainStage, TextFiles
+    from shoestring.train.step import TrainState, train_step
+
+    stage = PretrainStage(name="timed", steps=1, inputs={"model": ""}, corpus=TextFiles(files=()), corpus_tokens=1,
+                          optim=Optim(lr=1e-4, warmup_steps=0, schedule="constant"))  # fmt: skip
+    optim = stage.optim
+    made = optimizers(model, "adamw", lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+    state = TrainState(model, made)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (sequences, length))
+    batch = stream_batch(ids)
+    return lambda: train_step(state, [batch], next_token.loss, stage, progress=0.0)
 
 
 def step_seconds(model: Any, sequences: int, length: int, repeats: int = 5) -> float:
-    """Median seconds of a real training step: forward, loss, backward, clipping, AdamW."""
-    from shoestring.losses import next_token
-    from shoestring.losses._tokens import Tokens
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    tokens = torch.randint(0, model.config.vocab_size, (sequences, length + 1))
-    ids = tokens[:, 1:].flatten()
-
-    def step() -> None:
-        hidden = model(tokens[:, :-1], logits=False).hidden_BTD.flatten(0, 1)
-        loss, _ = next_token.loss(hidden, model.head_weight, Tokens(ids, torch.ones(len(ids))))
-        (loss / len(ids)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return timed(step, repeats)
+    """Seconds of a real training step: forward, loss, backward, clipping, AdamW, balance."""
+    return timed(training_step(model, sequences, length), repeats, model.head_weight.device)
 
 
-def real_steps(cases: tuple[Any, ...] = STEPS) -> list[tuple[ModelShape, int, int, float]]:
-    """(shape, sequences, length, seconds) of real steps of our own models."""
-    out = []
-    for *sizes, sequences, length in cases:
-        torch.manual_seed(0)
-        model = step_model(*sizes)
-        out.append((model.config.shape(), sequences, length, step_seconds(model, sequences, length)))
-    return out
+def real_steps(bench: Bench, cases: tuple[Any, ...] = STEPS, rounds: int = 2, each: int = 3) -> list[Step]:
+    """(shape, sequences, length, seconds) of real steps of our own models: the best over rounds, the cases in turn.
+
+    In turn, so that a machine that slows down slows all of them.
+    """
+    best = [float("inf")] * len(cases)
+    shapes: list[Any] = [None] * len(cases)
+    for _ in range(rounds):
+        for i, (*sizes, sequences, length) in enumerate(cases):
+            model = step_model(*sizes, device=bench.device.type)
+            model.kernels = bench.kernels
+            shapes[i] = model.config.shape()
+            best[i] = min(best[i], step_seconds(model, sequences, length, each))
+    return [(shapes[i], case[-2], case[-1], best[i]) for i, case in enumerate(cases)]
 
 
-def measure(threads: int = 0, steps: bool = True) -> Calibration:
-    """Everything; about a minute."""
+def chosen_kernels(device: str, dtype: str = "float32") -> Kernels:
+    """What training would choose here for a small V3 model in this format, experts one after another."""
+    config = step_model("moe", 256, 2, 8, 512, 8, 512).config
+    experts = "loop" if device == "cpu" else None
+    return choose_kernels(config, 2048, 256, dtype=dtype, experts=experts, device=device)[0]
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes of memory of the device."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def name_of(device: torch.device) -> str:
+    """What the plan calls it; no host name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
+def make_bench(device: str = "cpu", dtype: str = "float32") -> Bench:
+    """Raises UserError for a device that is not there."""
+    if device != "cpu":
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f'--device is "{device}", which torch does not find here; use cpu.') from error
+    return Bench(device, chosen_kernels(device, dtype))
+
+
+def together(device: torch.device) -> int:
+    """How many devices compute at once at the measured rates: GPUs, or processes of as many threads as were used."""
+    if device.type != "cpu":
+        return torch.accelerator.device_count() if device.type == "cuda" else 1
+    return max(1, len(os.sched_getaffinity(0)) // torch.get_num_threads())
+
+
+def bare(bench: Bench) -> Calibration:
+    """The parts of a step, without real steps and messages."""
+    return Calibration(
+        host=name_of(bench.device), threads=torch.get_num_threads(), samples=samples(bench),
+        bandwidth=bandwidth(bench.device), memory_bytes=memory_of(bench.device), device=bench.device.type,
+        devices=together(bench.device), kernels=label(bench.kernels),
+    )  # fmt: skip
+
+
+def measure(
+    threads: int = 0, steps: bool = True, *, device: str = "cpu", dtype: str = "float32", messages: bool = True
+) -> Calibration:
+    """Everything; two to four minutes on a CPU. Raises UserError for a device that is not there."""
     if threads:
         torch.set_num_threads(threads)
-    bare = Calibration(
-        host=f"{platform.machine()} {platform.node() and 'CPU'}".strip(), threads=torch.get_num_threads(),
-        gemms=tuple(gemm_rates()), attention=tuple(attention_rates(t) for t in (32, 64, 128, 256, 512, 1024)),
-        bandwidth=bandwidth(),
-        per_operation=per_operation(), memory_bytes=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
-    )  # fmt: skip
-    return bare.fitted(real_steps()) if steps else bare
+    bench = make_bench(device, dtype)
+    exchange = Exchange(1, "", (), "left out by --no-messages")
+    if messages:
+        exchange = measure_exchange(device, max(2, together(bench.device)))
+    found = replace(bare(bench), exchange=exchange)
+    return found.fitted(real_steps(bench)) if steps else found
+
+
+def measured_with(cases: tuple[Any, ...], rounds: int, fitted: int) -> tuple[Calibration, list[Step]]:
+    """The CPU fitted to the first cases' real steps, and the steps of all cases, timed in the same rounds."""
+    bench = make_bench()
+    found = bare(bench)
+    steps = real_steps(bench, cases, rounds)
+    return found.fitted(steps[:fitted]), steps

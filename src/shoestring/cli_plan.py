@@ -89,7 +89,9 @@ def _json(document: Any) -> None:
 def _plan_run(
     model: Annotated[str, typer.Argument(help="a model's name, a config.json, a folder with one, or a recipe")],
     tokens: Annotated[str, typer.Option(help="training tokens, like 14.8T (a recipe brings its own)")] = "",
-    on: Annotated[str, typer.Option(help='chips, like 2048xH800; "any" searches all')] = "any",
+    on: Annotated[
+        str, typer.Option(help='chips, like 2048xH800; "any" searches all; with --calibration how many of its devices')
+    ] = "any",
     seq_len: Annotated[int, typer.Option(help="tokens a sequence")] = 4096,
     batch: Annotated[float | None, typer.Option(help="sequences a step")] = None,
     precision: Annotated[str | None, typer.Option(help="bf16 or fp8; the faster one if left out")] = None,
@@ -189,21 +191,28 @@ def _plan_validate(
 def _plan_calibrate(
     out: Annotated[Path, typer.Option(help="where to keep the measurements")] = Path("calibration.json"),
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's default")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="format of products: float32 or bfloat16")] = "float32",
     steps: Annotated[bool, typer.Option(help="also take real training steps, which narrow the interval")] = True,
+    messages: Annotated[bool, typer.Option(help="also measure all-to-all between this machine's devices")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output")] = False,
 ) -> None:
-    """Measure this machine's products, attention and memory, so that plans for it are narrow.
+    """Measure this machine's parts of a training step and its messages, so that plans for it are narrow.
 
     Examples:
       shoestring plan calibrate
 
-      shoestring plan calibrate --threads 2 --no-steps --out mine.json
+      shoestring plan calibrate --device cuda --dtype bfloat16 --out gpu.json
     """
 
     def work() -> None:
         from shoestring import cli_measure
 
-        measured = cli_measure.measure(threads, steps=steps)
+        if dtype not in ("float32", "bfloat16"):
+            raise UserError(f'--dtype is "{dtype}"; it is float32 or bfloat16.')
+        if threads < 0:
+            raise UserError(f"--threads is {threads}; give a number from 1 up, or 0 for torch's default.")
+        measured = cli_measure.measure(threads, steps=steps, device=device, dtype=dtype, messages=messages)
         measured.save(out)
         print(f"wrote {out}", file=sys.stderr)
         _json(measured.to_dict()) if as_json else print(measured.text())

@@ -3,32 +3,94 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from shoestring.cli_plan import register
+from shoestring.cli_timed import GRID
 from shoestring.core.errors import UserError
 from shoestring.cost import plan
-from shoestring.cost.calibrate import TERMS, Calibration
+from shoestring.cost.calibrate import TERMS, Calibration, Exchange, _parts
+from shoestring.cost.laws import COUNTS, attention_inside, fit, prices, products_of
 from shoestring.cost.page import render
 from shoestring.cost.shape import ModelShape
 
-RATES = tuple((float(m), float(n), float(k), 1e9 * (40 + min(m, n, k) / 50)) for m in (256, 2048) for n in (64, 512)
-              for k in (64, 512))  # fmt: skip
-BARE = Calibration("a test machine", 1, RATES, ((64.0, 1e10, 8e9), (256.0, 2e10, 1.5e10)), 2e10, 3e-6, 16e9)
+
+def part_seconds(part, s):
+    """A made-up machine: every part takes what its counts cost at these prices, products at 50 GFLOP/s and less."""
+    if part == "linear":
+        return 1e-5 + 6 * s[0] * s[1] * s[2] / 5e10 + 1e-9 * (s[0] * s[2] + s[0] * s[1])
+    if part == "attention":
+        return s[0] * s[2] * s[1] * (2e-9 + 5e-11 * (s[3] + s[4]))
+    inside = attention_inside(part, s)
+    known = sum(n * (part_seconds("linear", (t, o, i)) - (1e-5 if stacked else 0.0))
+                for t, o, i, n, stacked in products_of(part, s))  # fmt: skip
+    beside = sum(p * c for p, c in zip(PRICES[part], COUNTS[part](*s), strict=True))
+    return known + beside + (part_seconds("attention", inside) if inside else 0.0)
+
+
+PRICES = {
+    "gqa": (5e-5, 1e-8, 1e-8, 1e-10), "mla": (5e-5, 1e-8, 1e-8, 1e-8, 1e-10), "ffn": (3e-5, 2e-8, 1e-8, 1e-10),
+    "moe": (1e-4, 3e-5, 1e-8, 1e-8, 1e-8, 1e-9), "head": (1e-4, 1e-8, 2e-9, 1e-9), "update": (2e-5, 1.5e-9),
+}  # fmt: skip
+SAMPLES = tuple(
+    (part, tuple(map(float, sizes)), part_seconds(part, sizes)) for part, rows in GRID.items() for sizes in rows
+)
+BARE = Calibration("a test machine", 1, SAMPLES, 2e10, 16e9)
 SHAPES = [
     ModelShape(vocab=v, d_model=d, layers=n, heads=4, ffn=3 * d, n_routed=e, n_active=2 if e else 0, expert_ffn=d // 2,
                dense_layers=1 if e else 0)
     for v, d, n, e in ((256, 64, 2, 0), (512, 128, 4, 0), (1024, 256, 3, 0), (256, 128, 3, 8), (512, 192, 5, 16),
                        (4096, 96, 6, 8))
 ]  # fmt: skip
-TRUE = (1.4, 2.0, 1.5, 0.8, 1.1)
+TRUE = (1.2, 1.6, 1.3, 0.8, 1.1, 0.9)
 
 
 def truth(shape, sequences, length):
     return sum(a * t for a, t in zip(TRUE, BARE.terms(shape, sequences, length), strict=True))
+
+
+def test_laws_give_back_a_machine_that_keeps_them():
+    """At sizes that are in no grid, for parts, products and attention; 10% where a law has to guess a shape's rate."""
+    laws = fit(SAMPLES)
+    for part, sizes in (
+        ("linear", (1500, 300, 200)),
+        ("linear", (3000, 100, 700)),
+        ("attention", (3000, 96, 6, 40, 40)),
+    ):
+        found = laws.product(*sizes) if part == "linear" else laws.attend(*sizes)
+        assert found == pytest.approx(part_seconds(part, sizes), rel=0.02), part
+    for part, sizes in (
+        ("gqa", (1536, 96, 320, 5, 5, 64)), ("mla", (3072, 192, 160, 5, 0, 40, 32, 16, 32)), ("ffn", (1000, 300, 900)),
+        ("moe", (1500, 160, 96, 12, 2, 1)), ("head", (1000, 200, 3000)), ("update", (50, 2e6)),
+    ):  # fmt: skip
+        inside = attention_inside(part, sizes)
+        found = laws.products(part, sizes) + laws.beside(part, sizes) + (laws.attend(*inside) if inside else 0.0)
+        assert found == pytest.approx(part_seconds(part, sizes), rel=0.03), part
+
+
+def test_prices_are_never_negative_and_least_wrong():
+    rows = [((1.0, x), 3.0 - 0.1 * x, 1.0) for x in (1.0, 5.0, 9.0)]
+    assert prices(rows) == pytest.approx((2.5, 0.0), abs=1e-4)  # the falling line is refused: the mean is what is left
+    assert prices([((1.0, x), 2 + 3 * x, 2 + 3 * x) for x in (1.0, 4.0, 9.0)]) == pytest.approx((2.0, 3.0), rel=1e-3)
+
+
+def test_a_shape_the_library_runs_badly_stays_with_its_neighbours():
+    slow = tuple((p, s, t * (2 if p == "linear" and s[1:] == (768, 256) else 1)) for p, s, t in SAMPLES)
+    usual, odd = fit(SAMPLES), fit(slow)
+    assert odd.product(2048, 700, 256) > 1.25 * usual.product(2048, 700, 256)
+    assert odd.product(64, 64, 64) == pytest.approx(usual.product(64, 64, 64), rel=0.1)
+
+
+def test_counts_of_a_shape_are_those_of_its_modules():
+    """One layer's products are the shape's own matrix parameters, once a token."""
+    for shape in SHAPES:
+        parts = _parts(shape, 1.0, 1, False)
+        active = sum(n * k * t * o * i for part, sizes, n in parts for t, o, i, k, _ in products_of(part, sizes))
+        assert active == pytest.approx(shape.matmul_params(), rel=1e-9)
 
 
 def test_fit_predicts_shapes_it_has_not_seen():
@@ -36,14 +98,14 @@ def test_fit_predicts_shapes_it_has_not_seen():
     fitted = BARE.fitted(steps[:5])
     assert fitted.steps_measured == 5 and all(m > 0 for m in fitted.multipliers)
     shape, b, t, seconds = steps[5]
-    assert fitted.step_seconds(shape, b, t) == pytest.approx(seconds, rel=0.15)
+    assert fitted.step_seconds(shape, b, t) == pytest.approx(seconds, rel=0.10)
     assert abs(fitted.step_seconds(shape, b, t) / seconds - 1) < abs(BARE.step_seconds(shape, b, t) / seconds - 1)
 
 
 def test_one_step_moves_towards_it_but_not_off():
     shape = SHAPES[1]
-    fitted = BARE.fitted([(shape, 8, 128, 3 * BARE.step_seconds(shape, 8, 128))])
-    assert 1.5 < fitted.step_seconds(shape, 8, 128) / BARE.step_seconds(shape, 8, 128) <= 3.05
+    fitted = BARE.fitted([(shape, 8, 128, 2 * BARE.step_seconds(shape, 8, 128))])
+    assert 1.3 < fitted.step_seconds(shape, 8, 128) / BARE.step_seconds(shape, 8, 128) <= 2.05
     assert len(fitted.multipliers) == len(TERMS)
 
 
@@ -56,7 +118,7 @@ def test_real_steps_shrink_the_interval():
     sizes = ((16, 64), (8, 128), (4, 256)) * 2
     steps = [(s, b, t, truth(s, b, t)) for s, (b, t) in zip(SHAPES, sizes, strict=True)]
     bare, few, many = width(BARE), width(BARE.fitted(steps[:2])), width(BARE.fitted(steps))
-    assert bare == few > 1.3 and many < 0.9 * bare  # two shapes say nothing about a third
+    assert bare == pytest.approx(few) and few > 1.3 and many < 0.9 * bare  # two shapes say nothing about a third
     # a machine whose steps do not follow the model is not narrowed: half of them take half as long again
     noisy = BARE.fitted([(s, b, t, x * (1.5 if i % 2 else 1.0)) for i, (s, b, t, x) in enumerate(steps)])
     assert width(noisy) > bare and max(map(abs, noisy.left_out)) > 0.2
@@ -65,25 +127,67 @@ def test_real_steps_shrink_the_interval():
         assert BARE.fitted(steps).left_out[i] == pytest.approx(math.log(others.step_seconds(shape, b, t) / seconds))
 
 
-def test_rates_interpolate():
-    assert min(r[3] for r in RATES) <= BARE.gemm_rate(700, 200, 200) <= max(r[3] for r in RATES)
-    assert BARE.attention_rates(64) == (1e10, 8e9) and BARE.attention_rates(4096) == (2e10, 1.5e10)
-    assert BARE.attention_rates(128)[0] == pytest.approx((1e10 * 2e10) ** 0.5)
-    assert BARE.terms(SHAPES[0], 8, 64)[0] * 2 == pytest.approx(BARE.terms(SHAPES[0], 16, 64)[0], rel=0.3)
+def test_attention_between_lengths_and_beyond_them():
+    laws = BARE.laws
+    assert laws.attend(2048, 128, 8, 32, 32) == pytest.approx(
+        part_seconds("attention", (2048, 128, 8, 32, 32)), rel=0.01
+    )
+    assert laws.attend(2048, 4096, 8, 32, 32) == pytest.approx(4 * laws.attend(2048, 1024, 8, 32, 32))
+    assert laws.attend(2048, 8, 8, 32, 32) == laws.attend(2048, 32, 8, 32, 32)
+    longer = [BARE.step_seconds(SHAPES[1], n, t) for n, t in ((64, 32), (16, 128), (4, 512))]
+    assert longer == sorted(longer)  # as many tokens, more keys each
+
+
+POINTS = tuple((float(n), 5e-5 + n / 2e9) for n in (8e3, 6e4, 5e5, 4e6))
+PAIR = replace(BARE, devices=2, exchange=Exchange(2, "gloo", POINTS))
+
+
+def test_messages_follow_the_measured_line():
+    first, rate = PAIR.exchange.line()
+    assert first == pytest.approx(5e-5, rel=1e-6) and rate == pytest.approx(2e9, rel=1e-6)
+    assert PAIR.exchange.seconds(1e6) == pytest.approx(5e-5 + 5e-4)
+    with pytest.raises(UserError, match="not measured"):
+        BARE.exchange.line()
+
+
+def test_plan_over_the_measured_devices_pays_its_messages():
+    """Two devices halve the work and add gradients; experts spread out trade gradients for tokens."""
+    shape = SHAPES[1]
+    one, two = (PAIR.found(shape, 128, 64, n) for n in (1, 2))
+    assert two.layout.dp == 2 and two.step.phases["gradients"] == pytest.approx(
+        2 * PAIR.exchange.seconds(4 * shape.params().total / 2)
+    )
+    assert two.step.phases["products"] == pytest.approx(one.step.phases["products"] / 2, rel=0.05)
+    assert two.step.tokens == pytest.approx(one.step.tokens)
+    moe = SHAPES[4].with_(expert_ffn=2048)  # large experts and few tokens: their gradients cost more than the tokens
+    wide = PAIR.found(moe, 128, 2, 2)
+    assert wide.layout.ep == 2 and wide.step.phases["all-to-all"] > 0
+    sent = 128 * moe.n_active * moe.d_model * 4 / 2
+    assert wide.step.phases["all-to-all"] == pytest.approx(4 * moe.moe_layers * PAIR.exchange.seconds(sent))
+    assert PAIR.found(SHAPES[3], 512, 64, 2).layout.ep == 1  # small experts, many tokens
+    answer = plan(shape, 1e6, PAIR.cluster(2), seq_len=128, global_batch=64, calibration=PAIR)
+    assert answer.gpu_hours.mid == pytest.approx(1e6 / two.step.tokens * two.step.seconds * 2 / 3600)
+    with pytest.raises(UserError, match="2 of this machine compute at once"):
+        PAIR.found(shape, 128, 64, 3)
+    with pytest.raises(UserError, match="nobody to exchange with"):
+        replace(BARE, devices=2).found(shape, 128, 64, 2)
 
 
 def test_file_round_trip(tmp_path):
     path = tmp_path / "c.json"
     fitted = BARE.fitted([(s, 8, 64, truth(s, 8, 64)) for s in SHAPES])
     assert fitted.left_out and "left out of the fit, each was missed by" in fitted.text()
-    fitted.save(path)
-    assert Calibration.load(path) == fitted
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 9'))
+    for made in (fitted, PAIR):
+        made.save(path)
+        assert Calibration.load(path) == made
+    path.write_text(path.read_text().replace('"schema": 2', '"schema": 9'))
     with pytest.raises(UserError, match="schema 9"):
         Calibration.load(path)
-    path.write_text("[]")
-    with pytest.raises(UserError, match="no calibration file"):
-        Calibration.load(path)
+    cut = fitted.to_dict() | {"multipliers": [1.0]}
+    for text in ("[]", "{", json.dumps(cut), json.dumps({k: v for k, v in cut.items() if k != "exchange"})):
+        path.write_text(text)
+        with pytest.raises(UserError, match="no calibration file"):
+            Calibration.load(path)
 
 
 def test_plan_on_a_measured_machine():

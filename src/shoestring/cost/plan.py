@@ -132,7 +132,7 @@ def plan(
     if precision:
         fixed["precision"] = precision
     if calibration is not None:
-        found = [calibration.found(shape, seq_len, global_batch)]
+        found = [calibration.found(shape, seq_len, global_batch, cluster.n)]
         check_fits(found[0].memory, cluster.chip, f"{name} on {cluster.chip.name}")
     else:
         found = choose(shape, cluster, seq_len, global_batch, fixed, guesses)

@@ -38,7 +38,10 @@ def make(
         from shoestring.cost.calibrate import Calibration
 
         measured = Calibration.load(calibration)
-        return plan(model, tokens, measured.cluster(), layout=layout, calibration=measured, **options)
+        devices = 1 if on == "any" else parse_count(on, "--on, with a calibration a number of devices,")
+        if devices != int(devices):
+            raise UserError(f"--on is {on}; with a calibration it is a whole number of this machine's devices.")
+        return plan(model, tokens, measured.cluster(int(devices)), layout=layout, calibration=measured, **options)
     counted = any(c.isdigit() for c in on.split("x")[0].split(" ")[0]) and on[:1].isdigit()
     if counted:
         answer = plan(model, tokens, on, layout=layout, rule=where, frontier=True, **options)

@@ -210,7 +210,7 @@ class Bench:
             float(nn.utils.clip_grad_norm_(list(holder), 1.0))
             for optimizer in chosen:
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
 
         return timed(once, self.repeats, self.device)
 

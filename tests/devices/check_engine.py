@@ -16,6 +16,7 @@ from shoestring.infer.engine import Engine
 from shoestring.nn.kernels import Kernels
 from shoestring.text.tokenizer import Tokenizer
 
+from ..infer.conftest import make_certain
 from .check_training import V, deepseek, dense
 from .pretend import NAME, pretending
 
@@ -110,23 +111,12 @@ def test_new_weights_under_way(pair: tuple[Any, Any]) -> None:
     same(engine.generate(PROMPTS, SAMPLINGS["free"]), Engine(other, native=False).generate(PROMPTS, SAMPLINGS["free"]))
 
 
-def certain(device: str) -> Any:
-    """The next token follows from the last one alone and the MTP module knows it, so that drafts are accepted."""
-    model = deepseek()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "o_proj" in name or "down_proj" in name:
-                parameter.zero_()
-        model.mtp[0].eh_proj.weight.copy_(torch.cat([torch.eye(32), torch.zeros(32, 32)], dim=1))
-    return model.to(device)
-
-
 @pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_drafts_and_routed_experts(deterministic: bool) -> None:
     sampling = Sampling(n=2, temperature=0.0, seed=3, max_new_tokens=5, routed_experts=True)
+    models = [make_certain(deepseek()).to(device) for device in ("cpu", NAME)]
     here, there = (
-        Engine(certain(device), native=False, speculative=True, deterministic=deterministic, block_size=8)
-        for device in ("cpu", NAME)
+        Engine(model, native=False, speculative=True, deterministic=deterministic, block_size=8) for model in models
     )
     found = there.generate(PROMPTS, sampling)
     same(found, here.generate(PROMPTS, sampling))

@@ -13,7 +13,7 @@ from shoestring.core.nouns import Sampling
 from shoestring.infer.engine import Engine
 from shoestring.infer.speculative import TRIAL, Choice
 
-from .conftest import V, deepseek, dense
+from .conftest import V, deepseek, dense, make_certain
 from .test_paged import IDS, ids_of
 from .test_schedules import audit
 
@@ -23,14 +23,7 @@ PROMPTS = [IDS[:9], IDS[10:30], IDS[30:35], [7]]
 
 
 def certain() -> Any:
-    """The next token is a function of the last one alone, and the MTP module knows it: every greedy draft is right."""
-    model = deepseek()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "o_proj" in name or "down_proj" in name:
-                parameter.zero_()
-        model.mtp[0].eh_proj.weight.copy_(torch.cat([torch.eye(32), torch.zeros(32, 32)], dim=1))
-    return model
+    return make_certain(deepseek())
 
 
 @pytest.fixture(scope="module")

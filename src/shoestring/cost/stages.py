@@ -31,6 +31,11 @@ class StageCost:
     assumed: tuple[str, ...]
 
 
+def _spread(shape: ModelShape) -> int:
+    """Chips that share the experts of one copy when it is served: a usual number, a guess."""
+    return 64 if shape.n_routed else 1
+
+
 def _around(mid: float, factor: float) -> Interval:
     return Interval(mid / factor, mid, mid * factor)
 
@@ -79,7 +84,7 @@ def on_policy_distillation(
     student: ModelShape, teacher: ModelShape, chip: Chip, tokens: float, *, context: int = 4096
 ) -> StageCost:
     """The student writes, the teacher scores every token, the student learns; the teacher generates nothing."""
-    write = tokens / decode_rate(student, chip, context) / 3600
+    write = tokens / decode_rate(student, chip, context, chips=_spread(student)) / 3600
     score = 2 * teacher.params().active * tokens / (SFT_MFU * chip.bf16) / 3600
     learn = sft(student, chip, tokens).hours.mid
     parts = (f"writing {write:.3g} h", f"scoring {score:.3g} h", f"learning {learn:.3g} h")
@@ -91,8 +96,8 @@ def reinforcement(
     decode: float | None = None, length_factor: float = 1.0,
 ) -> StageCost:  # fmt: skip
     """GRPO: rollouts, old and reference scores, updates. `length_factor` widens an unknown mean length."""
-    decode = decode or decode_rate(shape, chip, int(mean_length / 2 + prompt), chips=64 if shape.n_routed else 1)
-    generate = mean_length / decode + prompt / prefill_rate(shape, chip, prompt)
+    decode = decode or decode_rate(shape, chip, int(mean_length / 2 + prompt), chips=_spread(shape))
+    generate = mean_length / decode + prompt / prefill_rate(shape, chip, prompt, chips=_spread(shape))
     flops = 10 * shape.params().active + 5 * shape.attention_flops(int(mean_length + prompt))  # 6 + 2 old + 2 reference
     learn = mean_length * flops / (LEARNER_MFU * chip.bf16)
     low, high = RL_WASTE
@@ -113,8 +118,10 @@ def generation(
     """Asking a teacher on chips of one's own, or evaluating: kept samples over the share that is kept."""
     if not 0 < acceptance <= 1:
         raise UserError(f"acceptance is {acceptance}; it must be above 0 and at most 1.")
-    decode = decode or decode_rate(shape, chip, int(mean_length / 2 + prompt), chips=64 if shape.n_routed else 1)
-    seconds = samples * (mean_length / decode + prompt / prefill_rate(shape, chip, prompt)) / acceptance
+    decode = decode or decode_rate(shape, chip, int(mean_length / 2 + prompt), chips=_spread(shape))
+    seconds = (
+        samples * (mean_length / decode + prompt / prefill_rate(shape, chip, prompt, chips=_spread(shape))) / acceptance
+    )
     note = f"{decode:,.0f} tokens/s a chip, {acceptance:.0%} of samples kept"
     return StageCost("generation", _around(seconds / 3600, 2.0), (note,))
 
@@ -127,8 +134,7 @@ def evaluation(
     A benchmark ends: every chip waits for the longest answer, taken as `TAIL` times the mean, written alone.
     """
     alone = generation(shape, cluster.chip, samples, mean_length, prompt=prompt)
-    group = 64 if shape.n_routed else 1
-    step = decode_step(shape, cluster.chip, 1, int(TAIL * mean_length / 2 + prompt), chips=group)
+    step = decode_step(shape, cluster.chip, 1, int(TAIL * mean_length / 2 + prompt), chips=_spread(shape))
     tail = cluster.n * (TAIL - 1) * mean_length * step.seconds / 3600
     note = f"{tail:.3g} chip-hours of waiting for the longest answers, {TAIL:g} times the mean"
     return StageCost("evaluation", _around(alone.hours.mid + tail, 2.0), (*alone.assumed, note))

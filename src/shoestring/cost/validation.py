@@ -18,6 +18,7 @@ from shoestring.cost.plan import plan
 from shoestring.cost.prices import USUAL_LENGTHS, all_prices, ask_usd, self_host_usd
 from shoestring.cost.residual import FITTED_CONSTANTS, NAMES, SD_STEADY, SD_WHOLE, Interval
 from shoestring.cost.search import search
+from shoestring.cost.serving import PREFILL_MFU, decode_step, prefill_rate
 from shoestring.cost.stages import StageCost, context_extension, generation, reinforcement
 from shoestring.cost.table import (
     Case,
@@ -159,6 +160,31 @@ def _r1() -> list[str]:
                   "rollouts is published as a figure only: 8,000 tokens is a guess, and the widest term."]  # fmt: skip
 
 
+def serving_rows() -> list[tuple[str, float, float, str]]:
+    """(service, published, roofline in tokens/s a chip, what the share of it says)."""
+    shape, h800, h100 = named_shape("deepseek-v3"), find_chip("H800"), find_chip("H100")
+    live, bench = decode_step(shape, h800, 88, 4989, chips=144), decode_step(shape, h100, 256, 2050, chips=72)
+    alone = f"without messages {live.batch / live.work:,.0f}"
+    return [
+        ("DeepSeek, decode over a day, 144 H800", 1850, live.tokens_per_second, f"the default share is from here; {alone}"),
+        ("SGLang, decode in a benchmark, 72 H100, batch 256 (assumed)", 22_300 / 8, bench.tokens_per_second,
+         f"not used; without messages {bench.batch / bench.work:,.0f}"),
+        ("DeepSeek, prefill over a day, 32 H800, cached tokens taken off", 73_700 / 8 * (1 - 0.563),
+         prefill_rate(shape, h800, 4096, chips=32), f"{PREFILL_MFU:.0%} of peak, an estimate made before"),
+        ("SGLang, prefill in a benchmark, 32 H100", 52_300 / 8, prefill_rate(shape, h100, 2000, chips=32), "the same"),
+    ]  # fmt: skip
+
+
+def _serving() -> list[str]:
+    out = ["", "## Serving DeepSeek-V3, tokens/s a chip", "",
+           "Sources: deepseek-ai/open-infra-index, day 6; lmsys.org, 5 May 2025. Roofline: work and the experts' messages, two "
+           "micro-batches in turn.", "",
+           "| service | published | roofline | share | |", "|---|---|---|---|---|"]  # fmt: skip
+    for name, truth, limit, note in serving_rows():
+        out.append(f"| {name} | {truth:,.0f} | {limit:,.0f} | {truth / limit:.0%} | {note} |")
+    return out
+
+
 def _questions() -> list[str]:
     lengths = " | ".join(f"{a}+{b}" for a, b in USUAL_LENGTHS)
     out = ["", "## A million questions, dollars", "", f"| teacher | {lengths} |", "|---|" + "---|" * len(USUAL_LENGTHS)]
@@ -275,6 +301,6 @@ def page() -> str:
         + "; ".join(f"{s['id']} ({s['reason'].split(': ', 1)[-1].rstrip('.')})" for s in skipped)
         + ".",
     ]
-    parts = [head, _v3(), _extension(), _r1(), _scores(), _missed(), _rows("Rows of the table", shipped_cases()), tail,
+    parts = [head, _v3(), _extension(), _r1(), _serving(), _scores(), _missed(), _rows("Rows of the table", shipped_cases()), tail,
              _rows("Rows outside the table", held), _questions()]  # fmt: skip
     return "\n".join(line for part in parts for line in part) + "\n"

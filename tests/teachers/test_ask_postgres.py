@@ -185,6 +185,35 @@ def test_curation_in_the_database(
     assert curated(url) == graded
 
 
+def test_a_page_of_traces_reads_no_others(server_url: str, url: str) -> None:
+    """In a large store too: a page that read every row before it would make a million traces take hours."""
+    from shoestring.curate._sieve import View, _count_anew
+    from shoestring.data import traces
+
+    store = PgStore(url, create=True)
+    for statement in (
+        'INSERT INTO hows(hash, fields) VALUES (\'h\', \'{"teacher": "t", "licence": "MIT", "decoding": {}}\')',
+        "INSERT INTO questions(hash, messages) SELECT 'q' || i, '[]' FROM generate_series(1, 40000) AS i",
+        "INSERT INTO rows(trace, question, how, sample, state) SELECT 't' || i, i, 1, 0, 2 FROM generate_series(1, 40000) AS i",
+        "INSERT INTO answers(row, finish, tokens_in, tokens_out, pico, date, body) SELECT i, 'stop', 1, 1, 0, '', "
+        '\'{"answer": "a"}\' FROM generate_series(1, 40000) AS i',
+        "INSERT INTO filters(name, hash, upto) VALUES ('f', 'f', 0)",
+        "INSERT INTO marks(filter, row, why) SELECT 1, i, 'w' FROM generate_series(1, 40000, 100) AS i",
+    ):
+        store.base.execute(statement)
+    view = View(store.sql, [1])
+    assert sum(1 for _ in view) == 39_600
+
+    def read(node: dict[str, Any]) -> float:
+        return float(node["Actual Rows"] * node["Actual Loops"]) + sum(read(part) for part in node.get("Plans", ()))
+
+    _count_anew(store)
+    explain = f"EXPLAIN (ANALYZE, FORMAT JSON) {traces._READ.format(where=view._where)}"
+    ((found,),) = store.sql.execute(explain, (20_000, 100)).fetchall()
+    assert read(found[0]["Plan"]) < 3000, found
+    store.close()
+
+
 def test_a_database_of_the_first_schema(server: Server, tmp_path: Path, url: str) -> None:
     run(job(server, tmp_path, ["a"], out=url))
     store = PgStore(url)

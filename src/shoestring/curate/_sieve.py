@@ -22,6 +22,7 @@ from shoestring.core.errors import UserError, did_you_mean
 from shoestring.core.nouns import Problem, Trace
 from shoestring.core.registry import load_part, part_hash
 from shoestring.data.places import AnyStore
+from shoestring.data.postgres import PgStore
 from shoestring.data.schema import Sql
 from shoestring.data.traces import stored
 from shoestring.tasks.grading import Grader
@@ -97,6 +98,7 @@ def run(
 ) -> tuple[list[Step], View]:  # fmt: skip
     """Run the chain over `store`; what each filter did, and a view of what is left. Raises UserError."""
     modules = [one.load() for one in filters]
+    _count_anew(store)
     if grade:
         grade_all(store, progress)
     ids: list[int] = []
@@ -106,6 +108,7 @@ def run(
         chain = _digest([chain, one.name, part_hash("curate", one.name), dict(one.options), _data_of(one)])
         number = _number(store, one.name, chain)
         _mark(store, module, one, number, ids, progress)
+        _count_anew(store)
         steps.append(_step(store, one, number, ids))
         ids.append(number)
     return steps, View(store.sql, ids)
@@ -114,12 +117,18 @@ def run(
 def grade_all(store: AnyStore, progress: Callable[[str, int], None] | None = None) -> int:
     """Grade every answer whose question brought a problem and that has no verdict yet; how many."""
     select = (
-        "SELECT a.row, q.problem, a.body FROM answers a JOIN rows r ON r.id = a.row JOIN questions q "
-        "ON q.id = r.question WHERE a.correct IS NULL AND q.problem IS NOT NULL AND a.row > ? ORDER BY a.row LIMIT ?"
+        "SELECT a.row, q.problem, CASE WHEN q.problem IS NULL THEN NULL ELSE a.body END FROM "
+        "(SELECT row, body FROM answers WHERE correct IS NULL AND row > ? ORDER BY row LIMIT ?) AS a "
+        "JOIN rows r ON r.id = a.row JOIN questions q ON q.id = r.question ORDER BY a.row"
     )
+    if not store.sql.execute("SELECT 1 FROM questions WHERE problem IS NOT NULL LIMIT 1").fetchone():
+        return 0
     done = after = 0
     with Grader() as grader:
-        while rows := store.sql.execute(select, (after, GRADED_TOGETHER)).fetchall():
+        while page := store.sql.execute(select, (after, GRADED_TOGETHER)).fetchall():
+            after = page[-1][0]
+            if not (rows := [row for row in page if row[1] is not None]):
+                continue
             pairs = [(Problem(**json.loads(problem)), json.loads(body)["answer"]) for _, problem, body in rows]
             verdicts = grader(pairs)
             with store.transaction():
@@ -128,7 +137,6 @@ def grade_all(store: AnyStore, progress: Callable[[str, int], None] | None = Non
                     [(int(verdict), row) for (row, _, _), verdict in zip(rows, verdicts, strict=True)],
                 )
                 _anew(store, "upto >= ?", rows[0][0])  # filters that judged these answers without their verdicts
-            after = rows[-1][0]
             done += len(rows)
             if progress:
                 progress("grading", done)
@@ -174,6 +182,13 @@ def _mark(
         if progress:
             progress(one.name, seen)
     sql.execute("UPDATE filters SET upto = ?, judged = ? WHERE id = ?", (last, whole, number))
+
+
+def _count_anew(store: AnyStore) -> None:
+    """Have PostgreSQL know how large the tables are now: marks taken for few are gone through for every answer."""
+    if isinstance(store, PgStore):
+        for table in ("questions", "rows", "answers", "marks"):
+            store.sql.execute(f"ANALYZE {table}")
 
 
 def _stops(sql: Sql, upto: int, last: int, judged: int) -> deque[tuple[int, int]]:

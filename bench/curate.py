@@ -37,7 +37,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="accepted for uniformity; it runs once")
     parser.add_argument("--traces", type=int, default=1_000_000)
     parser.add_argument("--words", type=int, default=120, help="mean words of an answer")
-    parser.add_argument("--store", help="the address of a PostgreSQL database, for a store there instead of in a folder")
+    parser.add_argument(
+        "--store", help="the address of a PostgreSQL database, for a store there instead of in a folder"
+    )
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     count = 3000 if options.small else options.traces

@@ -119,7 +119,7 @@ def test_a_draw_by_blocks_is_the_plain_draw(width: int) -> None:
 
 
 @pytest.mark.skipif(native.why_not() is not None, reason=f"no C here: {native.why_not()}")
-@pytest.mark.parametrize("width", [8_192, 33_001])
+@pytest.mark.parametrize("width", [7, 320, 8_192, 33_001])
 def test_a_draw_in_c_is_a_plain_one(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same token but at the very edge of one, the same logprob, nothing that was ruled out; `sample` takes it."""
     torch.manual_seed(2)
@@ -143,9 +143,34 @@ def test_a_draw_in_c_is_a_plain_one(width: int, monkeypatch: pytest.MonkeyPatch)
     alone = sample(logits_RV[5:6].clone(), u_R[5:6], options[5:6])
     assert (alone.tokens[0], alone.logprobs[0]) == (drawn.tokens[5], drawn.logprobs[5])  # whoever else draws
     broken_RV = logits_RV.clone()
-    broken_RV[7, 9] = float("nan")
+    broken_RV[7, 3] = float("nan")
     with pytest.raises(FloatingPointError):
         sample(broken_RV, u_R, options)
     monkeypatch.setattr(native, "why_not", lambda: "it is not wanted")
     plain = sample(logits_RV, u_R, options)
     assert sum(a == b for a, b in zip(plain.tokens, drawn.tokens, strict=True)) >= 62
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"no C here: {native.why_not()}")
+def test_rows_in_c_and_others_in_one_batch() -> None:
+    """Greedy, free, cut and listed rows: each gets what it gets alone, to the bit."""
+    torch.manual_seed(3)
+    logits_RV, u_R = 4 * torch.randn(12, 700), uniforms(12, 4)
+    logits_RV[0, 5] = logits_RV[0, 9] = 30.0  # equals: the first
+    kinds = [
+        {"temperature": 0.0},
+        {},
+        {"top_k": 4},
+        {"temperature": 0.0, "top_logprobs": 2},
+        {"top_p": 0.5},
+        {"min_p": 0.1},
+    ]
+    options = [Sampling(**kinds[row % 6]) for row in range(12)]  # type: ignore[arg-type]
+    drawn = sample(logits_RV, u_R, options)
+    for row in range(12):
+        alone = sample(logits_RV[row : row + 1], u_R[row : row + 1], options[row : row + 1])
+        assert (alone.tokens[0], alone.logprobs[0]) == (drawn.tokens[row], drawn.logprobs[row])
+        assert alone.top.get(0) == drawn.top.get(row) and (row in drawn.top) == bool(options[row].top_logprobs)
+    assert drawn.tokens[0] == 5 and drawn.tokens[6] == int(logits_RV[6].argmax())
+    exact_RV = torch.log_softmax(logits_RV.double(), dim=-1)
+    assert drawn.logprobs[6] == pytest.approx(float(exact_RV[6].max()), abs=2e-6)

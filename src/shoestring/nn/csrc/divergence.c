@@ -49,13 +49,14 @@ INLINE float seen(float z, float top, float by) { /* in proportion to the probab
 }
 
 /* One token a row: the first whose running sum of probabilities exceeds u times the whole, by blocks and then within
-   one. logp is that of the distribution drawn from; NaN where the row has none. */
+   one; at temperature 0 the first of the likeliest. logp is that of the distribution drawn from (at temperature 0 of
+   that at 1); NaN where the row has none. */
 void draw_f32(const float *logits, const double *u, const float *temperature, int64_t N, int64_t V, int64_t *token,
               float *logp, int threads) {
     const int64_t blocks = (V + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static) num_threads(N *V < SMALL ? 1 : threads)
     for (int64_t n = 0; n < N; n++) {
-        const float *z = logits + n * V, by = 1.0f / temperature[n];
+        const float *z = logits + n * V, by = temperature[n] ? 1.0f / temperature[n] : 1.0f;
         float top = -INFINITY, sum[blocks];
         double whole = 0;
 #pragma omp simd reduction(max : top)
@@ -68,8 +69,14 @@ void draw_f32(const float *logits, const double *u, const float *temperature, in
             sum[b] = s;
             whole += s;
         }
-        double left = u[n] * whole;
         int64_t b = 0, last = 0, v = 0;
+        if (!temperature[n]) {
+            while (last < V - 1 && z[last] != top) last++;
+            token[n] = last;
+            logp[n] = (float)-log(whole);
+            continue;
+        }
+        double left = u[n] * whole;
         for (; b + 1 < blocks && left >= sum[b]; b++) left -= sum[b];
         while (b > 0 && sum[b] == 0.0f) left = sum[--b]; /* by rounding, behind the last that has any */
         const int64_t end = (b + 1) * BLOCK < V ? (b + 1) * BLOCK : V;

@@ -23,3 +23,4 @@ class Tokens:
     ref_N: Tensor | None = None  # logprobs under the frozen reference
     teacher: Targets | None = None  # the teacher's side, row n beside token n
     place_N: Tensor | None = None  # where each stands in the batch, flat: for who reads other layers than the last
+    native: bool = False  # whether the vocabulary is read in C (Kernels.native)

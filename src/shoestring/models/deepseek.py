@@ -215,14 +215,14 @@ class Deepseek(Decoder):
             positions = torch.arange(T, device=tokens_BT.device) if positions_BT is None else positions_BT
             segments = None if segments_BT is None else segments_BT[:, : T - k]
             step = self.prepare(tokens_BT[:, k:], positions[..., k:], segments, None)
-            x_BTD = module.join(self.embed(tokens_BT[:, k:]), hidden_BTD[:, : T - k])
+            x_BTD = module.join(self.embed(tokens_BT[:, k:]), hidden_BTD[:, : T - k], self.kernels.native)
             x_BTD, routed = module.block(x_BTD, step, self.config.num_hidden_layers + k - 1)
             if routed is not None:
                 seen.mtp_chosen.append(routed[1])
                 if balance:
                     counted = None if counted_BT is None else counted_BT[:, : T - k]
                     seen.balance.append(balance_loss(routed[0], routed[1], counted))
-            hidden_BTD = module.shared_head.norm(x_BTD)
+            hidden_BTD = module.shared_head.norm(x_BTD, self.kernels.native)
             found.append(hidden_BTD)
         return found
 

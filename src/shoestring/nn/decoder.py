@@ -69,10 +69,11 @@ class Block(nn.Module):
         self, x_BTD: Tensor, step: Pass, layer: int, replay_BTA: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """The block's output, and for an MoE block (scores [B, T, E], chosen experts [B, T, A])."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), step, layer)
-        h_BTD = self.post_attention_layernorm(x_BTD)
+        native = step.kernels.native
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD, native), step, layer)
+        h_BTD = self.post_attention_layernorm(x_BTD, native)
         if isinstance(self.mlp, SwiGLU):
-            return x_BTD + self.mlp(h_BTD), None
+            return x_BTD + self.mlp(h_BTD, native), None
         y_BTD, score_BTE, chosen_BTA = self.mlp(h_BTD, step.kernels, replay_BTA)
         return x_BTD + y_BTD, (score_BTE, chosen_BTA)
 
@@ -191,7 +192,7 @@ class Decoder(nn.Module):
                     seen.balance.append(balance_loss(routed[0], routed[1], counted_BT))
         if cache is not None:
             cache.used = max(cache.used, step.n_keys or tokens_BT.shape[1])
-        hidden_BTD = self.model.norm(x_BTD)
+        hidden_BTD = self.model.norm(x_BTD, self.kernels.native)
         out = Output(hidden_BTD, self.unembed(hidden_BTD) if logits else None)
         if mtp:
             out.mtp_hidden = self.predict_further(tokens_BT, hidden_BTD, positions_BT, segments_BT, seen, balance)

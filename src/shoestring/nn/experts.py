@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shoestring.nn import elements
 from shoestring.nn.kernels import Kernels
 from shoestring.nn.linear import swiglu, swiglu_backward
 
@@ -63,6 +64,18 @@ def gather_sum(y_PD: Tensor, place_NA: Tensor, weight_NA: Tensor | None) -> Tens
     return F.embedding_bag(place_NA, y_PD, mode="sum", per_sample_weights=weight_NA)
 
 
+def native_order(chosen_NA: Tensor, n_experts: int, *, multiple: int = 1) -> Order:
+    """The same in C: one pass that counts, one that places."""
+    order, chosen_NA = Order.__new__(Order), chosen_NA.contiguous()
+    M, A = chosen_NA.numel(), chosen_NA.shape[1]
+    order.ends_E, order.place_NA = torch.empty(n_experts, dtype=torch.long), torch.empty_like(chosen_NA)
+    token = torch.empty(M + n_experts * (multiple - 1), dtype=torch.long)
+    elements.call("order_rows", None, chosen_NA, M, A, n_experts, multiple, order.place_NA, token, order.ends_E)
+    order.ends = order.ends_E.tolist()
+    order.token_P = token[: order.ends[-1]]
+    return order
+
+
 class _Loop(torch.autograd.Function):
     """Keeps x, the weights in compute dtype and h = [gate | up] of every pair; the rest is computed again."""
 
@@ -105,6 +118,59 @@ class _Loop(torch.autograd.Function):
             torch.mm(dh_PG[i:j], gate_up[e], out=dx_PD[i:j])
         dweight_NA = dweight_P[order.place_NA].to(weight_NA.dtype)
         return gather_sum(dx_PD, order.place_NA, None), dgate_up, ddown, dweight_NA, None
+
+
+class _NativeLoop(torch.autograd.Function):
+    """`_Loop` with everything between the products in C; weights stay in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, gate_up: Tensor, down: Tensor, weight_NA: Tensor, order: Order) -> Tensor:
+        (N, D), P, F, dtype = x_ND.shape, len(order.token_P), down.shape[2], x_ND.dtype
+        x_ND, weight_NA, slices = x_ND.contiguous(), weight_NA.contiguous(), order.slices()
+        x_PD, h_PG, a_PF = x_ND.new_empty(P, D), x_ND.new_empty(P, 2 * F), x_ND.new_empty(P, F)
+        elements.call("gather", dtype, x_ND, order.token_P, P, D, x_PD)
+        for e, i, j in slices:
+            torch.mm(x_PD[i:j], gate_up[e].t(), out=h_PG[i:j])
+        elements.call("swiglu_forward", dtype, h_PG, P, F, a_PF)
+        y_PD, y_ND = x_PD, torch.empty_like(x_ND)  # x_PD's memory is free now
+        for e, i, j in slices:
+            torch.mm(a_PF[i:j], down[e].t(), out=y_PD[i:j])
+        elements.call("combine", dtype, y_PD, order.place_NA, weight_NA, N, order.place_NA.shape[1], D, y_ND)
+        ctx.save_for_backward(x_ND, gate_up, down, weight_NA, h_PG)
+        ctx.order, ctx.slices = order, slices
+        return y_ND
+
+    @staticmethod
+    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, gate_up, down, weight_NA, h_PG = ctx.saved_tensors
+        order, slices, (N, D), dtype = ctx.order, ctx.slices, x_ND.shape, x_ND.dtype
+        (P, G), A, place_M = h_PG.shape, weight_NA.shape[1], order.place_NA.flatten()
+        weight_P = torch.zeros(P).index_copy_(0, place_M, weight_NA.flatten())  # 0 in padding keeps it out of everything
+        dy_PD, x_PD, da_PF = x_ND.new_empty(P, D), x_ND.new_empty(P, D), x_ND.new_empty(P, G // 2)
+        elements.call("gather", dtype, dy_ND.contiguous(), order.token_P, P, D, dy_PD)
+        elements.call("gather", dtype, x_ND, order.token_P, P, D, x_PD)
+        for e, i, j in slices:
+            torch.mm(dy_PD[i:j], down[e], out=da_PF[i:j])
+        dh_PG, a_PF, dweight_P = torch.empty_like(h_PG), torch.empty_like(da_PF), torch.empty(P)
+        elements.call("swiglu_backward", dtype, da_PF, h_PG, weight_P, P, G // 2, dh_PG, a_PF, dweight_P)
+        dgate_up, ddown = torch.empty_like(gate_up), torch.empty_like(down)
+        for e in {*range(len(down))} - {e for e, _, _ in slices}:
+            dgate_up[e].zero_(), ddown[e].zero_()
+        for e, i, j in slices:
+            torch.mm(dy_PD[i:j].t(), a_PF[i:j], out=ddown[e])
+            torch.mm(dh_PG[i:j].t(), x_PD[i:j], out=dgate_up[e])
+        dx_PD, dx_ND = dy_PD, torch.empty_like(x_ND)  # dy_PD's memory is free now
+        for e, i, j in slices:
+            torch.mm(dh_PG[i:j], gate_up[e], out=dx_PD[i:j])
+        elements.call("combine", dtype, dx_PD, order.place_NA, None, N, A, D, dx_ND)
+        return dx_ND, dgate_up, ddown, dweight_P[place_M].view_as(weight_NA), None
+
+
+def experts_native(x_ND: Tensor, gate_up: Tensor, down: Tensor, chosen_NA: Tensor, weight_NA: Tensor) -> Tensor:
+    """`experts_loop` with csrc/elements.c."""
+    order = native_order(chosen_NA, len(gate_up), multiple=_multiple(x_ND))
+    y: Tensor = _NativeLoop.apply(x_ND, gate_up, down, weight_NA.float(), order)
+    return y
 
 
 def experts_loop(x_ND: Tensor, gate_up: Tensor, down: Tensor, chosen_NA: Tensor, weight_NA: Tensor) -> Tensor:
@@ -156,4 +222,6 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, chosen_NA: Tensor, weight_NA: Tensor, kernels: Kernels) -> Tensor:
         gate_up, down = self.gate_up_proj.to(x_ND.dtype), self.down_proj.to(x_ND.dtype)
-        return WAYS[kernels.experts](x_ND, gate_up, down, chosen_NA, weight_NA)
+        native = kernels.experts == "loop" and elements.usable(kernels.native, x_ND)
+        way = experts_native if native else WAYS[kernels.experts]
+        return way(x_ND, gate_up, down, chosen_NA, weight_NA)

@@ -28,12 +28,13 @@ class GQA(nn.Module):
         self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps, device=device)
 
     def forward(self, x_BTD: Tensor, step: Pass, layer: int) -> Tensor:
+        native = step.kernels.native
         qkv = together(x_BTD, (self.q_proj, self.k_proj, self.v_proj)).unflatten(-1, (-1, self.head_dim))
         q_BTHK, k_BTGK, v_BTGK = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
-        q_BTHK = rotate(q_BTHK, step.cis, interleaved=False)
-        k_BTGK = rotate(k_BTGK, step.cis, interleaved=False)
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK, native), self.k_norm(k_BTGK, native)
+        q_BTHK = rotate(q_BTHK, step.cis, interleaved=False, native=native)
+        k_BTGK = rotate(k_BTGK, step.cis, interleaved=False, native=native)
         if step.cache is not None:
             step.cache.write(layer, step.positions_BT, torch.cat([k_BTGK, v_BTGK], dim=2).flatten(2))
         if step.n_keys:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shoestring.nn import elements
+
 CHUNK_ELEMENTS = 1 << 21  # logits alive at a time: 8 MB in fp32, about what a core's caches hold
 MIN_ROWS = 128  # fewer, and the pass over the gradient of a wide table costs more than the products (LOG.md, entry 9)
 
@@ -32,15 +34,22 @@ def _accurate(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def add_outer(grad_VD: Tensor, dz_nV: Tensor, hidden_nD: Tensor, *, first: bool = False) -> None:
+def add_outer(
+    grad_VD: Tensor, dz_nV: Tensor, hidden_nD: Tensor, *, first: bool = False, native: bool = False
+) -> None:  # fmt: skip
     """Add dzᵀ h; on a CPU some rows of the table at a time, whose product is in cache still when it is added.
 
-    `first`: write it, whatever was there.
+    `first`: write it, whatever was there. `native`: the sum without a copy of the product in the table's dtype.
     """
     step = max(1024, SLICE_ELEMENTS // hidden_nD.shape[1]) if grad_VD.device.type == "cpu" else len(grad_VD)
     for part_vD, dz_nv in zip(grad_VD.split(step), dz_nV.split(step, dim=1), strict=True):
         product_vD = dz_nv.t() @ hidden_nD
-        _ = part_vD.copy_(product_vD) if first else part_vD.add_(product_vD)
+        if first:
+            part_vD.copy_(product_vD)
+        elif native and part_vD.dtype == torch.float32:
+            elements.call("add_to", product_vD.dtype, product_vD, product_vD.numel(), part_vD)
+        else:
+            part_vD.add_(product_vD)
 
 
 def scaled(gradient: Tensor | None, grad: Tensor) -> Tensor | None:
@@ -52,6 +61,8 @@ def scaled(gradient: Tensor | None, grad: Tensor) -> Tensor | None:
 
 class _Rows:
     """Chunks of rows against the table [V, D], in memory that every chunk uses again."""
+
+    native = False
 
     def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int):
         self.hidden_ND, self.ids_N1, self.temperature = hidden_ND, ids_N[:, None], temperature
@@ -70,6 +81,18 @@ class _Rows:
         if self.narrow_nV is not self.wide_nV:
             wide_nV.copy_(narrow_nV)
         return wide_nV if self.temperature == 1.0 else wide_nV.div_(self.temperature)
+
+    def slopes(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """((softmax - onehot) in the dtype of products, logprobs of the ids)."""
+        p_nV, logp_n = self.softmax(rows)
+        return self.slope(p_nV, logp_n, rows), logp_n
+
+    def logprobs(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Logprobs of the ids, and the entropy."""
+        logp_nV = torch.log_softmax(self.logits(rows), dim=-1)
+        logp_n = logp_nV.gather(1, self.ids_N1[rows]).squeeze(1)
+        p_nV = torch.exp(logp_nV, out=self.wide_nV[: len(logp_nV)])
+        return logp_n, -p_nV.mul_(logp_nV).sum(-1)
 
     def softmax(self, rows: slice) -> tuple[Tensor, Tensor]:
         """(probabilities, logprobs of the ids). Every pass over the vocabulary but one reads only: from the largest
@@ -92,24 +115,60 @@ class _Rows:
         if grad_ND is not None:
             torch.mm(slope_nV, self.table_VD, out=grad_ND[rows]).mul_(factor_n1)
         if grad_VD is not None:
-            add_outer(grad_VD, slope_nV, (self.hidden_ND[rows] * factor_n1).to(slope_nV.dtype))
+            add_outer(grad_VD, slope_nV, (self.hidden_ND[rows] * factor_n1).to(slope_nV.dtype), native=self.native)
+
+
+class _NativeRows(_Rows):
+    """The same in C: a row's logits are read once, and its slope written over them; no fp32 copy of the chunk."""
+
+    native = True
+
+    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int):
+        self.hidden_ND, self.ids_N, self.temperature = hidden_ND, ids_N.contiguous(), temperature
+        self.table_VD = weight_VD.to(hidden_ND.dtype)
+        chunk = min(chunk, len(hidden_ND))
+        self.narrow_nV = hidden_ND.new_empty(chunk, len(weight_VD))
+        self.slices = [slice(start, start + chunk) for start in range(0, len(hidden_ND), chunk)] if chunk else []
+
+    def _read(self, rows: slice, entropy_n: Tensor | None, slope: bool) -> tuple[Tensor, Tensor]:
+        hidden_nD = self.hidden_ND[rows]
+        (n, V), narrow_nV = (len(hidden_nD), self.narrow_nV.shape[1]), self.narrow_nV[: len(hidden_nD)]
+        torch.mm(hidden_nD, self.table_VD.t(), out=narrow_nV)
+        logp_n = torch.empty(n)
+        elements.call(
+            "vocabulary", narrow_nV.dtype, narrow_nV, self.ids_N[rows], self.temperature, n, V, logp_n, entropy_n, slope
+        )  # fmt: skip
+        return narrow_nV, logp_n
+
+    def slopes(self, rows: slice) -> tuple[Tensor, Tensor]:
+        return self._read(rows, None, True)
+
+    def logprobs(self, rows: slice) -> tuple[Tensor, Tensor]:
+        entropy_n = torch.empty(len(self.hidden_ND[rows]))
+        return self._read(rows, entropy_n, False)[1], entropy_n
+
+
+def _rows(
+    hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int, native: bool
+) -> _Rows:  # fmt: skip
+    way = _NativeRows if elements.usable(native, hidden_ND) else _Rows
+    return way(hidden_ND, weight_VD, ids_N, temperature, chunk)
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, weight_N: Tensor, chunk: int
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, weight_N: Tensor, chunk: int, native: bool
     ) -> tuple[Tensor, Tensor]:
-        chunks = _Rows(hidden_ND, weight_VD, ids_N, 1.0, chunk)
-        weight_N = weight_N.to(chunks.wide_nV.dtype)
+        chunks = _rows(hidden_ND, weight_VD, ids_N, 1.0, chunk, native)
+        weight_N = weight_N.to(_accurate(hidden_ND.dtype))
         logp_N = torch.empty_like(weight_N)
         want_hidden, want_table = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_ND = torch.empty_like(hidden_ND) if want_hidden else None
         grad_VD = torch.zeros_like(weight_VD) if want_table else None
         for rows in chunks.slices:
-            p_nV, logp_N[rows] = chunks.softmax(rows)
+            slope_nV, logp_N[rows] = chunks.slopes(rows)
             if want_hidden or want_table:  # d(-w·logp)/dlogits = w·(softmax - onehot)
-                slope_nV = chunks.slope(p_nV, logp_N[rows], rows)
                 chunks.add_gradients(slope_nV, weight_N[rows], rows, grad_ND, grad_VD)
         ctx.save_for_backward(grad_ND, grad_VD)
         ctx.mark_non_differentiable(logp_N)
@@ -118,55 +177,53 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         grad_ND, grad_VD = (scaled(g, grad) for g in ctx.saved_tensors)
-        return grad_ND, grad_VD, None, None, None
+        return grad_ND, grad_VD, None, None, None, None
 
 
 def cross_entropy_sum(
-    hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, weight_N: Tensor, *, chunk: int | None = None
-) -> tuple[Tensor, Tensor]:
+    hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, weight_N: Tensor, *, chunk: int | None = None,
+    native: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(Σ_n weight_n · -log p(ids_n), the detached logprobs [N] in fp32). Rows of weight 0 cost no gradient."""
     rows = chunk or _chunk_rows(weight_VD.shape[0])
-    loss, logp_N = _CrossEntropySum.apply(hidden_ND, weight_VD, ids_N, weight_N, rows)
+    loss, logp_N = _CrossEntropySum.apply(hidden_ND, weight_VD, ids_N, weight_N, rows, native)
     return loss, logp_N
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int, native: bool
     ) -> tuple[Tensor, Tensor]:
-        chunks = _Rows(hidden_ND, weight_VD, ids_N, temperature, chunk)
-        logp_N = hidden_ND.new_empty(len(hidden_ND), dtype=chunks.wide_nV.dtype)
+        chunks = _rows(hidden_ND, weight_VD, ids_N, temperature, chunk, native)
+        logp_N = hidden_ND.new_empty(len(hidden_ND), dtype=_accurate(hidden_ND.dtype))
         entropy_N = torch.empty_like(logp_N)
         for rows in chunks.slices:
-            logp_nV = torch.log_softmax(chunks.logits(rows), dim=-1)
-            logp_N[rows] = logp_nV.gather(1, ids_N[rows, None]).squeeze(1)
-            p_nV = torch.exp(logp_nV, out=chunks.wide_nV[: len(logp_nV)])
-            entropy_N[rows] = -p_nV.mul_(logp_nV).sum(-1)
+            logp_N[rows], entropy_N[rows] = chunks.logprobs(rows)
         ctx.save_for_backward(hidden_ND, weight_VD, ids_N)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.chunk, ctx.native = temperature, chunk, native
         ctx.mark_non_differentiable(entropy_N)
         return logp_N, entropy_N
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, ids_N = ctx.saved_tensors
-        chunks = _Rows(hidden_ND, weight_VD, ids_N, ctx.temperature, ctx.chunk)
+        chunks = _rows(hidden_ND, weight_VD, ids_N, ctx.temperature, ctx.chunk, ctx.native)
         grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
         factor_N = grad_N / -ctx.temperature  # dlogp/dlogits = (onehot - softmax) / temperature
         for rows in chunks.slices:
-            p_nV, logp_n = chunks.softmax(rows)
-            chunks.add_gradients(chunks.slope(p_nV, logp_n, rows), factor_N[rows], rows, grad_ND, grad_VD)
-        return grad_ND, grad_VD, None, None, None
+            chunks.add_gradients(chunks.slopes(rows)[0], factor_N[rows], rows, grad_ND, grad_VD)
+        return grad_ND, grad_VD, None, None, None, None
 
 
 def token_logprobs(
-    hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, *, temperature: float = 1.0, chunk: int | None = None
-) -> tuple[Tensor, Tensor]:
+    hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, *, temperature: float = 1.0, chunk: int | None = None,
+    native: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(log p(ids_n) [N] with gradient, the detached entropy [N] in nats), both at `temperature`, in fp32."""
     rows = chunk or _chunk_rows(weight_VD.shape[0])
-    logp_N, entropy_N = _TokenLogprobs.apply(hidden_ND, weight_VD, ids_N, temperature, rows)
+    logp_N, entropy_N = _TokenLogprobs.apply(hidden_ND, weight_VD, ids_N, temperature, rows, native)
     return logp_N, entropy_N
 
 

@@ -19,15 +19,22 @@ class Kernels:
     `experts`: "loop" one product an expert, "bmm" padded to the fullest expert, "grouped" torch's grouped product.
     `attention`: "native" in C (fast on a CPU with a compiler), "blocks" of torch's operations (fast on one
     without), "sdpa" torch's kernel (fast on a GPU). "plain": the readable twins.
+    `elements`: what lies between the products (norms, SwiGLU, rotation, routing, vocabulary), in torch or in C.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     experts: Literal["loop", "bmm", "grouped", "plain"] = "loop"
     attention: Literal["native", "blocks", "sdpa", "plain"] = "blocks"
+    elements: Literal["torch", "native"] = "torch"
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+    @property
+    def native(self) -> bool:
+        """Whether `elements` are computed in C."""
+        return self.elements == "native"
 
 
 def wait(device: torch.device) -> None:

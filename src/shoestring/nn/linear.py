@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shoestring.nn import elements
+
 
 class Linear(nn.Module):
     """y = x Wᵀ (+ b). `weight` [out, in] keeps its own dtype (fp32 when training); x decides the compute dtype."""
@@ -63,9 +65,31 @@ class _SwiGLU(torch.autograd.Function):
         return swiglu_backward(dy.clone(), ctx.saved_tensors[0])[0]
 
 
-def swiglu(h: Tensor) -> Tensor:
-    """The fast twin of `swiglu_plain`: keeps only h for the backward, and writes dh in one piece."""
-    y: Tensor = _SwiGLU.apply(h)
+class _NativeSwiGLU(torch.autograd.Function):
+    """The same in C: one pass forward, one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        h = h.contiguous()
+        ctx.save_for_backward(h)
+        F = h.shape[-1] // 2
+        a = torch.empty(*h.shape[:-1], F, dtype=h.dtype)
+        elements.call("swiglu_forward", h.dtype, h, a.numel() // max(F, 1), F, a)
+        return a
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (h,) = ctx.saved_tensors
+        dh, F = torch.empty_like(h), dy.shape[-1]
+        elements.call(
+            "swiglu_backward", h.dtype, dy.contiguous(), h, None, dy.numel() // max(F, 1), F, dh, None, None
+        )  # fmt: skip
+        return dh
+
+
+def swiglu(h: Tensor, *, native: bool = False) -> Tensor:
+    """The fast twins of `swiglu_plain`: they keep only h for the backward, and write dh in one piece."""
+    y: Tensor = (_NativeSwiGLU if elements.usable(native, h) else _SwiGLU).apply(h)
     return y
 
 
@@ -78,5 +102,5 @@ class SwiGLU(nn.Module):
         self.up_proj = Linear(d_model, width, bias=bias, device=device)
         self.down_proj = Linear(width, d_model, bias=bias, device=device)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(swiglu(together(x_BTD, (self.gate_proj, self.up_proj))))
+    def forward(self, x_BTD: Tensor, native: bool = False) -> Tensor:
+        return self.down_proj(swiglu(together(x_BTD, (self.gate_proj, self.up_proj)), native=native))

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shoestring.nn import elements
 from shoestring.nn.attention import Pass
 from shoestring.nn.linear import Linear, together
 from shoestring.nn.norm import RMSNorm
-from shoestring.nn.rope import rotate
+from shoestring.nn.rope import angles, rotate, rotate_ends
 
 
 def heads_plain(
@@ -65,10 +66,39 @@ class _Heads(torch.autograd.Function):
         return dq_BTHK, dkv_BTHX, dk_pe_BTR, None, None, None
 
 
+class _NativeKeys(torch.autograd.Function):
+    """Keys and values [B, T, H, *] in C, one pass each way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kv_BTHX: Tensor, k_pe_BTR: Tensor, cis: Tensor, nope: int, interleaved: bool
+    ) -> tuple[Tensor, Tensor]:
+        kv_BTHX, pe_NR, cis_SR = kv_BTHX.contiguous(), elements.rows(k_pe_BTR), angles(cis)
+        (*BTH, X), R = kv_BTHX.shape, pe_NR.shape[1]
+        k, v = kv_BTHX.new_empty(*BTH, nope + R), kv_BTHX.new_empty(*BTH, X - nope)
+        ctx.cis_SR, ctx.sizes = cis_SR, (len(cis_SR), len(pe_NR), BTH[2], nope, R, X - nope, interleaved)
+        elements.call("mla_keys", k.dtype, kv_BTHX, pe_NR, pe_NR.stride(0), cis_SR, *ctx.sizes, k, v)
+        return k, v
+
+    @staticmethod
+    def backward(ctx: Any, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        B, T, H, K = dk.shape
+        dkv_BTHX = dk.new_empty(B, T, H, ctx.sizes[3] + dv.shape[-1])
+        dpe_BTR = dk.new_empty(B, T, ctx.sizes[4])
+        dk, dv = dk.contiguous(), dv.contiguous()
+        elements.call("mla_keys_backward", dk.dtype, dk, dv, ctx.cis_SR, *ctx.sizes, dkv_BTHX, dpe_BTR)
+        return dkv_BTHX, dpe_BTR, None, None, None
+
+
 def heads(
-    q_BTHK: Tensor, kv_BTHX: Tensor, k_pe_BTR: Tensor, cis: Tensor, nope: int, interleaved: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The fast twin of `heads_plain`."""
+    q_BTHK: Tensor, kv_BTHX: Tensor, k_pe_BTR: Tensor, cis: Tensor, nope: int, interleaved: bool, *,
+    native: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The fast twins of `heads_plain`."""
+    if elements.usable(native, q_BTHK, kv_BTHX, k_pe_BTR):
+        k, v = _NativeKeys.apply(kv_BTHX, k_pe_BTR, cis, nope, interleaved)
+        q = rotate_ends(q_BTHK, cis, interleaved=interleaved)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     q, k, v = _Heads.apply(q_BTHK, kv_BTHX, k_pe_BTR, cis, nope, interleaved)
     return q, k, v
 
@@ -95,19 +125,21 @@ class MLA(nn.Module):
         self.o_proj = Linear(heads * v, d_model, bias=bias, device=device)
         self.q_lora = q_lora
 
-    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BTD: Tensor, native: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """The products before attention: q [B, T, H, nope+R], latent c [B, T, C] (normed) and k_pe [B, T, R]."""
         first = self.q_proj if self.q_lora is None else self.q_a_proj
         widths = [first.weight.shape[0], self.kv_lora, self.rope]
         q, c_kv, k_pe = together(x_BTD, (first, self.kv_a_proj_with_mqa)).split(widths, dim=-1)
         if self.q_lora is not None:
-            q = self.q_b_proj(self.q_a_layernorm(q))
-        return q.unflatten(-1, (self.heads, -1)), self.kv_a_layernorm(c_kv), k_pe
+            q = self.q_b_proj(self.q_a_layernorm(q, native))
+        return q.unflatten(-1, (self.heads, -1)), self.kv_a_layernorm(c_kv, native), k_pe
 
     def naive(self, q_BTHK: Tensor, c_BTC: Tensor, k_pe_BTR: Tensor, step: Pass) -> Tensor:
         """Keys and values of every head written out: heads of width nope + rope and v ("MHA mode")."""
         kv = self.kv_b_proj(c_BTC).unflatten(-1, (self.heads, -1))
-        q_BHTK, k_BHTK, v_BHTV = heads(q_BTHK, kv, k_pe_BTR, step.cis, self.nope, self.interleaved)
+        q_BHTK, k_BHTK, v_BHTV = heads(
+            q_BTHK, kv, k_pe_BTR, step.cis, self.nope, self.interleaved, native=step.kernels.native
+        )
         return step.attend(q_BHTK, k_BHTK, v_BHTV, self.scale).transpose(1, 2)
 
     def absorbed(self, q_BTHK: Tensor, latent_BSW: Tensor, step: Pass) -> Tensor:
@@ -127,7 +159,7 @@ class MLA(nn.Module):
         return o_HMV.transpose(0, 1).reshape(B, T, H, self.v)
 
     def forward(self, x_BTD: Tensor, step: Pass, layer: int) -> Tensor:
-        q_BTHK, c_BTC, k_pe_BTR = self.project(x_BTD)
+        q_BTHK, c_BTC, k_pe_BTR = self.project(x_BTD, step.kernels.native)
         if step.cache is not None:
             turned = rotate(k_pe_BTR.unsqueeze(2), step.cis, interleaved=self.interleaved).squeeze(2)
             step.cache.write(layer, step.positions_BT, torch.cat([c_BTC, turned], dim=-1))

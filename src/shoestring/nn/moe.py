@@ -11,12 +11,13 @@ V2-style: s = softmax, no bias, group score = the best s, masked groups 0, w = s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shoestring.nn import elements
 from shoestring.nn.experts import Experts
 from shoestring.nn.kernels import Kernels
 from shoestring.nn.linear import SwiGLU
@@ -54,6 +55,40 @@ class Routing:
         return weight_NA * self.scale
 
 
+class _NativeRoute(torch.autograd.Function):
+    """Scores, choice and weights of fp32 logits in one pass, in C. Equal choices fall to the lower expert."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logit_NE: Tensor, bias_E: Tensor | None, routing: Routing, replay_NA: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logit_NE, (N, E), A = logit_NE.contiguous(), logit_NE.shape, routing.top_k
+        score_NE, weight_NA = torch.empty_like(logit_NE), logit_NE.new_empty(N, A)
+        chosen_NA = torch.empty(N, A, dtype=torch.long) if replay_NA is None else replay_NA.contiguous()
+        shape = N, E, A, routing.n_group, routing.topk_group
+        ctx.how = routing.scoring == "sigmoid", routing.normalise
+        elements.call(
+            "route_forward", None, logit_NE, bias_E, *shape, *ctx.how, routing.scale, replay_NA is not None,
+            score_NE, chosen_NA, weight_NA,
+        )  # fmt: skip
+        ctx.save_for_backward(score_NE, chosen_NA)
+        ctx.scale = routing.scale
+        ctx.mark_non_differentiable(chosen_NA)
+        ctx.set_materialize_grads(False)
+        return score_NE, chosen_NA, weight_NA
+
+    @staticmethod
+    def backward(ctx: Any, dscore_NE: Tensor | None, _: Any, dweight_NA: Tensor | None) -> tuple[Tensor | None, ...]:
+        score_NE, chosen_NA = ctx.saved_tensors
+        (N, E), A = score_NE.shape, chosen_NA.shape[1]
+        dlogit_NE = torch.empty_like(score_NE)
+        grads = [None if d is None else d.contiguous() for d in (dweight_NA, dscore_NE)]
+        elements.call(
+            "route_backward", None, score_NE, chosen_NA, *grads, N, E, A, *ctx.how, ctx.scale, dlogit_NE
+        )  # fmt: skip
+        return dlogit_NE, None, None, None
+
+
 class Gate(nn.Module):
     """The router. With sigmoid scores it has the buffer `e_score_correction_bias` (fp32)."""
 
@@ -66,9 +101,16 @@ class Gate(nn.Module):
         bias = torch.zeros(routing.n_experts, device=device) if routing.scoring == "sigmoid" else None
         self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(self, x_ND: Tensor, replay_NA: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x_ND: Tensor, replay_NA: Tensor | None, native: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Scores [N, E], chosen ids [N, A], weights [N, A], all in fp32."""
         logit_NE = F.linear(x_ND.float(), self.weight.float())
+        if elements.usable(native, logit_NE):
+            made: tuple[Tensor, Tensor, Tensor] = _NativeRoute.apply(
+                logit_NE, self.e_score_correction_bias, self.routing, replay_NA
+            )
+            return made
         score_NE = logit_NE.sigmoid() if self.routing.scoring == "sigmoid" else logit_NE.softmax(-1)
         with torch.no_grad():
             chosen_NA = self.routing.choose(score_NE, self.e_score_correction_bias) if replay_NA is None else replay_NA
@@ -108,10 +150,11 @@ class MoE(nn.Module):
         """The output [B, T, D], the scores [B, T, E] and the chosen experts [B, T, A]."""
         B, T, _ = x_BTD.shape
         x_ND = x_BTD.flatten(0, 1)
-        score_NE, chosen_NA, weight_NA = self.gate(x_ND, None if replay_BTA is None else replay_BTA.flatten(0, 1))
+        replay_NA = None if replay_BTA is None else replay_BTA.flatten(0, 1)
+        score_NE, chosen_NA, weight_NA = self.gate(x_ND, replay_NA, kernels.native)
         y_BTD = self.experts(x_ND, chosen_NA, weight_NA, kernels).view_as(x_BTD)
         if self.shared_experts is not None:
-            y_BTD = y_BTD + self.shared_experts(x_BTD)
+            y_BTD = y_BTD + self.shared_experts(x_BTD, kernels.native)
         return y_BTD, score_NE.unflatten(0, (B, T)), chosen_NA.unflatten(0, (B, T))
 
 

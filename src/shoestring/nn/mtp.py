@@ -34,5 +34,6 @@ class MTPJoin(nn.Module):
         self.eh_proj = Linear(2 * d_model, d_model, device=device)
         self.shared_head = SharedHead(d_model, eps, device)
 
-    def join(self, next_embedding_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
-        return self.eh_proj(torch.cat([self.enorm(next_embedding_BTD), self.hnorm(hidden_BTD)], dim=-1))
+    def join(self, next_embedding_BTD: Tensor, hidden_BTD: Tensor, native: bool = False) -> Tensor:
+        normed = self.enorm(next_embedding_BTD, native), self.hnorm(hidden_BTD, native)
+        return self.eh_proj(torch.cat(normed, dim=-1))

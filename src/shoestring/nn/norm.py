@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shoestring.nn import elements
+
 
 def rms_norm_plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """fp32 all the way, one rounding at the end (transformers rounds once more, before the weight)."""
@@ -60,9 +62,33 @@ def _chunks(x_ND: Tensor) -> list[slice]:
     return [slice(n, n + rows) for n in range(0, len(x_ND), rows)]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The fast twin of `rms_norm_plain`."""
-    y: Tensor = _RMSNorm.apply(x, weight, eps)
+class _NativeRMSNorm(torch.autograd.Function):
+    """The same in C: one pass forward, one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x_ND = elements.rows(x)
+        (N, D), w_D = x_ND.shape, weight.float()
+        y, r_N = torch.empty(x.shape, dtype=x.dtype), torch.empty(N)
+        elements.call("norm_forward", x.dtype, x_ND, x_ND.stride(0), w_D, eps, N, D, y, r_N)
+        ctx.save_for_backward(x_ND, weight, r_N)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_ND, weight, r_N = ctx.saved_tensors
+        (N, D), w_D = x_ND.shape, weight.float()
+        dx, dw_D = torch.empty(dy.shape, dtype=dy.dtype), torch.empty(D)
+        elements.call(
+            "norm_backward", dy.dtype, x_ND, x_ND.stride(0), w_D, r_N, dy.contiguous(), N, D, dx, dw_D
+        )  # fmt: skip
+        return dx, dw_D.to(weight.dtype), None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, native: bool = False) -> Tensor:
+    """The fast twins of `rms_norm_plain`."""
+    way = _NativeRMSNorm if elements.usable(native, x) else _RMSNorm
+    y: Tensor = way.apply(x, weight, eps)
     return y
 
 
@@ -74,5 +100,5 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, device=device))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, native: bool = False) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, native=native)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shoestring.core.config import Config
+from shoestring.nn import elements
 
 
 class RopeScaling(Config):
@@ -109,9 +110,42 @@ class _Rotate(torch.autograd.Function):
         return _turn(dy, ctx.cis.conj(), ctx.interleaved), None, None
 
 
-def rotate(x: Tensor, cis: Tensor, *, interleaved: bool) -> Tensor:
+class _NativeRotate(torch.autograd.Function):
+    """The same in C; heads may be wider than R, their first numbers are copied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cis: Tensor, interleaved: bool) -> Tensor:
+        ctx.cis, ctx.interleaved = angles(cis), interleaved
+        return _NativeRotate.turn(x, ctx.cis, 1.0, interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return _NativeRotate.turn(dy, ctx.cis, -1.0, ctx.interleaved), None, None
+
+    @staticmethod
+    def turn(x: Tensor, cis_SR: Tensor, sign: float, interleaved: bool) -> Tensor:
+        x_NX, (H, K), (S, R) = elements.rows(x.flatten(-2)), x.shape[-2:], cis_SR.shape
+        y = torch.empty(x.shape, dtype=x.dtype)
+        elements.call(
+            "rotate", x.dtype, x_NX, x_NX.stride(0), cis_SR, S, sign, len(x_NX), H, K, R, interleaved, y
+        )  # fmt: skip
+        return y
+
+
+def angles(cis: Tensor) -> Tensor:
+    """A table [(B,) T, 1, R/2] as native functions read it: cos and sin of each pair, [positions, R]."""
+    return torch.view_as_real(cis).contiguous().view(-1, 2 * cis.shape[-1])
+
+
+def rotate(x: Tensor, cis: Tensor, *, interleaved: bool, native: bool = False) -> Tensor:
     """Rotate the last dimension of x [..., T, H, R] by cis [..., T, 1, R/2]; the layout of the pairs stays."""
-    y: Tensor = _Rotate.apply(x, cis, interleaved)
+    y: Tensor = (_NativeRotate if elements.usable(native, x) else _Rotate).apply(x, cis, interleaved)
+    return y
+
+
+def rotate_ends(x: Tensor, cis: Tensor, *, interleaved: bool) -> Tensor:
+    """`rotate` of the last R numbers of wider heads, in C."""
+    y: Tensor = _NativeRotate.apply(x, cis, interleaved)
     return y
 
 

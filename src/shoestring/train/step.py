@@ -77,12 +77,12 @@ def flat_tokens(batch: Batch) -> tuple[Tokens, Tensor]:
     return Tokens(ids_N, weight_N, *more, batch.teacher, keep_N), keep_N
 
 
-def _mtp_sum(mtp_hidden_BTD: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
+def _mtp_sum(mtp_hidden_BTD: Tensor, head_VD: Tensor, batch: Batch, native: bool) -> Tensor:
     """Σ of -log p over the tokens two ahead (V3 eq. 24, depth 1). The module has T-1 positions."""
     length = mtp_hidden_BTD.shape[1]
     weight_N = batch.weight2_BT[:, :length].flatten()
     keep_N = weight_N.nonzero().squeeze(1)
-    tokens = Tokens(batch.target2_BT[:, :length].flatten()[keep_N], weight_N[keep_N])
+    tokens = Tokens(batch.target2_BT[:, :length].flatten()[keep_N], weight_N[keep_N], native=native)
     return next_token.loss(mtp_hidden_BTD.flatten(0, 1)[keep_N], head_VD, tokens)[0]
 
 
@@ -106,11 +106,12 @@ def accumulate(
             logits=False, mtp=with_mtp, balance=balance_alpha > 0,
         )  # fmt: skip
         targets, keep_N = flat_tokens(batch)
+        targets.native = model.kernels.native
         targets.weight_N = targets.weight_N / weight  # not the sum: the head's gradient is then made as it is needed
         loss, metrics = objective(out.hidden_BTD.flatten(0, 1)[keep_N], model.head_weight, targets)
         loss_sum += float(loss.detach())
         if with_mtp and weight2 > 0:
-            mtp_mean = _mtp_sum(out.mtp_hidden[0], model.head_weight, batch) / weight2
+            mtp_mean = _mtp_sum(out.mtp_hidden[0], model.head_weight, batch, model.kernels.native) / weight2
             loss = loss + mtp_lambda * mtp_mean
             metrics["mtp"] = mtp_mean.detach()
         if balance_alpha > 0 and out.balance is not None:

@@ -1,0 +1,48 @@
+/* Softmax over the vocabulary for one dtype T. */
+
+/* Rows of logits x [N, V], divided by the temperature: log p of the ids, and the entropy where it is not null. With
+   `slope` the logits are overwritten by softmax - onehot; p - 1 of a likely target keeps its digits. */
+void NAME(vocabulary)(T *x, const int64_t *ids, float temperature, int64_t N, int64_t V, float *logp, float *entropy,
+                      int64_t slope, int threads) {
+    const float by = 1.0f / temperature;
+#pragma omp parallel num_threads(share(threads, N * V))
+    {
+        float *p = malloc(V * sizeof(float) + 1);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++) {
+            T *row = x + n * V;
+            float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+            for (int64_t v = 0; v < V; v++) {
+                p[v] = FLOAT(row[v]) * by;
+                top = p[v] > top ? p[v] : top;
+            }
+            const float target = p[ids[n]] - top;
+            double total = 0, weighted = 0;
+            for (int64_t start = 0; start < V; start += 4096) {
+                const int64_t end = start + 4096 < V ? start + 4096 : V;
+                float sum = 0, dot = 0;
+                if (entropy)
+#pragma omp simd reduction(+ : dot)
+                    for (int64_t v = start; v < end; v++) {
+                        const float z = p[v] - top, e = exp1(z);
+                        dot += z < -87.0f ? 0.0f : e * z;
+                    }
+#pragma omp simd reduction(+ : sum)
+                for (int64_t v = start; v < end; v++) {
+                    p[v] = exp1(p[v] - top);
+                    sum += p[v];
+                }
+                total += sum;
+                weighted += dot;
+            }
+            logp[n] = (float)(target - log(total));
+            if (entropy) entropy[n] = (float)(log(total) - weighted / total);
+            if (!slope) continue;
+            const float share = (float)(1.0 / total);
+            for (int64_t v = 0; v < V; v++) row[v] = ROUND(p[v] * share);
+            row[ids[n]] = ROUND(expm1f(logp[n]));
+        }
+        free(p);
+    }
+}

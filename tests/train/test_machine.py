@@ -45,7 +45,7 @@ def test_native_attention_that_is_gone_stops_a_resumed_run(
     assert record["attention"] == first.attention
     if compute is FIXED:
         assert first.attention == attentions("float32")[0]  # no clock decides where nothing is left to measure
-    write_attention(tmp_path, "native")
+    write(tmp_path, attention="native")
     native.library.cache_clear()
     monkeypatch.setenv("SHOESTRING_NATIVE", "0")
     with pytest.raises(UserError, match=r"machine\.json says .* natively, .* SHOESTRING_NATIVE is 0; mend that"):
@@ -61,16 +61,40 @@ def test_what_was_recorded_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert chosen(tmp_path, FIXED).attention == "blocks"
 
 
+@pytest.mark.skipif(native.why_not() is not None, reason="no native library here")
+def test_elements_are_recorded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_library: None) -> None:
+    """As attention is; the records of versions that knew none mean torch's operations."""
+    assert chosen(tmp_path, FIXED).native and read(tmp_path)[name_of(tmp_path)]["elements"] == "native"
+    write(tmp_path, attention="blocks")
+    native.library.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setenv("SHOESTRING_NATIVE", "0")
+        with pytest.raises(UserError, match="compute elements natively"):
+            chosen(tmp_path, FIXED)
+    native.library.cache_clear()
+    write(tmp_path, elements=None)
+    assert chosen(tmp_path, FIXED).elements == "torch"
+
+
+def name_of(root: Path) -> str:
+    """The key of the one record of kernels."""
+    (name,) = (key for key in read(root) if key.startswith("kernels"))
+    return name
+
+
 def read(root: Path) -> dict[str, dict[str, str]]:
     """What is known of this machine."""
     (known,) = json.loads((root / "machine.json").read_text()).values()
     return dict(known)
 
 
-def write_attention(root: Path, way: str) -> None:
+def write(root: Path, **changes: str | None) -> None:
+    """Change the record of kernels; None takes an entry away."""
     facts = json.loads((root / "machine.json").read_text())
     for known in facts.values():
         for key, found in known.items():
             if key.startswith("kernels"):
-                found["attention"] = way
+                found.update(changes)
+                for gone in [name for name, value in changes.items() if value is None]:
+                    del found[gone]
     (root / "machine.json").write_text(json.dumps(facts))

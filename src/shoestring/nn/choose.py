@@ -43,8 +43,11 @@ def candidates(
             aligned = 8 if kind == "bfloat16" else 4  # 16 bytes
             grouped = all(size % aligned == 0 for size in routed.down_proj.shape[1:])
             ways = [experts] if experts is not None else ["loop", "bmm", *(["grouped"] if grouped else [])]
-        attention = attentions(kind, device)[0]
-        found += [Kernels(dtype=cast(Any, kind), experts=cast(Any, way), attention=attention) for way in ways]
+        attention, elements = attentions(kind, device)[0], between(kind, device)
+        found += [
+            Kernels(dtype=cast(Any, kind), experts=cast(Any, way), attention=attention, elements=elements)
+            for way in ways
+        ]
     return found
 
 
@@ -55,6 +58,12 @@ def attentions(dtype: str, device: str = "cpu") -> list[Literal["native", "block
     if attention_native.why_not(Kernels(dtype=cast(Any, dtype)).torch_dtype, torch.device(device)) is not None:
         return ["blocks"]
     return ["native", "blocks"] if attention_native.is_fast() else ["blocks", "native"]
+
+
+def between(dtype: str, device: str = "cpu") -> Literal["native", "torch"]:
+    """How to compute what lies between the products: in C where it can be had, which was faster at every size tried."""
+    missing = attention_native.why_not(Kernels(dtype=cast(Any, dtype)).torch_dtype, torch.device(device))
+    return "native" if missing is None else "torch"
 
 
 def label(kernels: Kernels) -> str:

@@ -56,6 +56,6 @@ def call(name: str, dtype: torch.dtype | None, *arguments: Tensor | float | None
 
 
 def rows(x: Tensor) -> Tensor:
-    """x [..., D] as rows [N, D] whose numbers lie together: a view where it can be one."""
+    """Of x [..., D] the rows [N, D] whose numbers lie together: a view where it can be one."""
     x_ND = x.reshape(-1, x.shape[-1])
     return x_ND if x_ND.stride(1) == 1 or x_ND.shape[1] == 1 else x_ND.contiguous()

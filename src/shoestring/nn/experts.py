@@ -145,7 +145,9 @@ class _NativeLoop(torch.autograd.Function):
         x_ND, gate_up, down, weight_NA, h_PG = ctx.saved_tensors
         order, slices, (N, D), dtype = ctx.order, ctx.slices, x_ND.shape, x_ND.dtype
         (P, G), A, place_M = h_PG.shape, weight_NA.shape[1], order.place_NA.flatten()
-        weight_P = torch.zeros(P).index_copy_(0, place_M, weight_NA.flatten())  # 0 in padding keeps it out of everything
+        weight_P = torch.zeros(P).index_copy_(
+            0, place_M, weight_NA.flatten()
+        )  # 0 in padding keeps it out of everything
         dy_PD, x_PD, da_PF = x_ND.new_empty(P, D), x_ND.new_empty(P, D), x_ND.new_empty(P, G // 2)
         elements.call("gather", dtype, dy_ND.contiguous(), order.token_P, P, D, dy_PD)
         elements.call("gather", dtype, x_ND, order.token_P, P, D, x_PD)

@@ -52,6 +52,11 @@ def add_outer(
             part_vD.add_(product_vD)
 
 
+def _unwritten(weight_VD: Tensor, hidden_ND: Tensor) -> Tensor:
+    """The table's gradient before the first chunk is written to it; zero when there will be none."""
+    return torch.empty_like(weight_VD) if len(hidden_ND) else torch.zeros_like(weight_VD)
+
+
 def scaled(gradient: Tensor | None, grad: Tensor) -> Tensor | None:
     """The gradient made in the forward pass times the one that arrives: the same tensor, no copy, where that is 1."""
     if gradient is None or (grad.device.type == "cpu" and grad == 1):
@@ -115,7 +120,8 @@ class _Rows:
         if grad_ND is not None:
             torch.mm(slope_nV, self.table_VD, out=grad_ND[rows]).mul_(factor_n1)
         if grad_VD is not None:
-            add_outer(grad_VD, slope_nV, (self.hidden_ND[rows] * factor_n1).to(slope_nV.dtype), native=self.native)
+            scaled_nD = (self.hidden_ND[rows] * factor_n1).to(slope_nV.dtype)
+            add_outer(grad_VD, slope_nV, scaled_nD, first=rows.start == 0, native=self.native)
 
 
 class _NativeRows(_Rows):
@@ -165,7 +171,7 @@ class _CrossEntropySum(torch.autograd.Function):
         logp_N = torch.empty_like(weight_N)
         want_hidden, want_table = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_ND = torch.empty_like(hidden_ND) if want_hidden else None
-        grad_VD = torch.zeros_like(weight_VD) if want_table else None
+        grad_VD = _unwritten(weight_VD, hidden_ND) if want_table else None
         for rows in chunks.slices:
             slope_nV, logp_N[rows] = chunks.slopes(rows)
             if want_hidden or want_table:  # d(-w·logp)/dlogits = w·(softmax - onehot)
@@ -210,7 +216,7 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_ND, weight_VD, ids_N = ctx.saved_tensors
         chunks = _rows(hidden_ND, weight_VD, ids_N, ctx.temperature, ctx.chunk, ctx.native)
         grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        grad_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        grad_VD = _unwritten(weight_VD, hidden_ND) if ctx.needs_input_grad[1] else None
         factor_N = grad_N / -ctx.temperature  # dlogp/dlogits = (onehot - softmax) / temperature
         for rows in chunks.slices:
             chunks.add_gradients(chunks.slopes(rows)[0], factor_N[rows], rows, grad_ND, grad_VD)

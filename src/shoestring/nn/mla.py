@@ -82,7 +82,7 @@ class _NativeKeys(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        B, T, H, K = dk.shape
+        B, T, H, _ = dk.shape
         dkv_BTHX = dk.new_empty(B, T, H, ctx.sizes[3] + dv.shape[-1])
         dpe_BTR = dk.new_empty(B, T, ctx.sizes[4])
         dk, dv = dk.contiguous(), dv.contiguous()

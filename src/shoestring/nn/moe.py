@@ -101,9 +101,7 @@ class Gate(nn.Module):
         bias = torch.zeros(routing.n_experts, device=device) if routing.scoring == "sigmoid" else None
         self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(
-        self, x_ND: Tensor, replay_NA: Tensor | None, native: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_ND: Tensor, replay_NA: Tensor | None, native: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Scores [N, E], chosen ids [N, A], weights [N, A], all in fp32."""
         logit_NE = F.linear(x_ND.float(), self.weight.float())
         if elements.usable(native, logit_NE):

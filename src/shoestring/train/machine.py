@@ -7,6 +7,7 @@ threads: another machine measures anew.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import statistics
@@ -23,7 +24,7 @@ from shoestring.core.atomic import write_json
 from shoestring.core.errors import UserError
 from shoestring.core.host import processor
 from shoestring.nn.attention_native import why_not
-from shoestring.nn.choose import attentions, choose_kernels
+from shoestring.nn.choose import attentions, between, choose_kernels
 from shoestring.nn.kernels import Kernels, wait
 from shoestring.train.configs import Compute
 
@@ -56,6 +57,18 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc, where it is the one, to keep what is freed instead of giving the top of its heap back: a training step
+    would fault the same 10,000 pages in again, two to five percent of its time. Buffers beyond 32 MB are given back."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    trim_threshold, mmap_threshold = -1, -3
+    mallopt(trim_threshold, 1 << 30)
+    mallopt(mmap_threshold, 1 << 25)
 
 
 class Machine:
@@ -92,8 +105,8 @@ class Machine:
         """The kernels for a model: what `compute` fixes, and measured choices where it says "auto".
 
         Where nothing else is left to measure, attention is not measured either (nn/choose.py names the likely one), so
-        that two folders of one machine compute alike. Raises UserError when attention was recorded as native and cannot
-        be had any more.
+        that two folders of one machine compute alike. Raises UserError when attention or what lies between the products
+        was recorded as native and cannot be had any more.
         """
         if not hasattr(config, "probe"):  # a model of transformers has its own kernels: only the dtype is a choice
             attention: Any = "blocks" if compute.device == "cpu" else "sdpa"
@@ -104,12 +117,16 @@ class Machine:
         if found is None:
             found = _choice(config, compute, tokens, seq_len)
             self._keep(name, found)
-        kernels = Kernels(dtype=found["dtype"], experts=found["experts"], attention=found["attention"])
-        missing = why_not(kernels.torch_dtype, torch.device(compute.device)) if kernels.attention == "native" else None
+        kernels = Kernels(
+            dtype=found["dtype"], experts=found["experts"], attention=found["attention"],
+            elements=found.get("elements", "torch"),  # not in the records of older versions
+        )  # fmt: skip
+        native = [name for name in ("attention", "elements") if found.get(name) == "native"]
+        missing = why_not(kernels.torch_dtype, torch.device(compute.device)) if native else None
         if missing is not None:
             raise UserError(
-                f"{self.path} says that these runs compute attention natively, which is not to be had now: {missing}; "
-                "mend that, or remove the file (what is resumed then goes on with other bits)."
+                f"{self.path} says that these runs compute {' and '.join(native)} natively, which is not to be had "
+                f"now: {missing}; mend that, or remove the file (what is resumed then goes on with other bits)."
             )
         return kernels
 
@@ -121,4 +138,5 @@ def _choice(config: Any, compute: Compute, tokens: int, seq_len: int) -> dict[st
     if None in given.values():
         best, record = choose_kernels(config, tokens, seq_len, device=compute.device, **given)
         return {**asdict(best), "measured": record}
-    return asdict(Kernels(**fixed, attention=attentions(compute.dtype, compute.device)[0]))
+    attention, elements = attentions(compute.dtype, compute.device)[0], between(compute.dtype, compute.device)
+    return asdict(Kernels(**fixed, attention=attention, elements=elements))

@@ -29,6 +29,7 @@ from shoestring.text.tokenizer import Tokenizer
 from shoestring.train import states
 from shoestring.train.configs import Compute, ModelSpec, TrainBase
 from shoestring.train.context import Context, step_generator
+from shoestring.train.machine import keep_freed_memory
 from shoestring.train.step import TrainState
 
 TRAINING_SCHEMA = 2  # 2: sampled tokens are counted
@@ -60,6 +61,7 @@ def checked_device(name: str) -> torch.device:
 
 def use_kernels(model: Any, ctx: Context, compute: Compute, *, tokens: int, seq_len: int) -> None:
     """Set how the model computes and record the choice in the manifest."""
+    keep_freed_memory()
     model.to(checked_device(compute.device))
     model.kernels = ctx.machine.kernels(model.config, compute, tokens=tokens, seq_len=seq_len)
     ctx.run.note(kernels=str(model.kernels), processor=ctx.machine.key)

@@ -60,9 +60,11 @@ def serve_ours(options: dict[str, Any]) -> None:
     from shoestring.optim.make import optimizers
     from shoestring.recipes.quickstart import LEARN
     from shoestring.train.configs import Optim, SftStage, Textbook
+    from shoestring.train.machine import keep_freed_memory
     from shoestring.train.step import TrainState, train_step
 
     torch.set_num_threads(options["threads"])
+    keep_freed_memory()  # as every stage does
     rows, length = options["rows"], options["length"]
     model, _ = checkpoint.load(options["folder"], dtype="float32")
     fixed = None if options["dtype"] == "auto" else options["dtype"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -20,10 +21,12 @@ from test_ask import ONE, texts
 from shoestring.core.errors import UserError
 from shoestring.data import far, journal
 from shoestring.data.claims import Answer, Budget, Claim, Returned, Settled
+from shoestring.data.questions import Asked
 from shoestring.data.store import Store
 from shoestring.data.traces import TraceStore
 from shoestring.data.workers import Worker
 from shoestring.data.writer import Frames, frame, packed, unpacked
+from shoestring.teachers import _job
 from shoestring.teachers._session import run
 
 
@@ -90,6 +93,53 @@ def test_frames_in_any_pieces() -> None:
         found += frames.feed(data[:size])
         data = data[size:]
     assert sorted(map(repr, unpacked(found[0]))) == sorted(map(repr, ops)) and found[1] == (3, [0, 1], None)
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_it_plans_too(
+    server: Server, tmp_path: Path, apart: list[far.Far], monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """The same rows in the same order as in this process, for several teachers and samples; then what is new."""
+    monkeypatch.setattr(_job, "CHUNK", chunk)
+    stores = []
+    for name, many in (("far", 1), ("near", 1 << 30)):
+        monkeypatch.setattr(journal, "MANY", many)
+        (tmp_path / name).mkdir()
+        asked = job(server, tmp_path / name, [*texts(60), "世界 é \0"], samples=2, budget=Budget(0))
+        asked = replace(asked, apis=[*asked.apis, replace(asked.apis[0], name="u", weight=0.5)])
+        assert run(asked).counts["planned"] == 122
+        stores.append(dump(tmp_path / name / "traces")["rows"])
+    assert stores[0] == stores[1] and len(apart) == 1
+    monkeypatch.setattr(journal, "MANY", 1)
+    again = job(server, tmp_path / "far", [*texts(70), "世界 é \0"], name="t")
+    assert run(again).counts["answered"] == 71 and len(apart) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [("id", "already stands on line 3"), ("killed", "was killed"), ("full", "No space")]
+)
+def test_planning_that_fails_leaves_no_process(
+    server: Server, tmp_path: Path, apart: list[far.Far], monkeypatch: pytest.MonkeyPatch, fault: str, message: str
+) -> None:
+    """Two questions of one id, a writer that is killed, a disk that is full: told before anything is sent."""
+    monkeypatch.setattr(_job, "CHUNK", 5)
+    asked = job(server, tmp_path, texts(200))
+    if fault == "id":
+        lines = (tmp_path / "q.jsonl").read_text().splitlines()
+        (tmp_path / "q.jsonl").write_text("\n".join([*lines, lines[2].replace("question 2", "another")]) + "\n")
+    source = asked.source
+
+    def faulty() -> Iterator[Asked]:
+        for number, one in enumerate(source()):
+            if fault == "killed" and number == 100:
+                os.kill(apart[0]._process.pid, signal.SIGKILL)
+            if fault == "full" and number == 100:
+                resource.prlimit(apart[0]._process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+            yield one
+
+    with pytest.raises(UserError, match=message):
+        run(replace(asked, source=faulty))
+    assert len(apart) == 1 and server.stats()["requests"] == 0
 
 
 def test_a_budget_is_held(server: Server, tmp_path: Path, apart: list[far.Far]) -> None:

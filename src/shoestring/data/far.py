@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import shoestring
-from shoestring.data.claims import Op, Purse
+from shoestring.core.errors import UserError
+from shoestring.data.claims import Op, Planned, Purse
 from shoestring.data.store import Store
-from shoestring.data.writer import VERSION, Frames, packed
+from shoestring.data.writer import PLAN, VERSION, Frames, frame, packed
 
 START = "import sys; sys.path.append(sys.argv.pop(1)); from shoestring.data.writer import main; main(sys.argv[1:])"
+AHEAD = 1  # chunks of questions that may wait for their turn
 Heard = Callable[[list[int] | BaseException, int], None]  # answers or an error, and to how many claims
 
 
@@ -29,6 +31,7 @@ class Far(asyncio.Protocol):
         self._store = store
         self._frames = Frames()
         self._ending = False
+        self._planning = 0  # chunks that it has not said to have planned
         self._link, theirs = socket.socketpair()
         budget = store.budget
         limits = marshal.dumps((budget.pico, budget.tokens, budget.answers), VERSION).hex()
@@ -38,6 +41,34 @@ class Far(asyncio.Protocol):
                  str(store.file.resolve()), str(theirs.fileno()), str(os.getpid()), str(store.worker), limits],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             )  # fmt: skip
+
+    def plan(self, planned: Sequence[Planned], how: int, job: int) -> None:
+        """Have it do `Store.plan` while the next chunk is made, before `listen`. Raises what an earlier one came to."""
+        try:
+            self._link.sendall(frame((PLAN, [tuple(one) for one in planned], how, job)))
+        except OSError:
+            raise UserError(f"{self._why()}.") from None
+        self._planning += 1
+        self.planned(leave=AHEAD)
+
+    def planned(self, *, leave: int = 0) -> None:
+        """Wait until all but `leave` chunks are on disk."""
+        while self._planning > leave:
+            try:
+                data = self._link.recv(1 << 16)
+            except OSError:
+                data = b""
+            if not data:
+                raise UserError(f"{self._why()}.")
+            for _, answer, _ in self._frames.feed(data):
+                self._planning -= 1
+                if isinstance(answer, bytes):
+                    raise pickle.loads(answer)
+
+    def quit(self) -> None:
+        """End it before `listen`."""
+        self._link.close()
+        self._process.wait()
 
     async def listen(self, heard: Heard, died: Callable[[str], None]) -> None:
         """Call `heard` for each commit, and `died` (why) when the process ends before it is told to."""

@@ -132,10 +132,10 @@ class ThreadJournal(Journal):
 class FarJournal(Journal):
     """Written by a process of its own. Dead processes write nothing: what was in flight is in doubt then."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: AnyStore, far: Far) -> None:
         super().__init__(store)
         self._waiting: list[asyncio.Future[int]] = []  # in the order of their claims
-        self._far = Far(store)
+        self._far = far
 
     async def open(self) -> FarJournal:
         """Start listening to the process; it takes what is written meanwhile when it has started."""
@@ -164,11 +164,18 @@ class FarJournal(Journal):
             self.lost.set_result(why)
 
 
-async def open_journal(store: AnyStore, rows: int = 0) -> Journal:
-    """The writer that suits a job with `rows` still to ask. Raises DiskFull when little space is left."""
+def apart(store: AnyStore, rows: int) -> Far | None:
+    """A process that writes `store`, where one pays for a job with `rows` to ask."""
     if rows >= MANY and isinstance(store, Store) and not store.share and cores() > 1:
-        return await FarJournal(store).open()
-    return ThreadJournal(store)
+        return Far(store)
+    return None
+
+
+async def open_journal(store: AnyStore, rows: int = 0, far: Far | None = None) -> Journal:
+    """The writer that suits a job with `rows` still to ask; `far` when it is there. Raises DiskFull when little space
+    is left."""
+    far = far or apart(store, rows)
+    return ThreadJournal(store) if far is None else await FarJournal(store, far).open()
 
 
 def _resolve(futures: list[asyncio.Future[int]], answers: list[int]) -> None:

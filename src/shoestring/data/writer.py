@@ -1,9 +1,10 @@
 """The process that writes a store for one that asks (`far.py` starts it): changes in, answers to claims out.
 
-A frame is four bytes of length and a marshalled value. In: (claims, settled, returned). Out: (how many claims, their
-answers or an error, the purse). It ends when the other end of the socket is closed, after what was
-sent is on disk; so too when the process that asks was killed. Until then it holds a lock that whoever opens the store
-next waits for. Signals are the business of the process that asks. Imports little: its start is paid by every job.
+A frame is four bytes of length and a marshalled value. In: (claims, settled, returned), or before all of those (PLAN,
+questions, how, job). Out: (how many claims, their answers or an error, the purse). It ends when the other end of the
+socket is closed, after what was sent is on disk; so too when the process that asks was killed. Until then it holds a
+lock that whoever opens the store next waits for. Signals are the business of the process that asks. Imports little: its
+start is paid by every large job.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from shoestring.core.errors import UserError
-from shoestring.data.claims import PURSE, Answer, Budget, Claim, Op, Returned, Settled
+from shoestring.data.claims import PURSE, Answer, Budget, Claim, Op, Planned, Returned, Settled
 from shoestring.data.commits import Commits
 from shoestring.data.store import Store
 
 LOCK = 1 << 40  # the byte of the store's lock file that a writer holds, far behind those of workers
 LARGEST_TAKEN = 1 << 22  # bytes of changes taken into one transaction, at most and one frame
+PLAN = "plan"
 VERSION = 2  # of marshal: without references, which would be looked for in vain
 
 
@@ -95,7 +97,12 @@ class Writer:
             self._commits.linger()
             while len(data) < LARGEST_TAKEN and (more := self._more()):
                 data += more
-            ops = [op for value in self._frames.feed(data) for op in unpacked(value)]
+            ops: list[Op] = []
+            for value in self._frames.feed(data):
+                if value[0] == PLAN:
+                    self._plan(*value[1:])
+                else:
+                    ops += unpacked(value)
             if os.getppid() != self._parent:  # nobody is left who could send what would be claimed
                 ops = [op for op in ops if type(op) is not Claim]
             if ops:
@@ -107,11 +114,17 @@ class Writer:
         except BlockingIOError:
             return b""
 
+    def _plan(self, planned: list[tuple[Any, ...]], how: int, job: int) -> None:
+        store = self._commits.store
+        self._answer(0, lambda: store.plan([Planned._make(one) for one in planned], how, job))
+
     def _commit(self, ops: list[Op]) -> None:
-        claims = sum(type(op) is Claim for op in ops)
+        self._answer(sum(type(op) is Claim for op in ops), lambda: self._commits.commit(ops))
+
+    def _answer(self, claims: int, work: Callable[[], list[int] | None]) -> None:
         answers: Any
         try:
-            answers = self._commits.commit(ops)
+            answers = work()
         except Exception as error:
             answers = carried(error)
         purse = self._commits.store.purse

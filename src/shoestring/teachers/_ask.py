@@ -19,6 +19,7 @@ from typing import Any
 
 from shoestring.core.garbage import seldom_searched
 from shoestring.data.claims import GRANTED, POOR, Answer, Claim, Returned, Row, Settled
+from shoestring.data.far import Far
 from shoestring.data.journal import Journal, open_journal
 from shoestring.data.places import AnyStore
 from shoestring.teachers._accept import Acceptance
@@ -100,10 +101,10 @@ class Asking:
     """One session of asking. `await run()` once; `stop()` ends it after what is in flight."""
 
     def __init__(
-        self, store: AnyStore, job: int, lanes: list[Lane], *, rows: int = 0,
+        self, store: AnyStore, job: int, lanes: list[Lane], *, rows: int = 0, far: Far | None = None,
         tick: Callable[[Asking], None] | None = None, tick_s: float = 0.5,
     ) -> None:  # fmt: skip
-        self.store, self.job, self.lanes, self.rows = store, job, lanes, rows
+        self.store, self.job, self.lanes, self.rows, self.far = store, job, lanes, rows, far
         self.told = Told()
         self.in_flight = 0
         self.settlements = 0
@@ -137,7 +138,7 @@ class Asking:
         return self.told
 
     async def _run(self) -> None:
-        self.journal = await open_journal(self.store, self.rows)
+        self.journal, self.far = await open_journal(self.store, self.rows, self.far), None  # which runs once
         acceptance = self._acceptance = Acceptance(self.store)
         acceptance.start()
         ticking = asyncio.create_task(self._ticks())

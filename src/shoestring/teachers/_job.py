@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from shoestring.core.errors import UserError
 from shoestring.data.claims import Planned
+from shoestring.data.far import Far
 from shoestring.data.places import AnyStore
 from shoestring.data.questions import Asked, Skipped
 from shoestring.data.traces import TraceIds, canonical, question_hash, texts
@@ -133,16 +134,17 @@ def signature(apis: Sequence[Api], identity: str, samples: int) -> str:
 
 def plan(
     store: AnyStore, job: int, source: Callable[[], Iterator[Asked]], apis: Sequence[Api], lanes: Sequence[Lane],
-    samples: int, *, skipped: Skipped | None = None, seen: Callable[[int], None] | None = None,
+    samples: int, *, skipped: Skipped | None = None, apart: Callable[[int], Far | None] | None = None,
 ) -> int:  # fmt: skip
     """Put every question of `source` into the store as rows of `job`; the number of questions.
 
-    With several teachers each question goes to one, drawn by its hash with the weights. Raises UserError for an id
-    that stands for two questions (counted in `skipped` when given).
+    With several teachers each question goes to one, drawn by its hash with the weights. apart: a process that writes,
+    where one pays for so many rows. Raises UserError for an id that stands for two questions (counted in `skipped` when
+    given).
     """
     ids = [TraceIds(api.title, api.asked) for api in apis]
     ends = list(accumulate(api.weight for api in apis))
-    count = 0
+    count, far = 0, None
     asked = source()
     while chunk := list(islice(asked, CHUNK)):
         parts: list[list[Planned]] = [[] for _ in lanes]
@@ -158,10 +160,11 @@ def plan(
             parts[which].append(Planned(hash_, text, one.ref, problem, ids[which].of(escaped, samples)))
         for lane, part in zip(lanes, parts, strict=True):
             if part:
-                store.plan(part, lane.how, job)
+                (far or store).plan(part, lane.how, job)
         count += len(chunk)
-        if seen:
-            seen(count)
+        far = far or (apart(count * samples) if apart else None)
+    if far is not None:
+        far.planned()
     store.set_planned(job)
     return count
 

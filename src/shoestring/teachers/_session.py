@@ -20,6 +20,8 @@ from shoestring.core.errors import UserError
 from shoestring.core.garbage import seldom_searched
 from shoestring.core.progress import Progress
 from shoestring.data.claims import Budget, Purse
+from shoestring.data.far import Far
+from shoestring.data.journal import apart
 from shoestring.data.places import AnyStore, Seat, seat_at
 from shoestring.data.questions import Asked, Skipped
 from shoestring.teachers._ask import Asking, Lane, Told
@@ -122,13 +124,7 @@ async def _session(job: Job, seat: Seat, watch: Callable[[Asking], None] | None)
     store = seat.store
     number = store.job(signature(job.apis, job.identity, job.samples))
     lanes = [api.lane(store) for api in job.apis]
-    with seldom_searched(), store.planning():
-        if not store.is_planned(number):
-            plan(store, number, job.source, job.apis, lanes, job.samples, skipped=job.skipped)
-    if job.retry_failed:
-        store.repeat_failed(number)
-    if job.pilot:
-        _spread(store, number, lanes)
+    far = _planned(job, store, number, lanes)
     counts = store.counts(number)
     total = sum(counts.values())
     with Progress(total, title="ask", unit="answers", quiet=job.quiet) as bar:
@@ -139,7 +135,7 @@ async def _session(job: Job, seat: Seat, watch: Callable[[Asking], None] | None)
             if watch is not None:
                 watch(asking)
 
-        asking = Asking(store, number, lanes, rows=counts["planned"], tick=tick)
+        asking = Asking(store, number, lanes, rows=counts["planned"], far=far, tick=tick)
         with _interruptible(asking):
             told = await asking.run()
             while job.share and told.stopped is None and seat.take_over():  # of workers that died meanwhile
@@ -147,6 +143,30 @@ async def _session(job: Job, seat: Seat, watch: Callable[[Asking], None] | None)
                     lane.drained, lane.last = False, 0
                 told = await asking.run()
     return told, number
+
+
+def _planned(job: Job, store: AnyStore, number: int, lanes: Sequence[Lane]) -> Far | None:
+    """Plan what is not planned yet; the process that wrote it, if it took one."""
+    far: Far | None = None
+
+    def writer(rows: int) -> Far | None:
+        nonlocal far
+        far = apart(store, rows)
+        return far
+
+    try:
+        with seldom_searched(), store.planning():
+            if not store.is_planned(number):
+                plan(store, number, job.source, job.apis, lanes, job.samples, skipped=job.skipped, apart=writer)
+        if job.retry_failed:
+            store.repeat_failed(number)
+        if job.pilot:
+            _spread(store, number, lanes)
+    except BaseException:
+        if far is not None:
+            far.quit()
+        raise
+    return far
 
 
 def _shown(bar: Progress, before: int, clock: Callable[[], float] = time.monotonic) -> Callable[[Asking], None]:

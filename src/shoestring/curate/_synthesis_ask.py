@@ -103,7 +103,7 @@ def _found(out: Path, wanted: dict[str, int]) -> dict[int, Trace]:
         found: dict[int, Trace] = {}
         for some in _chunks(list(wanted)):
             marks = ",".join(f"'{trace}'" for trace in some)
-            for _, trace in stored(base, where=f"AND r.trace IN ({marks})"):
+            for _, trace in stored(base, where=f"AND a.row IN (SELECT id FROM rows WHERE trace IN ({marks}))"):
                 found.setdefault(wanted[trace.id], trace)
         return found
     finally:

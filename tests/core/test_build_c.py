@@ -41,6 +41,17 @@ def test_one_library_of_all_units(sources: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache" / "shoestring").iterdir())) == 2
 
 
+def test_headers_of_another_folder(sources: Path, tmp_path: Path) -> None:
+    """They are found, and a change in them is another library."""
+    if not can_build(sources):
+        pytest.skip("no C compiler here")
+    (others := tmp_path / "others").mkdir()
+    (sources / "number.h").rename(others / "number.h")
+    assert load(sources, "small", headers=others).four() == 4
+    (others / "number.h").write_text("#define NUMBER 8\n")
+    assert load(sources, "small", headers=others).four() == 9
+
+
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [

@@ -27,8 +27,10 @@ class Missing(Exception):
     """Why the library cannot be had."""
 
 
-def load(sources: Path, name: str) -> ctypes.CDLL:
+def load(sources: Path, name: str, *, headers: Path | None = None) -> ctypes.CDLL:
     """The library of all `*.c` files of a folder, built or found in the cache under `name`.
+
+    `headers`: another folder whose `*.h` they include.
 
     Raises Missing: no compiler, one that fails, or SHOESTRING_NATIVE=0. Whoever calls often keeps what was returned.
     """
@@ -38,16 +40,17 @@ def load(sources: Path, name: str) -> ctypes.CDLL:
     if compiler is None or shutil.which(compiler) is None:
         raise Missing("there is no C compiler (cc, gcc or clang)")
     try:
-        return ctypes.CDLL(str(_built(compiler, sources, name)))
+        return ctypes.CDLL(str(_built(compiler, sources, name, headers)))
     except OSError as error:
         raise Missing(f"the compiled library does not load: {error}") from error
 
 
-def _built(compiler: str, sources: Path, name: str) -> Path:
+def _built(compiler: str, sources: Path, name: str, headers: Path | None) -> Path:
     """The shared library for these sources, compiler and processor."""
     version = _output([compiler, "--version"])
     digest = hashlib.sha256("\n".join([*FLAGS, version, _processor()]).encode())
     files = sorted(path for path in sources.iterdir() if path.suffix in (".c", ".h"))
+    files += sorted(headers.glob("*.h")) if headers else []
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shoestring"
@@ -55,6 +58,7 @@ def _built(compiler: str, sources: Path, name: str) -> Path:
     if not found.exists():
         _log.info("building the native library %s with %s: some seconds, once on this machine", name, compiler)
         units = [str(file) for file in files if file.suffix == ".c"]
+        units += [f"-I{headers}"] if headers else []
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as folder:  # then moved at once: two may build together

@@ -23,6 +23,7 @@ from shoestring.core.build_c import Missing, load
 from shoestring.infer.pages import Pages
 from shoestring.infer.products import to_int8
 from shoestring.infer.store import Store
+from shoestring.nn import native as training
 from shoestring.nn.gqa import GQA
 from shoestring.nn.linear import Linear, SwiGLU
 from shoestring.nn.mla import MLA
@@ -39,7 +40,7 @@ SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 @functools.cache
 def library() -> ctypes.CDLL:
     """Built or found in the cache. Raises Missing (core/build_c.py)."""
-    made = load(SOURCES, "decode")
+    made = load(SOURCES, "decode", headers=training.SOURCES)
     for suffix in SUFFIX.values():
         getattr(made, f"shoestring_workspace_{suffix}").restype = c_int64
     return made

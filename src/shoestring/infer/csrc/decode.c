@@ -8,10 +8,8 @@
    Called by infer/native.py, which knows the same structs. Letters as in the package: R rows, D model width, H heads,
    G groups of keys, C latent width, W width of a cached entry, E experts, A chosen ones, F an expert's width. */
 
-#include <math.h>
+#include "numbers.h" /* of nn/csrc */
 #include <omp.h>
-#include <stdint.h>
-#include <string.h>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -28,7 +26,6 @@ typedef uint32_t i16u __attribute__((vector_size(64), aligned(2)));
 #define TILE(in) (((in) + PAIR - 1) / PAIR * PAIR * OUTS) /* numbers in a packed tile */
 #define UNROLL _Pragma("GCC unroll 16")
 #define NOINLINE __attribute__((noinline)) /* inlined, accumulators are spilled */
-#define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
     const void *weight, *bias; /* bias may be null; weight too: no product */
@@ -71,24 +68,6 @@ typedef struct {
 INLINE int64_t low(int64_t total, int64_t unit, int64_t t, int64_t n) { /* where thread t's share begins */
     int64_t units = (total + unit - 1) / unit, at = units * t / n * unit;
     return at < total ? at : total;
-}
-
-INLINE float exp1(float x) { /* to 2e-7 relative; NaN stays NaN */
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    float n = __builtin_rintf(x * 1.44269504088896341f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float power;
-    __builtin_memcpy(&power, &bits, 4);
-    return p * power;
 }
 
 INLINE v16 pairs(v16 a, v16 b) { /* neighbours summed: a's eight sums, then b's */
@@ -168,19 +147,6 @@ static void route(const Model *m, const Layer *l, const float *logit, float *sco
 #include "step.h"
 
 /* ---- bf16 */
-INLINE uint16_t to_bf16(float x) { /* to nearest, ties to even, NaN stays NaN */
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, 4);
-    return x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-INLINE float from_bf16(uint16_t x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    __builtin_memcpy(&y, &bits, 4);
-    return y;
-}
-
 INLINE v16 widen(const uint16_t *p) { return (v16)(__builtin_convertvector(*(const h16u *)p, i16) << 16); }
 
 #undef T
@@ -201,8 +167,8 @@ INLINE v16 widen(const uint16_t *p) { return (v16)(__builtin_convertvector(*(con
 #undef EACH
 #define T uint16_t
 #define NAME(name) name##_bf16
-#define FLOAT(x) from_bf16(x)
-#define ROUND(x) to_bf16(x)
+#define FLOAT(x) wide_bf16(x)
+#define ROUND(x) round_bf16(x)
 #define WIDEN(p) widen(p)
 #define PAIR 2
 #ifdef __AVX512BF16__

@@ -125,7 +125,7 @@ class TraceStore:
 
 
 def stored(base: Sql, *, after: int = 0, where: str = "") -> Iterator[tuple[int, Trace]]:
-    """(row, trace) of every answer behind row `after`, in order. `where`: a condition on answers `a`, "AND ..." in SQL."""
+    """(row, trace) of every answer behind row `after`, in order; `where`: a condition on answers `a`, as "AND ..."."""
     statement, hows = _READ.format(where=where), dict[str, dict[str, Any]]()
     while rows := base.execute(statement, (after, CHUNK)).fetchall():
         for row in rows:

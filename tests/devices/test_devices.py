@@ -25,10 +25,10 @@ def check(names: tuple[str, ...], which: str) -> None:
 
 
 def test_training_and_the_engine() -> None:
-    check(("training", "engine"), QUICK)
+    check(("training", "engine", "calibrate"), QUICK)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_everything_and_every_stage() -> None:
-    check(("training", "engine", "road"), ALL)
+    check(("training", "engine", "calibrate", "road"), ALL)

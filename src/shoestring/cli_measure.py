@@ -21,6 +21,7 @@ from shoestring.core.errors import UserError
 from shoestring.cost.calibrate import Calibration, Exchange, Step
 from shoestring.nn.choose import choose_kernels, label
 from shoestring.nn.kernels import Kernels
+from shoestring.train.machine import keep_freed_memory
 
 # Real steps: (kind, width, layers, heads, ffn, experts, vocabulary, sequences, length).
 STEPS = (
@@ -124,6 +125,7 @@ def make_bench(device: str = "cpu", dtype: str = "float32") -> Bench:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f'--device is "{device}", which torch does not find here; use cpu.') from error
+    keep_freed_memory()  # as every stage does
     return Bench(device, chosen_kernels(device, dtype))
 
 
@@ -139,7 +141,7 @@ def bare(bench: Bench) -> Calibration:
     return Calibration(
         host=name_of(bench.device), threads=torch.get_num_threads(), samples=samples(bench),
         bandwidth=bandwidth(bench.device), memory_bytes=memory_of(bench.device), device=bench.device.type,
-        devices=together(bench.device), kernels=label(bench.kernels),
+        devices=together(bench.device), kernels=f"{label(bench.kernels)} {bench.kernels.elements}",
     )  # fmt: skip
 
 

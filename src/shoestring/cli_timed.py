@@ -30,6 +30,7 @@ from shoestring.nn.rope import Rope
 
 STACK = 4  # parts in a row
 ROUNDS = 2
+SHORT = 4e-3  # seconds a repeat should take at least
 CYCLE = 48e6  # bytes of inputs taken in turn, more than caches hold
 
 GRID: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -38,6 +39,7 @@ GRID: dict[str, tuple[tuple[int, ...], ...]] = {
         (2048, 768, 256), (2048, 256, 768), (2048, 1536, 256), (2048, 2048, 512), (2048, 320, 1024), (512, 64, 64),
         (512, 256, 256), (512, 1024, 256), (128, 128, 128), (128, 512, 256), (64, 256, 128), (256, 64, 192), (4096, 256, 256),
         (4096, 1024, 320), (4096, 512, 512), (1024, 4096, 256), (1024, 1024, 1024), (1024, 8192, 128), (1024, 16384, 64),
+        (2048, 320, 160), (1024, 1280, 384), (1024, 640, 448), (2048, 672, 224),
     ),
     "attention": tuple((2048, t, 8, k, v) for t in (32, 64, 128, 192, 256, 512, 1024) for k, v in ((24, 16), (32, 32), (96, 64))),
     "gqa": ((2048, 128, 128, 4, 4, 32), (2048, 256, 256, 8, 8, 32), (2048, 64, 192, 6, 6, 32), (1024, 256, 512, 8, 8, 64),
@@ -56,18 +58,21 @@ GRID: dict[str, tuple[tuple[int, ...], ...]] = {
 def timed(work: Callable[[], Any], repeats: int = 7, device: torch.device | None = None, warm_up: int = 2) -> float:
     """The least seconds of several repeats after warm-ups: what disturbs only ever adds.
 
-    One CPU thread is timed by its CPU time.
+    Short work is done several times in a repeat. One CPU thread is timed by its CPU time.
     """
     device = device or torch.device("cpu")
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
-    taken = []
-    for _ in range(repeats + warm_up):
+    taken, times = [], 1
+    for i in range(repeats + warm_up):
         wait(device)
         start = clock()
-        work()
+        for _ in range(times):
+            work()
         wait(device)
-        taken.append(clock() - start)
+        taken.append((clock() - start) / times)
+        if i + 1 == warm_up:
+            times = max(1, int(SHORT / max(taken[-1], 1e-6)))
     return min(taken[warm_up:])
 
 
@@ -134,15 +139,16 @@ class Bench:
         x = [y.unflatten(-1, (heads, wide)) for y in self.inputs(rows, length, heads * wide)]
         return self.both(run, [], x) * tokens / (rows * length)
 
-    def _stack(self, make: Callable[[], Any], around: Callable[[Any, Tensor, Tensor], Tensor], tokens: int, length: int,
+    def _stack(self, make: Callable[[], Any], around: Callable[[Any, Tensor], Tensor], tokens: int, length: int,
                width: int) -> float:  # fmt: skip
         """Seconds of one x + part(norm(x)), out of a stack of them."""
         rows = max(1, tokens // length)
         parts = [(RMSNorm(width, device=self.device), self.fill(make())) for _ in range(STACK)]
+        native = self.kernels.native
 
         def run(x: Tensor) -> Tensor:
             for norm, part in parts:
-                x = x + around(part, norm(x), x)
+                x = x + around(part, norm(x, native))
             return x
 
         seconds = self.both(run, [m for pair in parts for m in pair], self.inputs(rows, length, width)[:2])
@@ -151,24 +157,24 @@ class Bench:
     def gqa(self, tokens: int, length: int, width: int, heads: int, kv_heads: int, head: int) -> float:
         step = self.pass_(head, length)
         return self._stack(partial(GQA, width, heads, kv_heads, head, device=self.device),
-                           lambda part, h, _: part(h, step, 0), tokens, length, width)  # fmt: skip
+                           lambda part, h: part(h, step, 0), tokens, length, width)  # fmt: skip
 
     def mla(self, tokens: int, length: int, width: int, heads: int, q_lora: int, kv_lora: int, nope: int, rope: int,
             value: int) -> float:  # fmt: skip
         step = self.pass_(rope, length)
         make = partial(MLA, width, heads, q_lora=q_lora or None, kv_lora=kv_lora, nope=nope, rope=rope, v=value,
                        scale=(nope + rope) ** -0.5, device=self.device)  # fmt: skip
-        return self._stack(make, lambda part, h, _: part(h, step, 0), tokens, length, width)
+        return self._stack(make, lambda part, h: part(h, step, 0), tokens, length, width)
 
     def ffn(self, tokens: int, width: int, hidden: int) -> float:
-        return self._stack(partial(SwiGLU, width, hidden, device=self.device), lambda part, h, _: part(h), tokens,
+        return self._stack(partial(SwiGLU, width, hidden, device=self.device), lambda part, h: part(h, self.kernels.native), tokens,
                            min(tokens, 256), width)  # fmt: skip
 
     def moe(self, tokens: int, width: int, hidden: int, experts: int, active: int, shared: int) -> float:
         """With the balance loss that training adds."""
         routing = Routing(experts, active)
 
-        def run(part: MoE, h: Tensor, _: Tensor) -> Tensor:
+        def run(part: MoE, h: Tensor) -> Tensor:
             y, score, chosen = part(h, self.kernels)
             return y + 1e-4 * balance_loss(score, chosen, None).to(y.dtype)
 

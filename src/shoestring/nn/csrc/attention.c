@@ -46,18 +46,26 @@ INLINE int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE char *row(Tensor x, int64_t b, int64_t h, int64_t t) { return x.at + b * x.b + h * x.h + t * x.t; }
 
+/* The rows of the next block, to be there when they are asked for. */
+INLINE void fetch(const char *at, int64_t apart, int64_t bytes) {
+    for (int64_t t = BLOCK; t < 2 * BLOCK; t++)
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + t * apart + i, 0, 2);
+}
+
 /* Which of the queries t .. t + 16 see key s. */
 INLINE uint32_t seers(const Attention *x, int64_t b, int64_t t, int64_t s) {
     if (x->seen) return x->seen[(b * (up(x->T, STEP) / STEP) + t / STEP) * up(x->T, STEP) + s];
     return s <= t ? 0xffff : s >= t + STEP ? 0 : 0xffff & (0xffffu << (s - t));
 }
 
-/* -inf where the bit is 0 */
-INLINE void hide(float *score, uint32_t bits) {
+#define HIDDEN -1e34f /* a score that nobody sees: finite, since -inf less anything rounded is no number */
+#define LOWEST -1e30f /* below all scores, above HIDDEN times a scale */
+
+INLINE void hide(float *score, uint32_t bits) { /* where the bit is 0 */
 #ifdef WIDE
-    _mm512_storeu_ps(score, _mm512_mask_blend_ps(bits, _mm512_set1_ps(-INFINITY), _mm512_loadu_ps(score)));
+    _mm512_storeu_ps(score, _mm512_mask_blend_ps(bits, _mm512_set1_ps(HIDDEN), _mm512_loadu_ps(score)));
 #else
-    for (int i = 0; i < STEP; i++) score[i] = bits >> i & 1 ? score[i] : -INFINITY;
+    for (int i = 0; i < STEP; i++) score[i] = bits >> i & 1 ? score[i] : HIDDEN;
 #endif
 }
 

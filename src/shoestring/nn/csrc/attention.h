@@ -81,7 +81,17 @@ INLINE vf mingle(__m512i x) {
 static void NAME(turned)(const char *at, int64_t apart, int64_t count, int64_t width, float *to, int64_t ld) {
     const int64_t words = NAME(words)(width);
 #ifdef LOAD_WORDS
-    for (int64_t t = 0; t < count; t += 16)
+    int64_t whole = 0;
+    if (words >= 16 && width == UNIT * words) /* whole squares, the last over its neighbour */
+        for (; whole + 16 <= count; whole += 16)
+            for (int64_t i = 0;; i = least(i + 16, words - 16)) {
+                vf r[16];
+                UNROLL for (int j = 0; j < 16; j++) r[j] = *(const vfu *)(at + (whole + j) * apart + 4 * i);
+                turn16(r);
+                UNROLL for (int j = 0; j < 16; j++) *(vfu *)(to + (i + j) * ld + whole) = r[j];
+                if (i == words - 16) break;
+            }
+    for (int64_t t = whole; t < count; t += 16)
         for (int64_t i = 0; i < words; i += 16) {
             vf r[16];
             UNROLL for (int j = 0; j < 16; j++) r[j] =
@@ -170,7 +180,7 @@ static void NAME(put)(const float *sum, const float *factor, int64_t count, int6
 #endif
 }
 
-/* -inf where a query does not see a key: scores [rows, BLOCK] of the keys from `s` on */
+/* HIDDEN where a query does not see a key: scores [rows, BLOCK] of the keys from `s` on */
 static void NAME(mask)(const Attention *x, int64_t b, int64_t t0, int64_t s, int64_t rows, Run run, float *score) {
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = run.left; c < run.right; c += STEP) {
@@ -232,8 +242,9 @@ static void NAME(forward)(const Attention *x, int64_t b, int64_t h, char *work) 
     for (int64_t t0 = 0; t0 < T; t0 += BLOCK) {
         const int64_t count = least(BLOCK, T - t0);
         NAME(turned)(row(x->q, b, h, t0), x->q.t, count, K, w.q, BLOCK);
+        fetch(row(x->q, b, h, t0), x->q.t, K * sizeof(NUMBER));
         memset(w.sum, 0, W * BLOCK * 4);
-        for (int64_t i = 0; i < BLOCK; i++) w.top[i] = -1e30f, w.total[i] = 0.0f; /* finite: -inf - -inf is NaN */
+        for (int64_t i = 0; i < BLOCK; i++) w.top[i] = LOWEST, w.total[i] = 0.0f;
         NAME(forward_block)(x, b, t0, up(count, STEP), &w);
         float *top = x->top + (b * x->H + h) * T + t0;
         for (int64_t i = 0; i < count; i++) top[i] = w.top[i] + log2f(w.total[i]);
@@ -280,7 +291,7 @@ static void NAME(backward_run)(const Attention *x, int64_t b, int64_t t0, Run ru
         NAME(product)(w->v + s * w->v_apart, w->v_apart, w->dout + left, BLOCK, vw, many, wide, w->dp + left, BLOCK,
                       FRESH, 0);
         if (run.hidden) NAME(mask)(x, b, t0, s, many, run, w->s);
-        for (int64_t i = many * BLOCK; i < 4 * BLOCK; i++) w->s[i] = -INFINITY, w->dp[i] = 0.0f; /* keys behind the last */
+        for (int64_t i = many * BLOCK; i < 4 * BLOCK; i++) w->s[i] = HIDDEN, w->dp[i] = 0.0f; /* keys behind the last */
         NAME(differ)(w, r, left, run.right, x->scale * 1.4426950408889634f);
     }
     const float *ds = UNIT == 2 ? w->ds : w->p_keys;
@@ -317,6 +328,9 @@ static void NAME(backward_head)(const Attention *x, int64_t b, int64_t h, const 
             w->total[i] = i < count ? NAME(mean)(dout + i * x->dout.t, o + i * x->o.t, W) : 0.0f;
             w->factor[i] = x->scale;
         }
+        fetch(q, x->q.t, K * sizeof(NUMBER));
+        fetch(dout, x->dout.t, W * sizeof(NUMBER));
+        fetch(o, x->o.t, W * sizeof(NUMBER));
         memset(w->sum, 0, K * BLOCK * 4);
         for (int64_t s = 0; s < end;) {
             const Run run = next_run(x, b, t0, columns, s, least(up(s + 1, BLOCK), end));

@@ -67,6 +67,7 @@ def serve_ours(options: dict[str, Any]) -> None:
     from shoestring.losses import forward_kl, next_token, reverse_kl
     from shoestring.losses._teacher import Hidden
     from shoestring.models import checkpoint
+    from shoestring.nn.choose import attentions, between
     from shoestring.nn.kernels import Kernels
     from shoestring.optim.make import optimizers
     from shoestring.train.configs import Optim, SftStage
@@ -76,11 +77,12 @@ def serve_ours(options: dict[str, Any]) -> None:
     torch.set_num_threads(options["threads"])
     case, dtype = options["case"], "bfloat16" if options["dtype"] == "auto" else options["dtype"]
     student, tokenizer = checkpoint.load(options["folder"] + "/student", dtype="float32")
-    student.kernels = Kernels(dtype=dtype)
+    kernels = Kernels(dtype=dtype, attention=attentions(dtype)[0], elements=between(dtype))
+    student.kernels = kernels
     teacher = None
     if case != "sft":
         teacher, _ = checkpoint.load(options["folder"] + "/teacher", dtype="float32")
-        teacher.kernels = Kernels(dtype=dtype)
+        teacher.kernels = kernels
         freeze(teacher)
     optim = Optim(lr=1e-5, warmup_steps=0, schedule="constant", weight_decay=0.0)
     stage = SftStage(name="bench", inputs={"model": "m", "traces": "t"}, steps=1, optim=optim, balance_alpha=0.0)

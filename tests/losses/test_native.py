@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.losses import _native, forward_kl, reverse_kl, total_variation
+from shoestring.losses import forward_kl, reverse_kl, total_variation
 from shoestring.losses._native import native_form
 from shoestring.losses._teacher import Hidden, TopK
 from shoestring.losses._tokens import Tokens
@@ -39,12 +39,12 @@ def _found(part, case: tuple[Tensor, Tensor, Tokens], **how) -> tuple[Tensor, ..
 @PARTS
 @pytest.mark.parametrize("V", [1, 19, 2_048, 5_003])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_and_gradients_are_the_plain_ones(part, V: int, dtype: torch.dtype, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_values_and_gradients_are_the_plain_ones(part, V: int, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
     """Across strips and odd ends; what differs is the rounding of fp32 sums (and of bf16 gradients)."""
     case = _case(V, dtype)
     assert native_form(part.form, case[0], V, case[2].teacher) is not None  # type: ignore[arg-type]
     quick = _found(part, case, temperature=1.3)
-    monkeypatch.setattr(_native, "why_not", lambda: "it is not wanted")
+    case[2].native = False
     plain = _found(part, case, temperature=1.3)
     near = {"atol": 2e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-3, "rtol": 2e-2}
     torch.testing.assert_close(quick[0], plain[0], atol=1e-5, rtol=1e-5)
@@ -54,15 +54,14 @@ def test_values_and_gradients_are_the_plain_ones(part, V: int, dtype: torch.dtyp
 
 @needs_native
 @PARTS
-def test_in_fp32_it_is_as_near_to_fp64_as_the_plain_form(part, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_in_fp32_it_is_as_near_to_fp64_as_the_plain_form(part) -> None:  # type: ignore[no-untyped-def]
     """Logits hundreds apart included."""
     for scale in (0.3, 10.0):
         case = _case(4_099, torch.float32, scale)
         hidden, table = (x.detach().double().requires_grad_() for x in case[:2])
         exact = _found(part, (hidden, table, _wide(case[2])))
         errors = []
-        for reason in (None, "it is not wanted"):
-            monkeypatch.setattr(_native, "why_not", lambda reason=reason: reason)
+        for case[2].native in (True, False):
             found = _found(part, case)
             errors.append([((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)])
         for quick, plain in zip(*errors, strict=True):

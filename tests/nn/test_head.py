@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoestring.nn import head
+from shoestring.nn import head, native
 
 
 def _case(dtype: torch.dtype = torch.float64, n: int = 37, d: int = 8, vocab: int = 23) -> tuple[torch.Tensor, ...]:
@@ -75,3 +75,18 @@ def test_gradients_made_in_the_forward_pass_hold_for_every_backward_that_follows
             torch.testing.assert_close(leaf.grad, count * wanted)
     (3 * loss).backward()
     torch.testing.assert_close(table.grad, 5 * once[1])
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"no C here: {native.why_not()}")
+@pytest.mark.parametrize("first", [True, False])
+def test_products_in_bf16_are_added_as_torch_adds_them(first: bool) -> None:
+    """To the bit; several slices of the table, the last a short one."""
+    torch.manual_seed(1)
+    dz_nV, hidden_nD = torch.randn(7, 9_001).bfloat16(), torch.randn(7, 300).bfloat16()
+    found_VD, plain_VD = torch.randn(9_001, 300).repeat(2, 1, 1).unbind()
+    before_VD = found_VD.clone()
+    for sum_VD, in_c in ((found_VD, True), (plain_VD, False)):
+        head.add_outer(sum_VD, dz_nV, hidden_nD, first=first, native=in_c)
+    assert torch.equal(found_VD, plain_VD)
+    whole_VD = dz_nV.t().float() @ hidden_nD.float() + (0 if first else before_VD)
+    torch.testing.assert_close(found_VD, whole_VD, atol=0.1, rtol=1e-2)

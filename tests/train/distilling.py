@@ -50,9 +50,11 @@ def weights_of(run: Run) -> dict[str, torch.Tensor]:
     return load_file(latest[1] / "model.safetensors")
 
 
-def killed_and_resumed(stage: Any, root: Path, monkeypatch: pytest.MonkeyPatch, deaths: tuple[int, ...] = (4,)) -> Run:
-    """The run of a distillation that dies at these updates (counted over all attempts) and is begun again each time."""
-    real, count = distill.train_step, 0
+def killed_and_resumed(
+    stage: Any, root: Path, monkeypatch: pytest.MonkeyPatch, deaths: tuple[int, ...] = (4,), loop: Any = distill
+) -> Run:  # fmt: skip
+    """The run of a stage that dies at these updates (counted over all attempts) and is begun again each time."""
+    real, count = loop.train_step, 0
 
     def dying(*args: Any, **more: Any) -> Any:
         nonlocal count
@@ -62,7 +64,7 @@ def killed_and_resumed(stage: Any, root: Path, monkeypatch: pytest.MonkeyPatch, 
         return real(*args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(distill, "train_step", dying)
+        patch.setattr(loop, "train_step", dying)
         for _ in deaths:
             with pytest.raises(KeyboardInterrupt):
                 run_stage(stage, root)

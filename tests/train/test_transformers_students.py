@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import COMPUTE, killed_and_resumed, run_stage, stage_of, trace_of, weights_of
+from distilling import COMPUTE, OPTIM, killed_and_resumed, run_stage, stage_of, trace_of, weights_of
 from safetensors.torch import load_file
 
 from shoestring.data.textbook import problems
@@ -17,7 +17,8 @@ from shoestring.models.any import AnyModel
 from shoestring.recipes import quickstart
 from shoestring.road import run_recipe
 from shoestring.text.tokenizer import Tokenizer
-from shoestring.train.configs import AskStage, Decoding, EvalStage, Recipe, TaskMix
+from shoestring.train import rl
+from shoestring.train.configs import AskStage, Decoding, EvalStage, Recipe, RlStage, TaskMix
 from shoestring.train.configs_distill import Lora
 
 transformers = pytest.importorskip("transformers")
@@ -94,3 +95,24 @@ def test_it_is_examined_and_asked(theirs: Path, tmp_path: Path, tokenizer: Token
     assert made["exam"].manifest["headline_metric"]["name"] == "pass@1"
     traces = TraceStore(made["ask"].path).read()
     assert traces and all(trace.token_ids for trace in traces)
+
+
+def test_it_is_rewarded(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GRPO, its KL term included; a run that is killed goes on to the same weights, with the reference it had."""
+    mix = (TaskMix(task="questions", kinds=("sum",), difficulty=(2, 4)),)
+    stage = RlStage(
+        name="rl", inputs={"model": str(theirs)}, mix=mix, rewards={str(Path(__file__).with_name("wish.py")): 1.0},
+        problems_per_step=4, group_size=4, steps=4, preflight_problems=3, preflight_samples=4, checkpoint_every=2,
+        minimum_mixed=0.0, max_tries=1, decoding=SHORT, compute=COMPUTE, balance_alpha=0.0, optim=OPTIM, kl_beta=0.05,
+        reference_every=3,
+    )  # fmt: skip
+    run = run_stage(stage, tmp_path / "runs")
+    rows = [row for row in run.metrics() if "loss" in row]
+    assert run.manifest["status"] == "finished" and len(rows) == 4
+    assert all(row["ratio_error"] < 1e-4 for row in rows)  # the sampler's logprobs are the trainer's
+    assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert rows[2]["kl"] > 0 and rows[3]["kl"] == pytest.approx(0.0, abs=1e-6)  # a new reference after three
+    before, after = load_file(theirs / "model.safetensors"), weights_of(run)
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+    again = weights_of(killed_and_resumed(stage, tmp_path / "killed", monkeypatch, loop=rl))
+    assert all(torch.equal(after[name], again[name]) for name in after)

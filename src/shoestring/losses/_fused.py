@@ -23,6 +23,7 @@ from torch import Tensor
 from shoestring.losses._native import native_form
 from shoestring.losses._teacher import Buffers, Form, Targets, accurate_rows, product
 from shoestring.losses._tokens import Tokens
+from shoestring.nn import elements
 from shoestring.nn.head import add_outer, scaled
 
 CHUNK_ELEMENTS = 1 << 22  # logits of one model alive at a time, in the dtype of products
@@ -44,7 +45,7 @@ class _DivergenceSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, weight_N: Tensor, targets: Targets, form: Form,
-        temperature: float, vocab: int, chunk: int,
+        temperature: float, vocab: int, chunk: int, native: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         N, dtype = hidden_ND.shape[0], hidden_ND.dtype
         accurate = torch.promote_types(dtype, torch.float32)
@@ -55,7 +56,7 @@ class _DivergenceSum(torch.autograd.Function):
         grad_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
         if grad_VD is not None:
             grad_VD[vocab if N else 0 :].zero_()  # the rest is written by the first chunk
-        buffers, quick = Buffers(), native_form(form, hidden_ND, vocab, targets)
+        buffers, quick = Buffers(), native_form(form, hidden_ND, vocab, targets) if native else None
         block = chunk if quick is not None else block_rows(targets.width(vocab))
         for start in range(0, N, chunk):
             rows = slice(start, min(start + chunk, N))
@@ -71,7 +72,10 @@ class _DivergenceSum(torch.autograd.Function):
             if grad_ND is not None:
                 grad_ND[rows] = torch.mm(z_nV, table_VD) * scale_N1[rows]
             if grad_VD is not None:
-                add_outer(grad_VD[:vocab], z_nV, (hidden_ND[rows] * scale_N1[rows]).to(dtype), first=start == 0)
+                add_outer(
+                    grad_VD[:vocab], z_nV, (hidden_ND[rows] * scale_N1[rows]).to(dtype), first=start == 0,
+                    native=elements.usable(native, z_nV),
+                )  # fmt: skip
         ctx.save_for_backward(grad_ND, grad_VD)
         ctx.mark_non_differentiable(value_N)
         return (value_N * weight_N).sum(), value_N
@@ -79,7 +83,7 @@ class _DivergenceSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         grad_ND, grad_VD = (scaled(g, grad) for g in ctx.saved_tensors)
-        return grad_ND, grad_VD, None, None, None, None, None, None
+        return grad_ND, grad_VD, None, None, None, None, None, None, None
 
 
 def divergence_sum(
@@ -95,7 +99,7 @@ def divergence_sum(
     vocab = weight_VD.shape[0] if vocab is None else vocab
     rows = chunk or min(chunk_rows(targets.width(vocab)), max(1, len(tokens.ids_N)))
     total, value_N = _DivergenceSum.apply(
-        hidden_ND, weight_VD, tokens.weight_N, targets, form, temperature, vocab, rows
+        hidden_ND, weight_VD, tokens.weight_N, targets, form, temperature, vocab, rows, tokens.native
     )
     return total, value_N
 

@@ -1,8 +1,8 @@
 """Whole chunks of a divergence in C, in the dtype of products: nn/csrc/divergence.c, where there is a compiler.
 
-A part whose `form` names its C function (`form.native`) is computed by it when student and teacher both are hidden
-states on a CPU, of one dtype and vocabulary; in fp64, elsewhere, and for everything else by the form itself. The same
-numbers up to the rounding of fp32 sums.
+A part whose `form` names its C function (`form.native`) is computed by it where the student's kernels are native
+(`Tokens.native`) and both sides are hidden states on a CPU, of one dtype and vocabulary; everything else by the form
+itself. The same numbers up to the rounding of fp32 sums.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ import torch
 from torch import Tensor
 
 from shoestring.losses._teacher import Buffers, Form, Hidden, Targets
-from shoestring.nn.native import library, why_not
-
-SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+from shoestring.nn.elements import SUFFIX, usable
+from shoestring.nn.native import library
 
 
 def native_form(form: Form, hidden_ND: Tensor, vocab: int, targets: Targets) -> Form | None:
     """The form over whole chunks of logits in the dtype of products, or None where the plain one must do."""
-    name, suffix = getattr(form, "native", None), SUFFIX.get(hidden_ND.dtype)
-    if name is None or suffix is None or hidden_ND.device.type != "cpu" or not isinstance(targets, Hidden):
+    name = getattr(form, "native", None)
+    if name is None or not isinstance(targets, Hidden) or not usable(True, hidden_ND, targets.hidden_NC):
         return None
     theirs = targets.head_VC.shape[0] if targets.vocab is None else targets.vocab
-    if targets.hidden_NC.dtype != hidden_ND.dtype or theirs != vocab or why_not() is not None:
+    if theirs != vocab:
         return None
-    function = getattr(library(), f"{name}_{suffix}")
+    function = getattr(library(), f"{name}{SUFFIX[hidden_ND.dtype]}")
 
     def native(z_nV: Tensor, t_nV: Tensor, buffers: Buffers) -> Tensor:
         n, V = z_nV.shape

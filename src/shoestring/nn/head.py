@@ -44,10 +44,12 @@ def add_outer(
     step = max(1024, SLICE_ELEMENTS // hidden_nD.shape[1]) if grad_VD.device.type == "cpu" else len(grad_VD)
     for part_vD, dz_nv in zip(grad_VD.split(step), dz_nV.split(step, dim=1), strict=True):
         product_vD = dz_nv.t() @ hidden_nD
-        if first:
-            part_vD.copy_(product_vD)
-        elif native and part_vD.dtype == torch.float32:
+        if native and part_vD.dtype == torch.float32:
+            if first:
+                part_vD.zero_()
             elements.call("add_to", product_vD.dtype, product_vD, product_vD.numel(), part_vD)
+        elif first:
+            part_vD.copy_(product_vD)
         else:
             part_vD.add_(product_vD)
 

@@ -19,7 +19,8 @@ import torch
 
 from shoestring.data.batch import Batch, Example, packed_batches
 from shoestring.data.textbook import problems
-from shoestring.infer.engine import Engine
+from shoestring.infer.borrowed import generator_of
+from shoestring.infer.score import score
 from shoestring.losses import policy
 from shoestring.tasks.grading import Grader, check_golds, own_tasks
 from shoestring.text.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ def run(stage: RlStage, ctx: Context) -> Outcome:
     use_kernels(state.model, ctx, stage.compute, tokens=stage.tokens_per_microbatch, seq_len=stage.row_tokens)
     if state.reference is not None:
         state.reference.kernels = state.model.kernels  # as in the run that was not interrupted
-    engine = Engine(state.model, tokenizer)
+    engine = generator_of(state.model, tokenizer)
     budget = Budget.of(stage, ctx)
     with Grader(tasks=own_tasks(entry.task for entry in stage.mix)) as grade, \
             ctx.progress(budget.total, unit=budget.unit) as bar:  # fmt: skip
@@ -112,7 +113,7 @@ def _refresh_reference(stage: RlStage, state: TrainState) -> None:
 
 
 def _fill_reference(examples: Sequence[Example], reference: Any, stage: RlStage) -> None:
-    scores = Engine(reference, None).score([e.ids for e in examples], temperature=stage.decoding.temperature)
+    scores = score(reference, [e.ids for e in examples], temperature=stage.decoding.temperature)
     for example, logprobs in zip(examples, scores, strict=True):
         example.ref = [0.0, *logprobs]
 

@@ -2,7 +2,7 @@
 
 The search begins whenever so many more objects have been made than freed (700 by itself). A loop that works in bursts
 reaches that in every burst: asking 10,000 questions searched 618 times, a tenth of its processor time (LOG.md, entry
-15), and found nothing.
+6), and found nothing.
 """
 
 from __future__ import annotations

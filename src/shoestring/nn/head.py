@@ -26,8 +26,10 @@ MIN_ROWS = 128  # fewer, and the pass over the gradient of a wide table costs mo
 SLICE_ELEMENTS = 1 << 19  # of the table's gradient that are multiplied and added at a time
 
 
-def _chunk_rows(vocab: int) -> int:
-    return max(MIN_ROWS, CHUNK_ELEMENTS // vocab)
+def _chunk_rows(hidden_ND: Tensor, vocab: int, native: bool) -> int:
+    """Twice as many where nothing is kept in fp32 beside logits of two bytes: less memory still, and faster products."""
+    rows = max(MIN_ROWS, CHUNK_ELEMENTS // vocab)
+    return 2 * rows if elements.usable(native, hidden_ND) and hidden_ND.element_size() == 2 else rows
 
 
 def _accurate(dtype: torch.dtype) -> torch.dtype:
@@ -193,7 +195,7 @@ def cross_entropy_sum(
     native: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(Σ_n weight_n · -log p(ids_n), the detached logprobs [N] in fp32). Rows of weight 0 cost no gradient."""
-    rows = chunk or _chunk_rows(weight_VD.shape[0])
+    rows = chunk or _chunk_rows(hidden_ND, weight_VD.shape[0], native)
     loss, logp_N = _CrossEntropySum.apply(hidden_ND, weight_VD, ids_N, weight_N, rows, native)
     return loss, logp_N
 
@@ -230,7 +232,7 @@ def token_logprobs(
     native: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(log p(ids_n) [N] with gradient, the detached entropy [N] in nats), both at `temperature`, in fp32."""
-    rows = chunk or _chunk_rows(weight_VD.shape[0])
+    rows = chunk or _chunk_rows(hidden_ND, weight_VD.shape[0], native)
     logp_N, entropy_N = _TokenLogprobs.apply(hidden_ND, weight_VD, ids_N, temperature, rows, native)
     return logp_N, entropy_N
 

@@ -71,13 +71,15 @@ def serve_ours(options: dict[str, Any]) -> None:
     from shoestring.nn.kernels import Kernels
     from shoestring.optim.make import optimizers
     from shoestring.train.configs import Optim, SftStage
+    from shoestring.train.machine import keep_freed_memory
     from shoestring.train.state import freeze
     from shoestring.train.step import TrainState, flat_tokens, train_step
 
     torch.set_num_threads(options["threads"])
     case, dtype = options["case"], "bfloat16" if options["dtype"] == "auto" else options["dtype"]
     student, tokenizer = checkpoint.load(options["folder"] + "/student", dtype="float32")
-    kernels = Kernels(dtype=dtype, attention=attentions(dtype)[0], elements=between(dtype))
+    kernels = Kernels(dtype=dtype, attention=attentions(dtype)[0], elements=between(dtype))  # as in a stage
+    keep_freed_memory()
     student.kernels = kernels
     teacher = None
     if case != "sft":

@@ -53,10 +53,12 @@ def serve_ours(options: dict[str, Any]) -> None:
     from shoestring.recipes.quickstart import EXAM
     from shoestring.train.advantage import advantages
     from shoestring.train.configs import Optim, RlStage
+    from shoestring.train.machine import keep_freed_memory
     from shoestring.train.rollouts import answer_groups, prompt_ids, rollout_example
     from shoestring.train.step import TrainState, train_step
 
     torch.set_num_threads(options["threads"])
+    keep_freed_memory()  # as every stage does
     model, tokenizer = checkpoint.load(options["folder"], dtype="float32")
     assert tokenizer is not None
     asked = problems(options["prompts"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shoestring.nn import native
 from shoestring.nn.elements import usable
-from shoestring.nn.experts import Order, experts_loop, experts_native, experts_plain, native_order
+from shoestring.nn.experts import NATIVE, WAYS, Order, experts_plain, native_order
 from shoestring.nn.head import cross_entropy_sum, plain_cross_entropy_sum, plain_token_logprobs, token_logprobs
 from shoestring.nn.kernels import Kernels
 from shoestring.nn.linear import swiglu, swiglu_plain
@@ -191,8 +191,9 @@ def test_order(multiple: int) -> None:
     assert torch.equal(got.place_NA, want.place_NA) and torch.equal(got.token_P, want.token_P)
 
 
+@pytest.mark.parametrize("name", ["loop", "bmm", "grouped"])
 @pytest.mark.parametrize(("n", "few"), [(1, 6), (60, 6), (60, 2), (700, 6)])
-def test_experts_equal_plain(n: int, few: int) -> None:
+def test_experts_equal_plain(n: int, few: int, name: str) -> None:
     """Some experts get nothing where few are chosen from."""
     chosen = torch.rand(n, few, generator=torch.Generator().manual_seed(n)).topk(2).indices
     inputs = [draw(n, 16), draw(6, 16, 16), draw(6, 16, 8), draw(n, 2)]
@@ -200,11 +201,11 @@ def test_experts_equal_plain(n: int, few: int) -> None:
     def way(f: Way) -> Way:
         return lambda x, gate_up, down, weight: f(x, gate_up, down, chosen, weight)
 
-    for got, want in zip(run(way(experts_native), inputs), run(way(experts_plain), inputs), strict=True):
+    for got, want in zip(run(way(NATIVE[name]), inputs), run(way(experts_plain), inputs), strict=True):
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
     rounded = [x.bfloat16().float() for x in inputs]
     truth = run(way(experts_plain), rounded)
-    ours, torchs = (run(way(f), rounded, torch.bfloat16) for f in (experts_native, experts_loop))
+    ours, torchs = (run(way(f), rounded, torch.bfloat16) for f in (NATIVE[name], WAYS[name]))
     for a, b, want in zip(ours, torchs, truth, strict=True):
         assert (a.float() - want).norm() <= 1.2 * (b.float() - want).norm()
 

@@ -8,6 +8,7 @@ balance. `grouped`: torch's grouped product, for GPUs.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -187,14 +188,17 @@ def _multiple(x_ND: Tensor) -> int:
     return 32 if x_ND.dtype == torch.bfloat16 and x_ND.device.type == "cpu" and len(x_ND) >= 512 else 1
 
 
-def experts_bmm(x_ND: Tensor, gate_up: Tensor, down: Tensor, chosen_NA: Tensor, weight_NA: Tensor) -> Tensor:
+def experts_bmm(
+    x_ND: Tensor, gate_up: Tensor, down: Tensor, chosen_NA: Tensor, weight_NA: Tensor, *, native: bool = False
+) -> Tensor:
     """Slices padded to the fullest expert, two batched products; uneven loads go to the loop."""
     E = len(gate_up)
     order = Order(chosen_NA, E, even=True)
     if len(order.token_P) > 2 * chosen_NA.numel() + 16 * E:
-        return experts_loop(x_ND, gate_up, down, chosen_NA, weight_NA)
+        return (experts_native if native else experts_loop)(x_ND, gate_up, down, chosen_NA, weight_NA)
     x_EXD = x_ND.index_select(0, order.token_P).unflatten(0, (E, -1))
-    y_EXD = torch.bmm(swiglu(torch.bmm(x_EXD, gate_up.transpose(1, 2))), down.transpose(1, 2))
+    h_EXG = torch.bmm(x_EXD, gate_up.transpose(1, 2))
+    y_EXD = torch.bmm(swiglu(h_EXG, native=native), down.transpose(1, 2))
     return _weighted(y_EXD.flatten(0, 1), order, weight_NA)
 
 
@@ -203,15 +207,20 @@ def _weighted(y_PD: Tensor, order: Order, weight_NA: Tensor) -> Tensor:
     return (y_PD[order.place_NA] * weight_NA.to(y_PD.dtype).unsqueeze(-1)).sum(1)
 
 
-def experts_grouped(x_ND: Tensor, gate_up: Tensor, down: Tensor, chosen_NA: Tensor, weight_NA: Tensor) -> Tensor:
+def experts_grouped(
+    x_ND: Tensor, gate_up: Tensor, down: Tensor, chosen_NA: Tensor, weight_NA: Tensor, *, native: bool = False
+) -> Tensor:
     """Torch's grouped product; D and F must be multiples of 16 bytes."""
     order = Order(chosen_NA, len(gate_up))
     ends_E = order.ends_E.to(torch.int32)
     h_PG = F.grouped_mm(x_ND.index_select(0, order.token_P), gate_up.transpose(1, 2), offs=ends_E)
-    return _weighted(F.grouped_mm(swiglu(h_PG), down.transpose(1, 2), offs=ends_E), order, weight_NA)
+    return _weighted(F.grouped_mm(swiglu(h_PG, native=native), down.transpose(1, 2), offs=ends_E), order, weight_NA)
 
 
 WAYS = {"loop": experts_loop, "bmm": experts_bmm, "grouped": experts_grouped, "plain": experts_plain}
+NATIVE = WAYS | {
+    "loop": experts_native, "bmm": partial(experts_bmm, native=True), "grouped": partial(experts_grouped, native=True)
+}  # fmt: skip
 
 
 class Experts(nn.Module):
@@ -224,6 +233,5 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, chosen_NA: Tensor, weight_NA: Tensor, kernels: Kernels) -> Tensor:
         gate_up, down = self.gate_up_proj.to(x_ND.dtype), self.down_proj.to(x_ND.dtype)
-        native = kernels.experts == "loop" and elements.usable(kernels.native, x_ND)
-        way = experts_native if native else WAYS[kernels.experts]
-        return way(x_ND, gate_up, down, chosen_NA, weight_NA)
+        ways = NATIVE if elements.usable(kernels.native, x_ND) else WAYS
+        return ways[kernels.experts](x_ND, gate_up, down, chosen_NA, weight_NA)

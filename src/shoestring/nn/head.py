@@ -27,7 +27,7 @@ SLICE_ELEMENTS = 1 << 19  # of the table's gradient that are multiplied and adde
 
 
 def _chunk_rows(hidden_ND: Tensor, vocab: int, native: bool) -> int:
-    """Twice as many where nothing is kept in fp32 beside logits of two bytes: less memory still, and faster products."""
+    """Twice as many where no fp32 lies beside logits of two bytes: less memory still, and faster products."""
     rows = max(MIN_ROWS, CHUNK_ELEMENTS // vocab)
     return 2 * rows if elements.usable(native, hidden_ND) and hidden_ND.element_size() == 2 else rows
 

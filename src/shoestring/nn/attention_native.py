@@ -31,7 +31,7 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def is_fast() -> bool:
-    """Whether the library's vectors are wide enough (AVX, AVX-512) to be taken without measuring (LOG.md, entry 15)."""
+    """Whether the library's vectors are wide enough (AVX, AVX-512) to be taken without measuring (LOG.md, entry 17)."""
     return bool(library().shoestring_attention_lanes() >= 8)
 
 

@@ -18,6 +18,7 @@ import pytest
 from asked import APART, ENVIRONMENT, Server, job, write_questions
 from test_ask import ONE, texts
 
+from shoestring.core.atomic import DiskFull
 from shoestring.core.errors import UserError
 from shoestring.data import far, journal
 from shoestring.data.claims import Answer, Budget, Claim, Returned, Settled
@@ -139,6 +140,20 @@ def test_planning_that_fails_leaves_no_process(
 
     with pytest.raises(UserError, match=message):
         run(replace(asked, source=faulty))
+    assert len(apart) == 1 and server.stats()["requests"] == 0
+
+
+def test_a_disk_that_is_full_from_the_start(
+    server: Server, tmp_path: Path, apart: list[far.Far], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No space to set aside: told before anything is sent, and the process ends."""
+
+    def full(path: Path) -> None:
+        raise DiskFull(f"Less than 16 MB are free for {path}.")
+
+    monkeypatch.setattr(journal, "keep_aside", full)
+    with pytest.raises(DiskFull, match="are free"):
+        run(job(server, tmp_path, texts(20)))
     assert len(apart) == 1 and server.stats()["requests"] == 0
 
 

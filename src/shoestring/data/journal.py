@@ -175,7 +175,13 @@ async def open_journal(store: AnyStore, rows: int = 0, far: Far | None = None) -
     """The writer that suits a job with `rows` still to ask; `far` when it is there. Raises DiskFull when little space
     is left."""
     far = far or apart(store, rows)
-    return ThreadJournal(store) if far is None else await FarJournal(store, far).open()
+    if far is None:
+        return ThreadJournal(store)
+    try:
+        return await FarJournal(store, far).open()
+    except BaseException:
+        far.quit()
+        raise
 
 
 def _resolve(futures: list[asyncio.Future[int]], answers: list[int]) -> None:

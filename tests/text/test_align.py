@@ -40,6 +40,15 @@ def test_one_to_many() -> None:
     ]  # fmt: skip
 
 
+def test_three_sides_share_what_each_two_do() -> None:
+    sides = [b"ab", b"c", b"de"], [b"a", b"b", b"cd", b"e"], [b"abc", b"d", b"", b"e"]
+    assert align(*sides) == [(range(0, 3), range(0, 4), range(0, 4))]
+    assert align(sides[0], sides[0], sides[0]) == [(range(i, i + 1),) * 3 for i in range(3)]
+    assert [group[:2] for group in align(sides[0], sides[1], sides[1])] == align(sides[0], sides[1])
+    with pytest.raises(UserError, match="different text"):
+        align(sides[0], sides[1], [b"abcd"])
+
+
 def test_different_texts_are_said() -> None:
     with pytest.raises(UserError, match="different text"):
         align([b"ab"], [b"ac"])

@@ -127,7 +127,7 @@ def test_teachers_that_do_not_fit_are_said(student: Path, folder: Path, traces: 
     for words, given in (
         ("2 numbers for 1 teachers", {"inputs": {"teacher": folder}, "teacher_weights": (1.0, 1.0)}),
         ("must be a positive number", {"inputs": {"teacher": folder}, "teacher_weights": (0.0,)}),
-        ("way=universal_logit has one", {"inputs": both, "way": "universal_logit"}),
+        ("cannot be pooled, only their distances", {"inputs": both, "way": "universal_logit"}),
         ("teacher_pool=probabilities", {"inputs": both, "way": "on_policy", "policy_gradient": True,
                                         "teacher_pool": "logits"}),
         ("matches the layers of one teacher", {"inputs": both, "hidden_states": {}}),

@@ -248,6 +248,31 @@ def test_a_teacher_of_another_tokenizer_teaches(
     assert [row["loss"] for row in run_stage(stage, tmp_path / "b").metrics()] == [row["loss"] for row in rows]
 
 
+@pytest.mark.parametrize("way", ["universal_logit", "span_likelihood"])
+def test_several_teachers_of_other_tokenizers_teach(
+    way: str, student: Path, folder: Path, traces: Path, tmp_path: Path
+) -> None:
+    """One twice teaches as it does alone; one with a second that cuts differently teaches by the groups that all share,
+    and both read for money."""
+    model, _ = checkpoint.load(folder)
+    texts = ["0123456789 abc", "the quick brown fox: 12 + 34 = 46; so x is 7. step by step" * 3]
+    first, second = (
+        checkpoint.save(model, Tokenizer.train([text], size), tmp_path / f"{size}")
+        for text, size in zip(texts, (256, 290), strict=True)
+    )
+
+    def rows(name: str, *teachers: Path, **more: Any) -> list[dict[str, Any]]:
+        inputs = {"traces": traces, "teacher": teachers[0]} | {f"teacher{i}": t for i, t in enumerate(teachers[1:], 2)}
+        stage = stage_of(student, way=way, inputs=inputs, steps=8, row_tokens=400, teacher_pool="divergences", **more)
+        return list(run_stage(stage, tmp_path / name).metrics())
+
+    alone, twice = rows("alone", first), rows("twice", first, first, teacher_weights=(3.0, 1.0))
+    assert [row["loss"] for row in twice] == pytest.approx([row["loss"] for row in alone], rel=1e-4)
+    both = rows("both", first, second)
+    assert both[-1]["loss"] < both[0]["loss"] and 10 < both[0]["groups"] <= alone[0]["groups"]
+    assert both[0]["flops"] > alone[0]["flops"]
+
+
 def test_another_vocabulary_names_the_way_across(student: Path, folder: Path, traces: Path, tmp_path: Path) -> None:
     other = Tokenizer.train([p.prompt for p in islice(problems(quickstart.LEARN, 1), 50)], 300)
     model, _ = checkpoint.load(folder)

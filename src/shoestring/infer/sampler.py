@@ -117,7 +117,7 @@ def draw_natively(logits_RV: Tensor, u_R: Tensor, temperatures: Sequence[float])
     token_R, logp_R = torch.empty(R, dtype=torch.int64), torch.empty(R)
     at = [c_void_p(x.data_ptr()) for x in (logits_RV, u_R, temperature_R)]
     out = [c_void_p(x.data_ptr()) for x in (token_R, logp_R)]
-    native.library().draw_f32(*at, c_int64(R), c_int64(V), *out, c_int(torch.get_num_threads()))
+    native.library().shoestring_draw_f32(*at, c_int64(R), c_int64(V), *out, c_int(torch.get_num_threads()))
     return token_R, logp_R
 
 

@@ -25,7 +25,7 @@ def native_form(form: Form, hidden_ND: Tensor, vocab: int, targets: Targets) -> 
     theirs = targets.head_VC.shape[0] if targets.vocab is None else targets.vocab
     if theirs != vocab:
         return None
-    function = getattr(library(), f"{name}{SUFFIX[hidden_ND.dtype]}")
+    function = getattr(library(), f"shoestring_{name}{SUFFIX[hidden_ND.dtype]}")
 
     def native(z_nV: Tensor, t_nV: Tensor, buffers: Buffers) -> Tensor:
         n, V = z_nV.shape

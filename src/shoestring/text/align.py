@@ -1,4 +1,4 @@
-"""Two tokenizations of one text side by side: the smallest groups of tokens that cover the same bytes.
+"""Tokenizations of one text side by side: the smallest groups of tokens that cover the same bytes.
 
 Ends are compared in bytes, so characters that a byte-level vocabulary splits are no special case. A vocabulary is read
 as byte-level (GPT-2's stand-ins) when its tokenizer decodes so, else as SentencePiece's (a low bar for a space, <0xAB>
@@ -15,7 +15,7 @@ from functools import cache
 from shoestring.core.errors import UserError
 from shoestring.text.tokenizer import Tokenizer
 
-Group = tuple[range, range]
+Group = tuple[range, ...]  # of each side's tokens
 
 
 @cache
@@ -44,22 +44,22 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes]:
     return found
 
 
-def align(ours: Sequence[bytes], theirs: Sequence[bytes]) -> list[Group]:
-    """Groups (our tokens, their tokens) in order; every token is in exactly one, and both sides of it are one text.
+def align(*sides: Sequence[bytes]) -> list[Group]:
+    """Groups (tokens of each side) in order; every token is in exactly one, and all sides of a group are one text.
 
-    Raises UserError when the two are not the same text.
+    Raises UserError when the sides are not the same text.
     """
-    if b"".join(ours) != b"".join(theirs):
+    if len({b"".join(side) for side in sides}) > 1:
         raise UserError(
             "student and teacher write the same answer as different text (their chat templates differ inside it), so "
             "their tokens cannot be aligned; give both the same template for answers."
         )
-    ends, their_ends = _ends(ours), _ends(theirs)
+    ends = [_ends(side) for side in sides]
     groups: list[Group] = []
-    i = j = 0
-    for end in sorted(ends.keys() & their_ends.keys()):
-        groups.append((range(i, ends[end]), range(j, their_ends[end])))
-        i, j = ends[end], their_ends[end]
+    begins = [0] * len(sides)
+    for end in sorted(set.intersection(*(set(each) for each in ends))):
+        groups.append(tuple(range(begin, each[end]) for begin, each in zip(begins, ends, strict=True)))
+        begins = [each[end] for each in ends]
     return groups
 
 

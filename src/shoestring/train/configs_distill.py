@@ -140,8 +140,13 @@ class DistillStage(TrainBase):
                 f"{where}: what several stores hold cannot be pooled, only the divergences from each: set "
                 "teacher_pool=divergences."
             )
-        if len(self.teachers) > 1 and not self.beside:
-            raise UserError(f"{where}: several teachers are for divergences and on_policy; way={self.way} has one.")
+        if len(self.teachers) > 1 and self.way in ("text", "offline"):
+            raise UserError(f"{where}: several teachers are for divergences and on_policy; way={self.way} has none.")
+        if len(self.teachers) > 1 and not self.beside and self.teacher_pool != "divergences":
+            raise UserError(
+                f"{where}: teachers of different vocabularies cannot be pooled, only their distances from the student: "
+                "set teacher_pool=divergences."
+            )
         if weights and len(weights) != len(self.accounts):
             what = "stores" if self.way == "offline" else "teachers"
             raise UserError(

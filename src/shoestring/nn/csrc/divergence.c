@@ -28,7 +28,7 @@ INLINE float exp_down(float x) { /* of x <= 0, to 2e-7 relative near 0; NaN stay
 }
 
 #define T float
-#define NAME(name) name##_f32
+#define NAME(name) shoestring_##name##_f32
 #define FLOAT wide_f32
 #define ROUND round_f32
 #include "divergence.h"
@@ -38,7 +38,7 @@ INLINE float exp_down(float x) { /* of x <= 0, to 2e-7 relative near 0; NaN stay
 #undef ROUND
 
 #define T bf16
-#define NAME(name) name##_bf16
+#define NAME(name) shoestring_##name##_bf16
 #define FLOAT wide_bf16
 #define ROUND round_bf16
 #include "divergence.h"
@@ -51,8 +51,8 @@ INLINE float seen(float z, float top, float by) { /* in proportion to the probab
 /* One token a row: the first whose running sum of probabilities exceeds u times the whole, by blocks and then within
    one; at temperature 0 the first of the likeliest. logp is that of the distribution drawn from (at temperature 0 of
    that at 1); NaN where the row has none. */
-void draw_f32(const float *logits, const double *u, const float *temperature, int64_t N, int64_t V, int64_t *token,
-              float *logp, int threads) {
+void shoestring_draw_f32(const float *logits, const double *u, const float *temperature, int64_t N, int64_t V,
+                         int64_t *token, float *logp, int threads) {
     const int64_t blocks = (V + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static) num_threads(N *V < SMALL ? 1 : threads)
     for (int64_t n = 0; n < N; n++) {

@@ -1,7 +1,7 @@
 /* Rows of logits z, t [N, V] of one dtype T: value [N] in nats, and d value / d z in the place of z. */
 
-/* Over a row: largest logits, sums of e^(z - top) and e^(t - top), and the sum of (z - t) times the first (student 1) or
-   of (t - z) times the second (student 0), strip by strip, rescaled when a larger logit comes. */
+/* Over a row: largest logits, sums of e^(z - top) and e^(t - top), and the sum of (z - t) times the first (student 1)
+   or of (t - z) times the second (student 0), strip by strip, rescaled when a larger logit comes. */
 typedef struct {
     float z_top, t_top;
     double z_sum, t_sum, gap;
@@ -25,7 +25,8 @@ INLINE NAME(Row) NAME(read)(const T *z, const T *t, int64_t V, int student) {
             b += f;
             c += student ? e * (x - y) : f * (y - x);
         }
-        const double z_by = start ? exp((double)row.z_top - z_top) : 0, t_by = start ? exp((double)row.t_top - t_top) : 0;
+        const double z_by = start ? exp((double)row.z_top - z_top) : 0;
+        const double t_by = start ? exp((double)row.t_top - t_top) : 0;
         row.z_sum = row.z_sum * z_by + a;
         row.t_sum = row.t_sum * t_by + b;
         row.gap = row.gap * (student ? z_by : t_by) + c;

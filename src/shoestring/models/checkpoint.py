@@ -165,7 +165,7 @@ def build(
     model: Decoder = module.MODEL(config, kernels=kernels, device="meta")
     exact = {id(gate.e_score_correction_bias) for gate in model.modules() if isinstance(gate, Gate)}  # decides ties
 
-    def real(part: Tensor) -> Tensor:  # not to_empty: on meta tensors that imports sympy (LOG.md, entry 15)
+    def real(part: Tensor) -> Tensor:  # not to_empty: on meta tensors that imports sympy (LOG.md, entry 18)
         kept = part.dtype if id(part) in exact or not part.is_floating_point() else dtype
         return torch.empty(part.shape, dtype=kept, device=device or "cpu")
 

@@ -1,7 +1,7 @@
 """What an optimiser is to `train/step.py`: parameter groups, a state for each parameter, a step.
 
 Not `torch.optim.Optimizer`: making one of those imports torch's compiler, whether or not anything is compiled: 820
-modules, 76 MB and 1.4 s of processor time (LOG.md, entry 15). Left out: hooks, closures, state_dict (train/state.py).
+modules, 76 MB and 1.4 s of processor time (LOG.md, entry 18). Left out: hooks, closures, state_dict (train/state.py).
 """
 
 from __future__ import annotations

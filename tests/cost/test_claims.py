@@ -1,13 +1,20 @@
 """Claims read from words, contradictions found, the news worked through, the validation page."""
 
+from pathlib import Path
+
 import pytest
 
 from shoestring.core.errors import UserError
+from shoestring.cost import validation
+from shoestring.cost.chips import Cluster, find_chip
 from shoestring.cost.claims import check, read_claim
+from shoestring.cost.models import named_shape
 from shoestring.cost.news import answers, page
+from shoestring.cost.stages import context_extension
 from shoestring.cost.tables import shipped_json
 from shoestring.cost.validation import r1_stages, trace_step, v3_rows
 
+DOCS = Path(__file__).parents[2] / "docs"
 V3 = "2048 H800, 2.788M hours, $5.576M, 14.8T tokens, deepseek-v3"
 
 
@@ -73,3 +80,19 @@ def test_v3_in_four_rows():
 def test_r1_inside():
     for cost, truth in r1_stages():
         assert cost.hours.low <= truth <= cost.hours.high, cost
+
+
+@pytest.mark.slow
+def test_context_extension_inside():
+    """119K hours, published for two phases whose layouts are not: the interval of what the planner would choose."""
+    cost = context_extension(named_shape("deepseek-v3"), Cluster(find_chip("H800"), 2048))
+    assert cost.hours.low <= 119_000 <= cost.hours.high
+
+
+def test_the_page_of_claims_is_what_the_command_writes():
+    assert (DOCS / "claims.md").read_text(encoding="utf-8") == page(answers())
+
+
+@pytest.mark.slow
+def test_the_page_of_validation_is_what_the_command_writes():
+    assert (DOCS / "plan-validation.md").read_text(encoding="utf-8") == validation.page()

@@ -147,10 +147,13 @@ ROUTINGS = [
 ]
 
 
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("replay", [False, True])
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_routing_equals_plain(routing: Routing, replay: bool) -> None:
+def test_routing_equals_plain(routing: Routing, replay: bool, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     E, A = routing.n_experts, routing.top_k
+    if not own:
+        monkeypatch.setattr("shoestring.nn.moe.OWN_PRODUCT", 0)
     gate = Gate(12, routing)
     with torch.no_grad():
         gate.weight.copy_(draw(E, 12))
@@ -169,6 +172,22 @@ def test_routing_equals_plain(routing: Routing, replay: bool) -> None:
         )
     for want, got in zip(*found, strict=True):
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize(("n", "d"), [(3, 64), (301, 150)])
+def test_the_gates_own_product(n: int, d: int) -> None:
+    """Whole strips of columns and what is left of one; in bf16 tokens are read as they are, sums are fp32."""
+    gate = Gate(d, ROUTINGS[1])
+    with torch.no_grad():
+        gate.weight.copy_(draw(6, d))
+    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 2e-3)):
+        found = []
+        for way in (False, True):
+            x = draw(n, d).to(dtype).requires_grad_()
+            score = gate(x, None, way)[0]
+            found.append((score, *torch.autograd.grad((score * draw(n, 6)).sum(), [x, gate.weight])))
+        for want, got in zip(*found, strict=True):
+            assert got.dtype == want.dtype and (got - want).abs().max() <= most * want.abs().max()
 
 
 def test_a_gradient_of_the_weights_alone_or_of_the_scores_alone() -> None:

@@ -31,6 +31,9 @@ ARGUMENTS = {  # of each function, without the number of threads that comes last
     "vocabulary": "ppfiippi",
     "route_forward": "ppiiiiiiifippp",
     "route_backward": "ppppiiiiifp",
+    "gate_forward": "ppiiip",
+    "gate_tokens": "ppiiip",
+    "gate_weights": "ppiiip",
     "order_rows": "piiiippp",
 }
 

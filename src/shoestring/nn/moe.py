@@ -55,14 +55,21 @@ class Routing:
         return weight_NA * self.scale
 
 
-class _NativeRoute(torch.autograd.Function):
-    """Scores, choice and weights of fp32 logits in one pass, in C. Equal choices fall to the lower expert."""
+OWN_PRODUCT = 1 << 14  # numbers in the router's weights up to which C multiplies as well: beyond, torch is faster
+
+
+class _NativeGate(torch.autograd.Function):
+    """The gate in C, with tokens read in their own dtype. Equal choices fall to the lower expert."""
 
     @staticmethod
     def forward(
-        ctx: Any, logit_NE: Tensor, bias_E: Tensor | None, routing: Routing, replay_NA: Tensor | None
+        ctx: Any, x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing, replay_NA: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logit_NE, (N, E), A = logit_NE.contiguous(), logit_NE.shape, routing.top_k
+        x_ND, w_ED, (N, D) = x_ND.contiguous(), weight_ED.float().contiguous(), x_ND.shape
+        E, A, ctx.own = len(w_ED), routing.top_k, w_ED.numel() <= OWN_PRODUCT
+        logit_NE = torch.empty(N, E) if ctx.own else F.linear(x_ND.float(), w_ED)
+        if ctx.own:
+            elements.call("gate_forward", x_ND.dtype, x_ND, w_ED, N, D, E, logit_NE)
         score_NE, weight_NA = torch.empty_like(logit_NE), logit_NE.new_empty(N, A)
         chosen_NA = torch.empty(N, A, dtype=torch.long) if replay_NA is None else replay_NA.contiguous()
         shape = N, E, A, routing.n_group, routing.topk_group
@@ -71,7 +78,7 @@ class _NativeRoute(torch.autograd.Function):
             "route_forward", None, logit_NE, bias_E, *shape, *ctx.how, routing.scale, replay_NA is not None,
             score_NE, chosen_NA, weight_NA,
         )  # fmt: skip
-        ctx.save_for_backward(score_NE, chosen_NA)
+        ctx.save_for_backward(x_ND, weight_ED, score_NE, chosen_NA)
         ctx.scale = routing.scale
         ctx.mark_non_differentiable(chosen_NA)
         ctx.set_materialize_grads(False)
@@ -79,14 +86,21 @@ class _NativeRoute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dscore_NE: Tensor | None, _: Any, dweight_NA: Tensor | None) -> tuple[Tensor | None, ...]:
-        score_NE, chosen_NA = ctx.saved_tensors
-        (N, E), A = score_NE.shape, chosen_NA.shape[1]
+        x_ND, weight_ED, score_NE, chosen_NA = ctx.saved_tensors
+        (N, E), A, D = score_NE.shape, chosen_NA.shape[1], x_ND.shape[1]
         dlogit_NE = torch.empty_like(score_NE)
         grads = [None if d is None else d.contiguous() for d in (dweight_NA, dscore_NE)]
         elements.call(
             "route_backward", None, score_NE, chosen_NA, *grads, N, E, A, *ctx.how, ctx.scale, dlogit_NE
         )  # fmt: skip
-        return dlogit_NE, None, None, None
+        w_ED = weight_ED.float().contiguous()
+        if not ctx.own:
+            dx_ND, dw_ED = (dlogit_NE @ w_ED).to(x_ND.dtype), dlogit_NE.t() @ x_ND.float()
+            return dx_ND, dw_ED.to(weight_ED.dtype), None, None, None
+        dx_ND, dw_ED = torch.empty_like(x_ND), torch.empty(E, D)
+        elements.call("gate_tokens", x_ND.dtype, dlogit_NE, w_ED, N, D, E, dx_ND)
+        elements.call("gate_weights", x_ND.dtype, dlogit_NE, x_ND, N, D, E, dw_ED)
+        return dx_ND, dw_ED.to(weight_ED.dtype), None, None, None
 
 
 class Gate(nn.Module):
@@ -103,12 +117,12 @@ class Gate(nn.Module):
 
     def forward(self, x_ND: Tensor, replay_NA: Tensor | None, native: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Scores [N, E], chosen ids [N, A], weights [N, A], all in fp32."""
-        logit_NE = F.linear(x_ND.float(), self.weight.float())
-        if elements.usable(native, logit_NE):
-            made: tuple[Tensor, Tensor, Tensor] = _NativeRoute.apply(
-                logit_NE, self.e_score_correction_bias, self.routing, replay_NA
+        if elements.usable(native, x_ND):
+            made: tuple[Tensor, Tensor, Tensor] = _NativeGate.apply(
+                x_ND, self.weight, self.e_score_correction_bias, self.routing, replay_NA
             )
             return made
+        logit_NE = F.linear(x_ND.float(), self.weight.float())
         score_NE = logit_NE.sigmoid() if self.routing.scoring == "sigmoid" else logit_NE.softmax(-1)
         with torch.no_grad():
             chosen_NA = self.routing.choose(score_NE, self.e_score_correction_bias) if replay_NA is None else replay_NA

@@ -10,6 +10,7 @@
 #include "numbers.h"
 
 #define BLOCK 128 /* rows whose sums are one partial sum */
+#define STRIP 64  /* columns whose sums stay in registers */
 
 INLINE int share(int threads, int64_t elements) { return elements < SMALL ? 1 : threads; }
 
@@ -20,6 +21,7 @@ INLINE int share(int threads, int64_t elements) { return elements < SMALL ? 1 : 
 #include "rows.h"
 #include "heads.h"
 #include "vocabulary.h"
+#include "gate.h"
 #undef T
 #undef NAME
 #undef FLOAT
@@ -32,5 +34,6 @@ INLINE int share(int threads, int64_t elements) { return elements < SMALL ? 1 : 
 #include "rows.h"
 #include "heads.h"
 #include "vocabulary.h"
+#include "gate.h"
 
 #include "routing.h"

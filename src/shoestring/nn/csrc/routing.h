@@ -1,9 +1,9 @@
 /* Who goes to which expert (nn/moe.py's Routing, nn/experts.py's Order), fp32. */
 
 /* logit [N, E] -> score; chosen [N, A]; weight [N, A]. `bias` may be null; with `replay` `chosen` is given. */
-void shoestring_route_forward(const float *logit, const float *bias, int64_t N, int64_t E, int64_t A, int64_t groups, int64_t kept,
-                   int64_t sigmoid, int64_t normalise, float scale, int64_t replay, float *score, int64_t *chosen, float *weight,
-                   int threads) {
+void shoestring_route_forward(const float *logit, const float *bias, int64_t N, int64_t E, int64_t A, int64_t groups,
+                              int64_t kept, int64_t sigmoid, int64_t normalise, float scale, int64_t replay,
+                              float *score, int64_t *chosen, float *weight, int threads) {
     const int64_t per = E / groups;
 #pragma omp parallel for schedule(static) num_threads(share(threads, N * E))
     for (int64_t n = 0; n < N; n++) {
@@ -56,8 +56,9 @@ void shoestring_route_forward(const float *logit, const float *bias, int64_t N, 
 }
 
 /* dlogit of the weights, and of the scores where `dscore` is not null */
-void shoestring_route_backward(const float *score, const int64_t *chosen, const float *dweight, const float *dscore, int64_t N,
-                    int64_t E, int64_t A, int64_t sigmoid, int64_t normalise, float scale, float *dlogit, int threads) {
+void shoestring_route_backward(const float *score, const int64_t *chosen, const float *dweight, const float *dscore,
+                               int64_t N, int64_t E, int64_t A, int64_t sigmoid, int64_t normalise, float scale,
+                               float *dlogit, int threads) {
 #pragma omp parallel for schedule(static) num_threads(share(threads, N * E))
     for (int64_t n = 0; n < N; n++) {
         const float *s = score + n * E;
@@ -84,7 +85,8 @@ void shoestring_route_backward(const float *score, const int64_t *chosen, const 
 /* The M pairs (token, choice) sorted by expert, each expert's rows filled up to a multiple: nn/experts.py's Order.
    place [M]: the row of each pair; token [P]: of each row, 0 where it is filling; ends [E]. */
 void shoestring_order_rows(const int64_t *chosen, int64_t M, int64_t A, int64_t E, int64_t multiple, int64_t *place,
-                int64_t *token, int64_t *ends) {
+                           int64_t *token, int64_t *ends, int threads) {
+    (void)threads; /* 10,000 pairs take 40 us */
     int64_t next[E], end = 0;
     memset(next, 0, sizeof(next));
     for (int64_t m = 0; m < M; m++) next[chosen[m]]++;

@@ -30,6 +30,14 @@ def test_a_batch_is_collected(server: Server, tmp_path: Path) -> None:
     assert run_batch(asked, poll_s=0.01).told.answers == 0 and server.stats()["batches"] == 2
 
 
+def test_a_batch_is_limited_in_bytes(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in characters: 1,000 of these are 2,000 bytes."""
+    monkeypatch.setattr(_batch, "MOST_BYTES", 2_000 + 2**20)
+    asked = job(server, tmp_path, [f"{'é' * 500} {i}" for i in range(8)])
+    assert run_batch(asked, poll_s=0.01).counts["answered"] == 8
+    assert server.stats()["batches"] == 4  # two rows each: the second is the one that may reach beyond
+
+
 @pytest.mark.parametrize("when", ["before", "after", "waiting"])
 def test_a_batch_is_made_once(server: Server, tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed before it was made, after it was made and not noted, and while it waits."""

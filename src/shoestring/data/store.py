@@ -141,7 +141,7 @@ class Store:
         return int(count)
 
     def planned(self, job: int, how: int, after: int, *, rows: int = 256, size: int = 1 << 23) -> list[Row]:
-        """The next planned rows of a job in the order of planning, at most `size` characters of them but one."""
+        """The next planned rows of a job in the order of planning, at most `size` bytes of them but one."""
         cursor = self.base.execute(
             "SELECT r.id, r.trace, r.sample, r.attempts, r.turn, r.question, q.messages FROM rows r "
             "JOIN questions q ON q.id = r.question "
@@ -152,7 +152,8 @@ class Store:
         for fields_ in cursor:
             row = Row._make(fields_)
             found.append(row)
-            taken += len(row.messages)
+            text = row.messages
+            taken += len(text) if text.isascii() else len(text.encode())
             if taken > size:
                 break
         cursor.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shoestring.core.errors import UserError
+from shoestring.models import checkpoint_files
 from shoestring.models.checkpoint import load, load_state, save, save_state
 from shoestring.models.dense import Dense, DenseConfig
 from shoestring.nn.fp8 import quantize_weight
@@ -37,6 +40,42 @@ def test_ours_to_ours(name: str, tmp_path: Path) -> None:
     assert tokenizer is None and again.config == model.config
     for (key, mine), (other_key, other) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert key == other_key and torch.equal(mine, other), key
+
+
+@pytest.mark.parametrize("elements", [1, 700])
+@torch.no_grad()
+def test_read_a_piece_at_a_time(elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows one by one, and several with a short last piece; NaN in a later piece is found."""
+    model = sizes.make(NAMED["v3"])
+    save(model, None, tmp_path)
+    monkeypatch.setattr(checkpoint_files, "PIECE_ELEMENTS", elements)
+    again, _ = load(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][-1, -1] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="holds NaN"):
+        load(tmp_path)
+
+
+def test_loading_and_training_import_neither_a_compiler_nor_algebra(tmp_path: Path) -> None:
+    """torch imports both unasked in some calls: more than a hundred megabytes and two seconds of every process."""
+    save(sizes.make(NAMED["v3"]), None, tmp_path)
+    code = f"""
+import sys, torch
+from shoestring.models.checkpoint import load, save
+from shoestring.optim.make import optimizers
+model, _ = load({str(tmp_path)!r}, dtype="bfloat16")
+model(torch.arange(8)[None]).logits.sum().backward()
+torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+for optimizer in optimizers(model, "adamw", lr=0.1, betas=(0.9, 0.95), weight_decay=0.1):
+    optimizer.step()
+save(model, None, {str(tmp_path / "again")!r})
+print([name for name in ("torch._dynamo", "sympy", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "[]", done.stdout + done.stderr[-500:]
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -31,7 +31,7 @@ from shoestring.cost.step import StepTime
 
 SCHEMA = 2
 TERMS = ("products", "attention", "beside", "experts", "loss", "update")
-PRIOR_WEIGHT = 0.16  # of multipliers at 1 against relative errors of steps: (4% / 10%)^2, both estimates
+PRIOR_WEIGHT = 0.07  # of multipliers at 1 against relative errors of steps: (4% / 15%)^2, both estimates
 RATES_SD = 0.13  # of the log of a plan's time from measured rates alone: -10/+25% at 80%, an estimate
 STEPS_SD = 0.08  # the same after real steps, -5/+15%: an estimate, which the misses of left-out steps then move
 STEPS_WEIGHT = 4  # how many left-out steps that estimate is worth

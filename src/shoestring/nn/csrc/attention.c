@@ -9,8 +9,9 @@
    Queries lie along the vectors' lanes: scores are made as K Qᵀ, so that a query's largest score and sum are sums
    over rows, keys and values of a product are read where they lie, and p is stored the way the next product reads it.
    Blocks that a mask hides are left out, in steps of 16 keys and 16 queries. Products multiply the model's dtype (p and
-   ds are rounded to it; where bf16 cannot be multiplied it is widened and they are not), all sums are fp32. A head is computed by one thread in one order, so that the number of
-   threads changes no bit; a group's dk and dv are summed over its heads by one thread too.
+   ds are rounded to it; where bf16 cannot be multiplied it is widened and they are not), all sums are fp32. A head is
+   computed by one thread in one order, so that the number of threads changes no bit; a group's dk and dv are summed
+   over its heads by one thread too.
 
    Called by nn/attention_native.py, which knows the same struct. Letters as in the package: B sequences, H heads, G
    groups of keys, T positions, K and W the widths of keys and values. */

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from shoestring.core.errors import UserError
+from shoestring.core.garbage import seldom_searched
 from shoestring.core.nouns import Completion, Event, Sampling
 from shoestring.infer.adjust import adjust
 from shoestring.infer.blocks import BlockManager
@@ -221,8 +222,9 @@ class Engine:
             stream = index if shared else 0
             requests.append(self._add(f"generate-{next(self._names)}", prompt, each, stream=stream, silent=True))
         try:
-            while any(request.id in self._requests for request in requests):
-                self._events += self._step()
+            with seldom_searched():
+                while any(request.id in self._requests for request in requests):
+                    self._events += self._step()
         finally:  # an error or an interrupt leaves nothing behind
             for request in requests:
                 if self._requests.pop(request.id, None) is not None:

@@ -106,7 +106,9 @@ class ModelRunner:
 
     def arrange(self, works: list[Work]) -> list[Work]:
         """In the order in which `run` computes them: rows of one token, what is computed as such, chunks."""
-        return works if self.layers is None else sorted(works, key=lambda work: not self._by_rows(work))
+        if self.layers is None or works[-1:] == [] or works[-1].end - works[-1].start == 1:  # the scheduler sorts too
+            return works
+        return sorted(works, key=lambda work: not self._by_rows(work))
 
     def _by_rows(self, work: Work) -> bool:
         return bool(self.tile) or work.end - work.start == 1 or work.end <= SINGLES
@@ -160,6 +162,8 @@ class ModelRunner:
     @staticmethod
     def _singles(work: Work) -> list[Work]:
         """A row for each token, the draft included."""
+        if work.end - work.start == 1 and not work.drafted:
+            return [work]
         return [Work(work.sequence, at, at + 1) for at in range(work.start, work.end + work.drafted)]
 
     def _pass(self, works: list[Work], routed: bool) -> Ran:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from shoestring.core.garbage import seldom_searched
+
 STATS_SECONDS = 0.25
 NICENESS = 5  # the server answers /health while the engine takes every core
 
@@ -74,6 +76,7 @@ def _load(spec: EngineSpec) -> tuple[Any, dict[str, Any]]:
     return engine, facts
 
 
+@seldom_searched()
 def _run(engine: Any, pipe: Connection) -> None:
     told = 0.0
     while True:

@@ -252,10 +252,11 @@ def test_kill_9_one_of_several_workers(start: Callable[..., Server], tmp_path: P
     texts = [f"question {i}" for i in range(600)]
     write_questions(tmp_path / "q.jsonl", texts)
     server = start("--latency", "0.02", *(["--remember"] if remember else []))
-    processes = [
-        subprocess.Popen(command(server, tmp_path, url, "--share"), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
+    processes: list[subprocess.Popen[str]] = []
+    for _ in range(3):
+        line = command(server, tmp_path, url, "--share")
+        processes.append(subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True))
+        reach(url, 20, processes)  # the first one, which is killed, is at work before the others are
     reach(url, 150, processes)
     processes[0].kill()
     processes[0].wait()

@@ -106,7 +106,7 @@ class ModelRunner:
 
     def arrange(self, works: list[Work]) -> list[Work]:
         """In the order in which `run` computes them: rows of one token, what is computed as such, chunks."""
-        if self.layers is None or works[-1:] == [] or works[-1].end - works[-1].start == 1:  # the scheduler sorts too
+        if self.layers is None or not works or works[-1].end - works[-1].start == 1:  # the scheduler sorts chunks last
             return works
         return sorted(works, key=lambda work: not self._by_rows(work))
 

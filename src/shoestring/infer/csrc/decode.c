@@ -8,7 +8,8 @@
    Called by infer/native.py, which knows the same structs. Letters as in the package: R rows, D model width, H heads,
    G groups of keys, C latent width, W width of a cached entry, E experts, A chosen ones, F an expert's width. */
 
-#include "numbers.h" /* of nn/csrc */
+#include "numbers.h" /* of nn/csrc, as the next */
+#include "route.h"
 #include <omp.h>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -73,56 +74,6 @@ INLINE int64_t low(int64_t total, int64_t unit, int64_t t, int64_t n) { /* where
 INLINE v16 pairs(v16 a, v16 b) { /* neighbours summed: a's eight sums, then b's */
     return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
            __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
-
-/* which experts a row goes to, and with what weight: nn/moe.py's Routing */
-static void route(const Model *m, const Layer *l, const float *logit, float *score, int64_t *chosen, float *weight) {
-    const int64_t E = m->E, N = m->groups, per = E / N;
-    float choice[E], top = -INFINITY, total = 0;
-    for (int64_t e = 0; e < E; e++) top = logit[e] > top ? logit[e] : top;
-    for (int64_t e = 0; e < E; e++) {
-        score[e] = m->sigmoid ? 1.0f / (1.0f + expf(-logit[e])) : expf(logit[e] - top);
-        total += score[e];
-    }
-    for (int64_t e = 0; e < E; e++) {
-        if (!m->sigmoid) score[e] /= total;
-        choice[e] = score[e] + (l->gate_bias ? l->gate_bias[e] : 0.0f);
-    }
-    if (N > 1 && m->kept_groups < N) {
-        float best[N];
-        char kept[N];
-        for (int64_t g = 0; g < N; g++) {
-            float first = -INFINITY, second = -INFINITY;
-            for (int64_t e = g * per; e < (g + 1) * per; e++) {
-                if (choice[e] > first) second = first, first = choice[e];
-                else if (choice[e] > second) second = choice[e];
-            }
-            best[g] = m->sigmoid && per > 1 ? first + second : first;
-            kept[g] = 0;
-        }
-        for (int64_t k = 0; k < m->kept_groups; k++) {
-            int64_t at = -1;
-            for (int64_t g = 0; g < N; g++)
-                if (!kept[g] && (at < 0 || best[g] > best[at])) at = g;
-            kept[at] = 1;
-        }
-        for (int64_t e = 0; e < E; e++)
-            if (!kept[e / per]) choice[e] = m->sigmoid ? -INFINITY : 0.0f;
-    }
-    float sum = 0;
-    for (int64_t a = 0; a < m->A; a++) {
-        int64_t at = -1;
-        for (int64_t e = 0; e < E; e++) {
-            int taken = 0;
-            for (int64_t b = 0; b < a; b++) taken |= chosen[b] == e;
-            if (!taken && (at < 0 || choice[e] > choice[at])) at = e;
-        }
-        chosen[a] = at;
-        weight[a] = score[at];
-        sum += score[at];
-    }
-    for (int64_t a = 0; a < m->A; a++)
-        weight[a] = (m->normalise ? weight[a] / (sum + 1e-20f) : weight[a]) * m->route_scale;
 }
 
 /* ---- fp32 */

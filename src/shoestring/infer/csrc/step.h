@@ -143,7 +143,8 @@ static void NAME(feed_forward)(const Model *m, const Layer *l, const Batch *b, N
         product_f32(t, n, w->wide, D, R, l->gate, w->logit, 0, 0, E);
 #pragma omp barrier
         for (int64_t r = low(R, 1, t, n); r < low(R, 1, t + 1, n); r++) {
-            route(m, l, w->logit + r * E, w->score + r * E, w->chosen + r * A, w->weight + r * A);
+            route_row(w->logit + r * E, l->gate_bias, E, A, m->groups, m->kept_groups, m->sigmoid, m->normalise,
+                      m->route_scale, 0, w->score + r * E, w->chosen + r * A, w->weight + r * A);
             if (chosen_out) memcpy(chosen_out + r * A, w->chosen + r * A, A * sizeof(int64_t));
         }
     }

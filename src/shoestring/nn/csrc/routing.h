@@ -1,57 +1,15 @@
 /* Who goes to which expert (nn/moe.py's Routing, nn/experts.py's Order), fp32. */
 
+#include "route.h"
+
 /* logit [N, E] -> score; chosen [N, A]; weight [N, A]. `bias` may be null; with `replay` `chosen` is given. */
 void shoestring_route_forward(const float *logit, const float *bias, int64_t N, int64_t E, int64_t A, int64_t groups,
                               int64_t kept, int64_t sigmoid, int64_t normalise, float scale, int64_t replay,
                               float *score, int64_t *chosen, float *weight, int threads) {
-    const int64_t per = E / groups;
 #pragma omp parallel for schedule(static) num_threads(share(threads, N * E))
     for (int64_t n = 0; n < N; n++) {
-        const float *x = logit + n * E;
-        float *s = score + n * E, choice[E], sum = 0, top = -INFINITY;
-        int64_t *c = chosen + n * A;
-        if (sigmoid) {
-            for (int64_t e = 0; e < E; e++) s[e] = sigmoid1(x[e]);
-        } else {
-            for (int64_t e = 0; e < E; e++) top = x[e] > top ? x[e] : top;
-            for (int64_t e = 0; e < E; e++) s[e] = exp1(x[e] - top), sum += s[e];
-            for (int64_t e = 0; e < E; e++) s[e] /= sum;
-        }
-        if (!replay) {
-            for (int64_t e = 0; e < E; e++) choice[e] = s[e] + (bias ? bias[e] : 0.0f);
-            if (groups > 1 && kept < groups) {
-                float best[groups];
-                char in[groups];
-                for (int64_t g = 0; g < groups; g++) {
-                    float first = -INFINITY, second = -INFINITY;
-                    for (int64_t e = g * per; e < (g + 1) * per; e++)
-                        if (choice[e] > first) second = first, first = choice[e];
-                        else if (choice[e] > second) second = choice[e];
-                    best[g] = sigmoid && per > 1 ? first + second : first;
-                    in[g] = 0;
-                }
-                for (int64_t i = 0; i < kept; i++) {
-                    int64_t g = -1;
-                    for (int64_t j = 0; j < groups; j++)
-                        if (!in[j] && (g < 0 || best[j] > best[g])) g = j;
-                    in[g] = 1;
-                }
-                for (int64_t e = 0; e < E; e++)
-                    if (!in[e / per]) choice[e] = sigmoid ? -INFINITY : 0.0f;
-            }
-            for (int64_t a = 0; a < A; a++) {
-                int64_t best = -1;
-                for (int64_t e = 0; e < E; e++) {
-                    int taken = 0;
-                    for (int64_t i = 0; i < a; i++) taken |= c[i] == e;
-                    if (!taken && (best < 0 || choice[e] > choice[best])) best = e;
-                }
-                c[a] = best;
-            }
-        }
-        float total = 1e-20f;
-        for (int64_t a = 0; a < A; a++) total += s[c[a]];
-        for (int64_t a = 0; a < A; a++) weight[n * A + a] = (normalise ? s[c[a]] / total : s[c[a]]) * scale;
+        route_row(logit + n * E, bias, E, A, groups, kept, sigmoid, normalise, scale, replay, score + n * E,
+                  chosen + n * A, weight + n * A);
     }
 }
 

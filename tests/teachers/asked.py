@@ -7,11 +7,16 @@ import os
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from shoestring.data.claims import Budget
 from shoestring.data.questions import source_of
+from shoestring.teachers import _batch
 from shoestring.teachers._job import Api
 from shoestring.teachers._session import Job
 
@@ -48,6 +53,23 @@ class Server:
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
+
+
+@contextmanager
+def batch_dies(when: str) -> Iterator[None]:
+    """Inside, death comes "before" a batch is made, "after" that and before it is noted, or while it is "waiting"."""
+    name = "wait" if when == "waiting" else "make"
+    real = getattr(_batch.Remote, name)
+
+    async def dies(self: object, *arguments: object) -> None:
+        if when == "after":
+            await real(self, *arguments)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_batch.Remote, name, dies)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def write_questions(path: Path, texts: list[str], **more: Any) -> Path:

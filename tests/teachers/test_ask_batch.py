@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from asked import Server, job
+from asked import Server, batch_dies, job
 from stub_api import said
 from test_ask import ONE, texts
 
@@ -39,21 +39,11 @@ def test_a_batch_is_limited_in_bytes(server: Server, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("when", ["before", "after", "waiting"])
-def test_a_batch_is_made_once(server: Server, tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_made_once(server: Server, tmp_path: Path, when: str) -> None:
     """Killed before it was made, after it was made and not noted, and while it waits."""
     asked = job(server, tmp_path, texts(30))
-    name = "wait" if when == "waiting" else "make"
-    real = getattr(_batch.Remote, name)
-
-    async def dies(self: object, *arguments: object) -> None:
-        if when == "after":
-            await real(self, *arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_batch.Remote, name, dies)
-        with pytest.raises(KeyboardInterrupt):
-            run_batch(asked, poll_s=0.01)
+    with batch_dies(when):
+        run_batch(asked, poll_s=0.01)
     store = Store(tmp_path / "traces")
     assert store.counts()["sent"] == 30
     store.close()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from asked import Server, job
+from asked import Server, batch_dies, job
 from test_ask import ONE, texts
 from test_ask_batch import CUT
 from test_ask_postgres import server_url, state, url  # noqa: F401 (fixtures)
@@ -54,22 +54,12 @@ def test_the_same_as_a_folder(start: Callable[..., Server], tmp_path: Path, url:
 
 @pytest.mark.parametrize("when", ["before", "after", "waiting"])
 def test_a_batch_is_made_once(
-    server: Server, tmp_path: Path, url: str, when: str, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    server: Server, tmp_path: Path, url: str, when: str  # noqa: F811
 ) -> None:  # fmt: skip
     """Killed before it was made, after it was made and not noted, and while it waits; nobody takes its rows then."""
     asked = job(server, tmp_path, texts(30), out=url)
-    name = "wait" if when == "waiting" else "make"
-    real = getattr(_batch.Remote, name)
-
-    async def dies(self: object, *arguments: object) -> None:
-        if when == "after":
-            await real(self, *arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_batch.Remote, name, dies)
-        with pytest.raises(KeyboardInterrupt):
-            run_batch(asked, poll_s=0.01)
+    with batch_dies(when):
+        run_batch(asked, poll_s=0.01)
     assert state(url)[0]["sent"] == 30
     other = run(replace(job(server, tmp_path, [*texts(30), "one more"], out=url)))  # by single requests
     assert other.told.answers == 1 and other.doubtful == 0 and other.counts["sent"] == 30

@@ -81,7 +81,8 @@ def test_a_hook_may_change_the_sampling(secure: Any):
 
 
 def test_one_name_for_thinking(secure: Any):
-    message = chat(secure[1], thinking={"type": "enabled"}).json()["choices"][0]["message"]
+    answer = chat(secure[1], thinking={"type": "enabled"}, temperature=0, ignore_eos=True)
+    message = answer.json()["choices"][0]["message"]
     assert message["reasoning_content"] and "reasoning" not in message
 
 

@@ -1,7 +1,8 @@
 """A server that speaks the OpenAI-compatible wire, counts what it is asked, and misbehaves on request.
 
 `python tools/stub_api.py --port 0 [--latency S] [--remember] [--plain]` prints its port and serves until killed.
-GET /stats tells the counts. `--plain` is for benchmarks: it reads no question and answers at once. `--remember` honours
+GET /stats tells the counts. `--hold-after N`: questions after the N-th wait for their answers until GET /release.
+`--plain` is for benchmarks: it reads no question and answers at once. `--remember` honours
 Idempotency-Key: a key it has seen is answered again and not billed again. A question that begins with "!word" (see
 `FAULTS`) is answered accordingly; "!word*3 ..." the first three times only. The answer to a question is a function of
 it and of the seed, so that stored answers can be checked. `--invent` writes questions or people between
@@ -60,6 +61,8 @@ class Stub:
         self.now = 0
         self.files: dict[str, bytes] = {}
         self.batches: list[dict[str, Any]] = []
+        self.heard = 0
+        self.released = asyncio.Event()
 
     async def batch(self, path: str, body: bytes) -> Any:
         """What /v1/files and /v1/batches answer."""
@@ -127,6 +130,9 @@ class Stub:
 
     async def _fresh(self, request: dict[str, Any]) -> bytes:
         text = str(request["messages"][-1]["content"])
+        self.heard += 1
+        if self.options.hold_after is not None and self.heard > self.options.hold_after:
+            await self.released.wait()
         if self.options.latency:
             await asyncio.sleep(self.options.latency)
         word, times = _fault(text)
@@ -267,6 +273,8 @@ class Connection(asyncio.Protocol):
                 self.plain(body)
                 continue
             if head.startswith("GET"):
+                if path == "/release":
+                    self.stub.released.set()
                 self.transport.write(reply(200, json.dumps(self.stub.stats()).encode()))
                 continue
             asked = json.loads(body)
@@ -332,6 +340,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--latency", type=float, default=0.0)
+    parser.add_argument("--hold-after", type=int)
     parser.add_argument("--remember", action="store_true")
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--invent", action="store_true")

@@ -56,7 +56,7 @@ def fake(tmp_path):
 def run(name: str, *words: str) -> tuple[str, list[dict]]:
     done = subprocess.run(
         [sys.executable, str(BENCH / name), "--small", "--threads", "1", "--warm-up", "1", "--repeats", "1", *words],
-        capture_output=True, text=True, timeout=110, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=280, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout, json.loads(done.stdout.splitlines()[-1])

@@ -17,7 +17,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": 
 
 def run(*arguments: str) -> list[dict[str, object]]:
     command = [sys.executable, str(ROOT / "bench" / arguments[0]), "--small", *arguments[1:]]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     found: list[dict[str, object]] = json.loads(done.stdout.strip().splitlines()[-1])
     return found

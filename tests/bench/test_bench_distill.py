@@ -19,7 +19,7 @@ PEER_PYTHON = Path(os.environ.get("PEER_PYTHON", ROOT / ".venv-peers" / "bin" / 
 def run(case: str, *words: str) -> tuple[str, list[dict[str, Any]]]:
     command = [sys.executable, str(ROOT / "bench" / "distill_step.py"), "--case", case, "--small", "--threads", "1",
                "--warm-up", "1", "--repeats", "1", *words]  # fmt: skip
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout, json.loads(done.stdout.splitlines()[-1])
 

@@ -95,7 +95,7 @@ def test_laws_of_this_machine_follow_what_was_measured():
 def test_messages_between_processes_of_this_cpu():
     found = EXCHANGE("cpu", 2, (1 << 12, 1 << 20))
     assert found.devices == 2 and found.by == "gloo" and [size for size, _ in found.measured] == [2048, 524288]
-    assert all(0 < seconds < 5 for _, seconds in found.measured)
+    assert all(0 < seconds < 60 for _, seconds in found.measured)
     assert "all-to-all of 2 by gloo" in found.text()
 
 

@@ -73,23 +73,31 @@ def test_rule_and_limits():
         best_plan("llama-3.1-8b", "200B", [find_chip("H100")], budget=10, sizes=(64,))
 
 
+def taken(work, times=1):
+    """The least processor seconds of a few times: what disturbs only ever adds."""
+    found = []
+    for _ in range(times):
+        start = time.process_time()
+        work()
+        found.append(time.process_time() - start)
+    return min(found)
+
+
 def test_speed():
-    plan("deepseek-v3", "14.8T", "2048xH800", **V3)
-    start = time.process_time()
-    plan("deepseek-v3", "14.8T", "2048xH800", **V3)
-    one = time.process_time() - start
-    plan("deepseek-v3", "14.8T", "2048xH800", frontier=True)
-    whole = time.process_time() - start - one
-    assert one < 0.05 and whole < 10
+    """A plan in 0.05 s and all of a frontier in 10 s, on a machine that counts half a million squares in 0.04 s."""
+    unit = taken(lambda: sum(i * i for i in range(500_000)), 5) / 0.04
+    assert taken(lambda: plan("deepseek-v3", "14.8T", "2048xH800", **V3), 5) < 0.05 * unit
+    assert taken(lambda: plan("deepseek-v3", "14.8T", "2048xH800", frontier=True)) < 10 * unit
 
 
 def test_import_is_light():
-    code = "import sys, time; t = time.process_time(); import shoestring.cost"
-    code += "; print(time.process_time() - t, 'torch' in sys.modules)"
-    took = []
+    """Not more than twice and a half what pydantic takes, whatever the machine; torch takes ten times that."""
+    took = {"shoestring.cost": [], "pydantic.main": []}
     for _ in range(4):  # neighbours on the machine slow single runs; the code's own cost is the least of them
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds, torch = done.stdout.split()
-        assert torch == "False"
-        took.append(float(seconds))
-    assert min(took) < 0.15
+        for name, seconds in took.items():
+            code = f"import sys, time; t = time.process_time(); import {name}"
+            code += "; print(time.process_time() - t, 'torch' in sys.modules)"
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+            assert done.stdout.split()[1] == "False"
+            seconds.append(float(done.stdout.split()[0]))
+    assert min(took["shoestring.cost"]) < 2.5 * min(took["pydantic.main"]), took

@@ -185,7 +185,7 @@ def test_memory_grows_with_the_length_alone() -> None:
         step(4096)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=280)
     unit = 1 if sys.platform == "darwin" else 1024
     assert int(said.stdout) * unit < 64e6  # eight tensors of 2 MB, and room to work for each thread
 

@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,9 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 TEXTS = ['last digit of 3 + 8 + 4 ? 1 2 5 6 7 9 0 the quick brown fox jumps over the lazy dog grüße 你好 😀 {}[]":,']
 
 
-def tiny_deepseek(seed: int = 0, layers: int = 2) -> Deepseek:
+def tiny_deepseek(seed: int = 0) -> Deepseek:
     config = DeepseekConfig(
-        vocab_size=V, hidden_size=32, intermediate_size=64, moe_intermediate_size=24, num_hidden_layers=layers,
+        vocab_size=V, hidden_size=32, intermediate_size=64, moe_intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12,
         first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
         max_position_embeddings=POSITIONS, num_nextn_predict_layers=0, initializer_range=0.2,
@@ -69,18 +70,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -
 
 
 @pytest.fixture(scope="session")
-def slow_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    """As `checkpoint`, deep enough that a long answer takes seconds."""
-    return save(tiny_deepseek(layers=8), tokenizer, tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="session")
 def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     return save(tiny_dense(), tokenizer, tmp_path_factory.mktemp("models") / "dense")
 
 
 # Requests go to plain HTTP, and reading all the certificates there are costs a hundred times what one of them does.
-PLAIN: dict[str, Any] = {"verify": False, "timeout": 60}
+PLAIN: dict[str, Any] = {"verify": False, "timeout": 120}
 
 
 @dataclass
@@ -122,12 +117,43 @@ class Running:
                 found.append((began, int(status.parent.name)))
         return [pid for _, pid in sorted(found)]
 
+    @contextmanager
+    def held(self, engine: int = 0) -> Iterator[None]:
+        """An engine stands still: what it is at does not end meanwhile, however fast the machine."""
+        pid = self.engines()[engine]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    @contextmanager
+    def slowed(self, engine: int = 0) -> Iterator[None]:
+        """An engine works 2 of 50 milliseconds: answers begin, and a long one takes many seconds on any machine."""
+        pid, enough = self.engines()[engine], threading.Event()
+
+        def hold_back() -> None:
+            with suppress(ProcessLookupError):  # it may be killed meanwhile
+                while not enough.is_set():
+                    os.kill(pid, signal.SIGSTOP)
+                    enough.wait(0.048)
+                    os.kill(pid, signal.SIGCONT)
+                    enough.wait(0.002)
+
+        thread = threading.Thread(target=hold_back)
+        thread.start()
+        try:
+            yield
+        finally:
+            enough.set()
+            thread.join()
+
     def open_files(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
 
 @contextmanager
-def started(*arguments: str, folder: Path, store: Path | None = None, seconds: float = 90.0) -> Iterator[Running]:
+def started(*arguments: str, folder: Path, store: Path | None = None, seconds: float = 200.0) -> Iterator[Running]:
     """`shoestring serve` with these arguments on a free port; stopped at the end, gently."""
     log = folder / f"serve-{time.monotonic_ns()}.log"
     more = ["--store", str(store)] if store else []
@@ -143,7 +169,7 @@ def started(*arguments: str, folder: Path, store: Path | None = None, seconds: f
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(timeout=20)
+                process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

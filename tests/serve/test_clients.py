@@ -35,7 +35,7 @@ def python_with(package: str, *, other_than_ours: bool = False) -> str:
 
 
 def run(
-    *command: str, seconds: float = 200, folder: Path | None = None, **environment: str
+    *command: str, seconds: float = 500, folder: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
     return subprocess.run(
@@ -43,9 +43,9 @@ def run(
     )
 
 
-def say(python: str, program: str, url: str) -> Any:
+def say(python: str, program: str, *arguments: str) -> Any:
     """Run a small program in another environment; the JSON it prints last."""
-    found = run(python, "-c", program, url)
+    found = run(python, "-c", program, *arguments)
     assert found.returncode == 0, found.stderr[-2000:]
     return json.loads(found.stdout.splitlines()[-1])
 
@@ -58,7 +58,8 @@ fields = {"model": "tiny", "messages": messages, "max_tokens": 8, "seed": 1}
 whole = client.chat.completions.create(**fields, logprobs=True, top_logprobs=2)
 chunks = list(client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
 text = client.completions.create(model="tiny", prompt=[[5, 6], [7]], max_tokens=2, logprobs=1, echo=True)
-answer = client.responses.create(model="tiny", input="3 + 8 ?", max_output_tokens=4)
+on = {"logit_bias": {sys.argv[2]: -100}}  # an answer that does not end by itself
+answer = client.responses.create(model="tiny", input="3 + 8 ?", max_output_tokens=4, extra_body=on)
 try:
     client.chat.completions.create(model="big", messages=messages)
 except openai.NotFoundError as error:
@@ -71,8 +72,8 @@ print(json.dumps({
 """
 
 
-def test_openai_2(server: Any):
-    found = say(python_with("openai", other_than_ours=True), OPENAI_2, server.url)
+def test_openai_2(server: Any, tokenizer: Tokenizer):
+    found = say(python_with("openai", other_than_ours=True), OPENAI_2, server.url, str(tokenizer.end_id))
     assert found["version"].startswith("2.") and found["streamed"] == found["whole"]
     assert (found["usage"], found["logprobs"], found["response"]) == (8, 8, 4)
     assert found["indices"] == [0, 1] and found["code"] == "model_not_found"
@@ -89,7 +90,8 @@ whole = model.invoke(messages)
 pieces = list(model.stream(messages))
 batch = model.batch([messages, [HumanMessage("3")]])
 logprobs = model.bind(logprobs=True, top_logprobs=1).invoke(messages).response_metadata["logprobs"]["content"]
-responses = ChatOpenAI(base_url=sys.argv[1] + "/v1", api_key="none", model="tiny", max_tokens=6, use_responses_api=True)
+responses = ChatOpenAI(base_url=sys.argv[1] + "/v1", api_key="none", model="tiny", max_tokens=6,
+                       use_responses_api=True, extra_body={"logit_bias": {sys.argv[2]: -100}})
 print(json.dumps({
     "whole": whole.content, "usage": whole.usage_metadata, "streamed": "".join(piece.content for piece in pieces),
     "batch": len(batch), "logprobs": len(logprobs), "finish": whole.response_metadata["finish_reason"],
@@ -98,8 +100,8 @@ print(json.dumps({
 """
 
 
-def test_langchain(server: Any):
-    found = say(python_with("langchain_openai"), LANGCHAIN, server.url)
+def test_langchain(server: Any, tokenizer: Tokenizer):
+    found = say(python_with("langchain_openai"), LANGCHAIN, server.url, str(tokenizer.end_id))
     assert found["streamed"] == found["whole"] and found["finish"] in ("length", "stop") and found["batch"] == 2
     assert found["usage"]["output_tokens"] == found["logprobs"] == found["stream_usage"] == 8
     assert found["responses"] == 6
@@ -141,7 +143,7 @@ def lm_eval(kind: str, endpoint: str, task: str, tasks: Path, server: Any, *more
     return [json.loads(line) for line in files[-1].read_text().splitlines()]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_lm_eval_likelihoods_equal_those_of_transformers(
     server: Any, tasks: Path, checkpoint: Path, tokenizer: Tokenizer
 ):
@@ -165,7 +167,7 @@ def test_lm_eval_likelihoods_equal_those_of_transformers(
     assert compared == 16
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("kind", "endpoint", "more"),
     [("local-completions", "/v1/completions", ()),

@@ -85,7 +85,13 @@ def test_continuous_usage(client: Any):
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = list(
         client.chat.completions.create(
-            model="tiny", messages=QUESTION, max_tokens=5, stream=True, stream_options=options, temperature=0
+            model="tiny",
+            messages=QUESTION,
+            max_tokens=5,
+            stream=True,
+            stream_options=options,
+            temperature=0,
+            extra_body={"ignore_eos": True},
         )
     )
     counts = [chunk.usage.completion_tokens for chunk in chunks]
@@ -240,7 +246,8 @@ def test_streamed_legacy_logprobs_are_those_of_the_whole(client: Any, new: int):
 def test_an_echoed_prompt_is_told_before_its_answer_is_there(client: Any, server: Any):
     """With its logprobs, in the first chunk, while the engine is still at the answer."""
     fields = {"model": "tiny", "prompt": "last digit", "max_tokens": 1900, "logprobs": 1, "echo": True}
-    with client.completions.create(**fields, stream=True, extra_body={"ignore_eos": True}) as chunks:
+    fields |= {"stream": True, "extra_body": {"ignore_eos": True}}
+    with server.slowed(), client.completions.create(**fields) as chunks:
         (first,) = next(iter(chunks)).choices
         running = server.get("/health").json()["models"]["tiny"]["running"]
     assert first.text == "last digit" and first.finish_reason is None and running == 1
@@ -249,7 +256,7 @@ def test_an_echoed_prompt_is_told_before_its_answer_is_there(client: Any, server
 
 
 def test_token_ids_and_prompt_logprobs(client: Any, tokenizer: Tokenizer):
-    extra = {"return_token_ids": True, "prompt_logprobs": 1}
+    extra = {"return_token_ids": True, "prompt_logprobs": 1, "ignore_eos": True}
     answer = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=5, extra_body=extra)
     ids = answer.prompt_token_ids
     assert tokenizer.decode(ids).startswith("<|begin|><|user|>last digit") and len(answer.choices[0].token_ids) == 5
@@ -257,15 +264,23 @@ def test_token_ids_and_prompt_logprobs(client: Any, tokenizer: Tokenizer):
     assert all(math.isfinite(value["logprob"]) for row in answer.prompt_logprobs[1:] for value in row.values())
 
 
-def test_responses(client: Any):
-    answer = client.responses.create(model="tiny", input="last digit of 3 + 8 ?", max_output_tokens=8)
+@pytest.fixture(scope="module")
+def on(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Fields that make a model of random weights go on to the last token it may say, without thinking unless asked."""
+    banned = (tokenizer.end_id, tokenizer.specials["<think>"], tokenizer.specials["</think>"])
+    return {"logit_bias": {str(index): -100 for index in banned}, "seed": 1}
+
+
+def test_responses(client: Any, on: dict[str, Any]):
+    answer = client.responses.create(model="tiny", input="last digit of 3 + 8 ?", max_output_tokens=8, extra_body=on)
     assert answer.object == "response" and answer.status in ("completed", "incomplete")
     assert answer.output_text and answer.usage.output_tokens == 8
     assert answer.usage.input_tokens_details.cached_tokens >= 0
 
 
-def test_responses_stream(client: Any):
+def test_responses_stream(client: Any, on: dict[str, Any]):
     fields = {"model": "tiny", "input": [{"role": "user", "content": "3 + 8 ?"}], "max_output_tokens": 12}
+    fields |= {"extra_body": on}
     with client.responses.stream(**fields, instructions="be brief", reasoning={"effort": "low"}) as stream:
         events = list(stream)
     final = events[-1].response
@@ -279,7 +294,7 @@ def test_responses_with_a_tool(client: Any, terse: dict[str, Any]):
     tool = {"type": "function", "name": "add", "parameters": ADD["function"]["parameters"], "strict": True}  # type: ignore[index]
     answer = client.responses.create(
         model="tiny", input="3 + 8 ?", tools=[tool], tool_choice="required", max_output_tokens=120,
-        reasoning={"effort": "none"}, extra_body={"logit_bias": terse["logit_bias"]},
+        reasoning={"effort": "none"}, extra_body={"logit_bias": terse["logit_bias"], "seed": 1},
     )  # fmt: skip
     call = answer.output[0]
     assert call.type == "function_call" and call.name == "add" and json.loads(call.arguments)["a"] in (1, 2, 3)

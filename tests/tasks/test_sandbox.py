@@ -30,15 +30,22 @@ def test_outcomes_keep_their_order(sandbox: Sandbox) -> None:
     assert [outcome.values for outcome in outcomes] == [(3 * i,) for i in range(30)]
 
 
-def test_a_thousand_a_minute(isolated: Sandbox) -> None:
-    """Different candidates on two kept workers, at no less than a thousand a minute (alone it is several thousand)."""
+def test_thousands_a_minute(isolated: Sandbox) -> None:
+    """Different candidates on two kept workers, at no less than two thousand a minute (alone it is several thousand)
+    where an interpreter starts in 15 ms: a busy machine is no slow sandbox, so the two are timed in turn."""
     programs = [Program(source=f"def f(x): return x + {i}", entry="f", tests=(((1,), 1 + i),)) for i in range(200)]
     with Sandbox.open(isolated.layer, workers=2, limits=LIMITS) as several:
         several.run(programs[:2])
-        began = time.perf_counter()
-        assert all(outcome.ok for outcome in several.run(programs))
-        seconds = time.perf_counter() - began
-    assert 60 * len(programs) / seconds > 1000, f"{60 * len(programs) / seconds:.0f} a minute"
+        ours, fresh = [], []
+        for first in range(0, 200, 20):
+            began = time.perf_counter()
+            assert all(outcome.ok for outcome in several.run(programs[first : first + 20]))
+            ours.append((time.perf_counter() - began) / 20)
+            began = time.perf_counter()
+            for _ in range(5):
+                subprocess.run([sys.executable, "-I", "-S", "-c", "pass"], check=True)
+            fresh.append((time.perf_counter() - began) / 5)
+    assert min(ours) < 2 * min(fresh), f"{60 / min(ours):.0f} a minute, {60 / min(fresh):.0f} starts"
 
 
 def test_each_test_has_its_verdict(sandbox: Sandbox) -> None:
@@ -206,7 +213,7 @@ def test_works_for_an_ordinary_user(layer: layers.Layer) -> None:
 
 
 def _assert_gone(group: int) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while (alive := _alive(group)) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not alive

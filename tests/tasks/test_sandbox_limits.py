@@ -128,7 +128,7 @@ def test_leaves_no_process(sandbox: Sandbox, tmp_path: Path) -> None:
     note = tmp_path / "pid" if sandbox.layer == "unsafe" else ""
     started = time.monotonic()
     assert call(sandbox, DAEMON, str(note), expected=1).ok
-    assert time.monotonic() - started < 10, "a process left behind holds nobody up"
+    assert time.monotonic() - started < 45, "a process left behind holds nobody up"
     if note:
         with pytest.raises(ProcessLookupError):
             os.kill(int(note.read_text()), 0)

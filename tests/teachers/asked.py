@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,15 @@ sys.exit(main())
 """
 
 
+def a_port() -> int:
+    """A free port below those that systems give to whoever asks for any: nobody takes it before it is used."""
+    for port in random.SystemRandom().sample(range(10_000, 30_000), 100):
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
 class Server:
     """tools/stub_api.py; `stats()` asks what it has counted."""
 
@@ -44,9 +56,23 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}/v1"
 
     def stats(self) -> dict[str, int]:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/stats", timeout=10) as response:
+        return {"requests": 0, "billed": 0, "replayed": 0} | self._get("stats")
+
+    def release(self) -> None:
+        """Answer what waits since `--hold-after`, and whatever comes."""
+        self._get("release")
+
+    def asked(self, wanted: int) -> None:
+        """Wait until so many requests have come."""
+        deadline = time.monotonic() + 120
+        while self.stats()["requests"] < wanted:
+            assert time.monotonic() < deadline, self.stats()
+            time.sleep(0.02)
+
+    def _get(self, what: str) -> dict[str, int]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/{what}", timeout=60) as response:
             found: dict[str, int] = json.load(response)
-        return {"requests": 0, "billed": 0, "replayed": 0} | found
+        return found
 
     def close(self) -> None:
         self.process.kill()

@@ -23,6 +23,7 @@ from shoestring.data.questions import Skipped, source_of
 from shoestring.data.store import Store
 from shoestring.data.traces import TraceStore
 from shoestring.teachers._accept import Acceptance
+from shoestring.teachers._ask import Asking
 from shoestring.teachers._job import Api
 from shoestring.teachers._session import Job, run
 
@@ -210,7 +211,7 @@ def test_rate_limits_are_heeded(server: Server, tmp_path: Path) -> None:
 def test_requests_a_minute(server: Server, tmp_path: Path) -> None:
     started = time.monotonic()
     run(job(server, tmp_path, texts(6), rpm=600))
-    assert 0.5 <= time.monotonic() - started < 5
+    assert 0.5 <= time.monotonic() - started < 30  # half a minute on the busiest machine, and never a whole one
 
 
 def test_truncated_answers_are_kept_and_never_bought_again(server: Server, tmp_path: Path) -> None:
@@ -243,12 +244,12 @@ def test_another_model_is_told(server: Server, tmp_path: Path) -> None:
 def test_a_reply_without_end_is_cut_off(server: Server, tmp_path: Path, word: str) -> None:
     from shoestring.teachers._send import Limits
 
-    outcome = run(
-        job(server, tmp_path, [f"!{word} a", "b"], tries=1, limits=Limits(total_s=2, idle_s=0.3, largest=4 << 20))
-    )
-    assert outcome.counts["answered"] == 1 and outcome.counts["failed"] == 1
-    assert outcome.purse.doubts == 1
+    limits = Limits(total_s=100 if word == "endless" else 2, idle_s=0.3, largest=4 << 20)
+    outcome = run(job(server, tmp_path, [f"!{word} a"], tries=1, limits=limits))
+    assert outcome.counts["failed"] == 1 and outcome.purse.doubts == 1
     assert outcome.told.errors == {"endless reply" if word == "endless" else "timeout": 1}
+    outcome = run(job(server, tmp_path, [f"!{word} a", "b"], tries=1))
+    assert outcome.counts["answered"] == 1 and outcome.counts["failed"] == 1 and not outcome.told.errors
 
 
 def test_streams(server: Server, tmp_path: Path) -> None:
@@ -301,7 +302,7 @@ def test_a_dry_run_asks_twenty_and_prices_the_rest(server: Server, tmp_path: Pat
 
 def test_two_processes_on_one_store(start: Callable[..., Server], tmp_path: Path) -> None:
     """The second is refused, or both share the work."""
-    server = start("--latency", "0.05")
+    server = start("--latency", "0.02", "--hold-after", "40")  # nobody is done before all have begun
     write_questions(tmp_path / "q.jsonl", texts(600))
 
     def begin(*more: str) -> subprocess.Popen[str]:
@@ -310,27 +311,27 @@ def test_two_processes_on_one_store(start: Callable[..., Server], tmp_path: Path
         return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     first = begin("--share")
-    while server.stats()["requests"] < 20:
-        time.sleep(0.02)
+    server.asked(44)  # the first one's four wait
     second, refused = begin("--share"), begin()
-    out, err = refused.communicate(timeout=60)
+    out, err = refused.communicate(timeout=200)
     assert refused.returncode == 2 and "Another process is asking" in err and not out
-    found = [process.communicate(timeout=60) for process in (first, second)]
+    server.asked(48)
+    server.release()
+    found = [process.communicate(timeout=200) for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], found
     assert server.stats()["billed"] == server.stats()["questions"] == 600
-    assert all(int(out.split(" answers now")[0].splitlines()[-1].replace(",", "")) > 10 for out, _ in found), found
+    assert all(int(out.split(" answers now")[0].splitlines()[-1].replace(",", "")) >= 4 for out, _ in found), found
 
 
 def test_ctrl_c_keeps_what_is_in_flight(start: Callable[..., Server], tmp_path: Path) -> None:
     server = start("--latency", "0.3")
-    write_questions(tmp_path / "q.jsonl", texts(200))
+    write_questions(tmp_path / "q.jsonl", texts(5000))
     command = [sys.executable, "-m", "shoestring.cli", "ask", "--teacher", server.url, "--model", "m", "--questions",
                str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "traces"), "--quiet", "--json"]  # fmt: skip
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while server.stats()["requests"] < 10:
-        time.sleep(0.02)
+    server.asked(10)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == 1 and "interrupted" in err and "Traceback" not in err
     report = json.loads(out)
     assert report["answered"] == server.stats()["billed"] > 0 and report["in_doubt_rows"] == 0 and report["sent"] == 0
@@ -351,7 +352,7 @@ def test_a_full_disk_keeps_what_came(
     from shoestring.core.atomic import DiskFull
     from shoestring.data import commits
 
-    server = start("--latency", "0.05")
+    server = start("--latency", "0.05", "--hold-after", "200")
     asked = job(server, tmp_path, texts(400), most=8)
     freed = Path.unlink
 
@@ -362,6 +363,7 @@ def test_a_full_disk_keeps_what_came(
         monkeypatch.setattr(commits.Path, "unlink", lambda path, **o: (
             store.base.execute("PRAGMA max_page_count = 1000000") if path.name.endswith(".ballast") else None,
             freed(path, **o))[1])  # fmt: skip
+        server.release()
 
     with pytest.raises(DiskFull, match="No space left"):
         run(asked, watch=cramp)
@@ -499,12 +501,17 @@ def test_the_share_accepted_while_asking(start: Callable[..., Server], tmp_path:
     seen: list[float | None] = []
     rows = [{"question": f"question {i}", "answer": "#### 7"} for i in range(60)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    outcome = run(
-        job(start("--latency", "0.1"), tmp_path, most=4, start=4), watch=lambda one: seen.append(one.told.accepted)
-    )
+    server = start("--hold-after", "20")
+
+    def watch(one: Asking) -> None:
+        seen.append(one.told.accepted)
+        if seen.count(0.0) >= 2:
+            server.release()
+
+    outcome = run(job(server, tmp_path, most=4, start=4), watch=watch)
     report = outcome.report()
     assert 16 <= report["graded_sample"] <= 60 and report["accepted"] == 0.0 and outcome.counts["answered"] == 60
-    assert len([one for one in seen if one == 0.0]) >= 2  # while asking, not in the end alone
+    assert seen.count(0.0) >= 2  # while asking, not in the end alone
     store = Store(tmp_path / "traces")
     ids = [number for (number,) in store.base.execute("SELECT id FROM questions ORDER BY id")]
     acceptance = Acceptance(store)
@@ -517,6 +524,7 @@ def test_the_share_accepted_while_asking(start: Callable[..., Server], tmp_path:
         acceptance.hear(ids[number], answer, finish)
     acceptance.start()
     acceptance.stop()
+    acceptance._thread.join(60)  # `stop` waits no longer than a person would
     store.close()
     assert (acceptance.graded, acceptance.right) == (4, 2)
     (tmp_path / "b").mkdir()

@@ -38,7 +38,7 @@ def kill_after_some_answers(process: subprocess.Popen[bytes], out: Path, more: i
     """Kill once `more` answers are in the store, one of this process's among them (so that it has counted what the one
     before had in flight), a random moment later; the process may end before."""
     more = max(more, answered(out) + 1)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline and answered(out) < more:
         time.sleep(0.003)
     time.sleep(draw.random() * 0.02)
@@ -49,7 +49,7 @@ def kill_after_some_answers(process: subprocess.Popen[bytes], out: Path, more: i
 def answered(out: Path) -> int:
     """Answers in the store of a living or dead process, without opening it for writing."""
     try:
-        with sqlite3.connect(f"file:{out / 'traces.db'}?mode=ro", uri=True, timeout=5) as base:
+        with sqlite3.connect(f"file:{out / 'traces.db'}?mode=ro", uri=True, timeout=60) as base:
             return int(base.execute("SELECT count(*) FROM answers").fetchone()[0])
     except sqlite3.Error:
         return 0
@@ -76,7 +76,7 @@ def kills(server: Server, folder: Path, count: int, questions: int, apart: bool)
         now = {trace.id: trace.answer for trace in TraceStore(out).read()}
         assert kept.items() <= now.items()  # nothing that was kept is lost or altered
         kept = now
-    done = subprocess.run(command(server, folder, apart), env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command(server, folder, apart), env=ENVIRONMENT, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     store = Store(out)
     purse, counts = store.read_purse(), store.counts()

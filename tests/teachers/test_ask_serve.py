@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from asked import ENVIRONMENT
+from asked import ENVIRONMENT, a_port
 from test_ask_crash import answered
 
 from shoestring.data.store import Store
@@ -47,9 +46,7 @@ class Serving:
     """`shoestring serve` on one port, again and again, with one audit log."""
 
     def __init__(self, model: Path, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = a_port()
         self.audit = folder / "audit.jsonl"
         self._log = open(folder / "server.log", "ab")  # noqa: SIM115
         self._command = [sys.executable, "-m", "shoestring.cli", "serve", f"teacher={model}", "--port", str(self.port),
@@ -72,7 +69,7 @@ class Serving:
     def stop(self, number: int) -> None:
         self.process.send_signal(number)
         try:
-            self.process.wait(timeout=30)
+            self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

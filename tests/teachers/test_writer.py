@@ -187,13 +187,13 @@ def test_it_starts_without_what_it_does_not_need() -> None:
     code = "import sys, shoestring.data.writer; print(*sorted(sys.modules))"
     root = str(Path(far.__file__).parents[2])
     command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.append({root!r}); {code}"]
-    loaded = set(subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split())
+    loaded = set(subprocess.run(command, capture_output=True, text=True, check=True, timeout=200).stdout.split())
     assert not loaded & {"torch", "asyncio", "aiohttp", "pydantic", "numpy", "psycopg"} and "sqlite3" in loaded
 
 
 def test_its_death_ends_the_session(start: Callable[..., Server], tmp_path: Path, apart: list[far.Far]) -> None:
     """At once, with a sentence, while a slow server still thinks; the rows in flight are in doubt, and it goes on."""
-    server = start("--latency", "0.05")
+    server = start("--hold-after", "100")
     asked = job(server, tmp_path, ["!hang*1 x", *texts(300)], most=8)
     killed = []
 
@@ -205,7 +205,8 @@ def test_its_death_ends_the_session(start: Callable[..., Server], tmp_path: Path
     outcome = run(asked, watch=kill)
     assert outcome.told.stopped is not None and not outcome.told.mistake
     assert "was killed (signal 9); what is kept is kept" in outcome.told.stopped
-    assert 20 < outcome.counts["answered"] < 300 and outcome.counts["sent"] <= 8
+    assert 20 < outcome.counts["answered"] <= 100 and outcome.counts["sent"] <= 8
+    server.release()
     again = run(asked)
     assert again.counts["answered"] == 301 and again.doubtful == outcome.counts["sent"]
     assert 301 <= server.stats()["billed"] <= 301 + again.purse.doubts
@@ -226,17 +227,16 @@ def children(pid: int) -> list[int]:
 @pytest.mark.skipif(journal.cores() < 2, reason="one core: a thread writes")
 def test_it_ends_with_the_process_that_asks(start: Callable[..., Server], tmp_path: Path) -> None:
     """Killed, the one that asks leaves neither a process nor a lock; what had reached the writer is kept."""
-    server = start("--latency", "0.05")
+    server = start("--hold-after", "200")  # more than are sent at first: answers have come, and it does not end
     write_questions(tmp_path / "q.jsonl", texts(2000))
     process = begin(server, tmp_path)
-    while server.stats()["requests"] < 100:
-        time.sleep(0.01)
+    server.asked(201)
     (writer,) = children(process.pid)
     process.kill()
     process.communicate()
     with Worker(tmp_path / "traces"):  # waits for it
         pass
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while (status := Path(f"/proc/{writer}/status")).exists() and "zombie" not in status.read_text():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -251,12 +251,11 @@ def test_it_ends_with_the_process_that_asks(start: Callable[..., Server], tmp_pa
 def test_ctrl_c_reaches_both_and_nothing_is_lost(start: Callable[..., Server], tmp_path: Path) -> None:
     """A terminal interrupts the whole group: the writer goes on until what is in flight is kept."""
     server = start("--latency", "0.3")
-    write_questions(tmp_path / "q.jsonl", texts(2000))
+    write_questions(tmp_path / "q.jsonl", texts(5000))
     process = begin(server, tmp_path, "--json")
-    while server.stats()["requests"] < 10:
-        time.sleep(0.02)
+    server.asked(10)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == 1 and "interrupted" in err and "Traceback" not in err
     report = json.loads(out)
     assert report["answered"] == server.stats()["billed"] > 0 and report["in_doubt_rows"] == 0 and report["sent"] == 0
@@ -264,11 +263,10 @@ def test_ctrl_c_reaches_both_and_nothing_is_lost(start: Callable[..., Server], t
 
 @pytest.mark.skipif(journal.cores() < 2, reason="one core: a thread writes")
 def test_a_second_process_is_refused(start: Callable[..., Server], tmp_path: Path) -> None:
-    server = start("--latency", "0.05")
+    server = start("--hold-after", "20")
     write_questions(tmp_path / "q.jsonl", texts(400))
     first = begin(server, tmp_path, "--concurrency", "4")
-    while server.stats()["requests"] < 20:
-        time.sleep(0.02)
+    server.asked(21)
     try:
         for share in (False, True):
             with pytest.raises(UserError, match="Another process is asking"):
@@ -324,12 +322,12 @@ def test_a_disk_that_is_really_full(start: Callable[..., Server], tmp_path: Path
                "--concurrency", "16", "--quiet"]  # fmt: skip
     done = subprocess.run(
         ["unshare", "-rm", sys.executable, "-c", FULL, str(out), str(copy), *options, "--out", str(out)],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     assert done.returncode == 2 and "No space left on the disk" in done.stderr and "Traceback" not in done.stderr
     store = Store(copy)
     counts = store.counts()
     store.close()
     assert counts["answered"] == server.stats()["billed"] > 0 and counts["sent"] == 0
-    again = subprocess.run([sys.executable, "-c", APART, *options, "--out", str(copy)], env=ENVIRONMENT, timeout=120)
+    again = subprocess.run([sys.executable, "-c", APART, *options, "--out", str(copy)], env=ENVIRONMENT, timeout=250)
     assert again.returncode == 0 and server.stats()["billed"] == 1500

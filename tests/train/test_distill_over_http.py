@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,27 +63,23 @@ def _grown(root: Path) -> dict[str, Run]:
 @contextmanager
 def _served(model: Path, folder: Path) -> Iterator[str]:
     """The address of `shoestring serve` over this checkpoint, in a process of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "shoestring.cli", "serve", f"teacher={model}", "--port", str(port),
+    command = [sys.executable, "-m", "shoestring.cli", "serve", f"teacher={model}", "--port", "0",
                "--store", str(folder / "keys.db")]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     with open(folder / "server.log", "ab") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
-            for _ in range(600):
+            for _ in range(2000):
                 assert process.poll() is None, (folder / "server.log").read_text()[-2000:]
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+                if found := re.search(r"^Serving on (\S+)$", (folder / "server.log").read_text(), re.MULTILINE):
                     break
-                except OSError:
-                    time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}"
+                time.sleep(0.1)
+            assert found, (folder / "server.log").read_text()[-2000:]
+            yield found[1]
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(timeout=30)
+                process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

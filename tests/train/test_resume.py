@@ -119,7 +119,7 @@ def test_kill_9_inside_every_kind_of_stage_ends_with_the_same_bits(tmp_path: Pat
 
     def kill_once(pattern: str, rows: int, wait: float) -> bool:
         """Start, and kill `wait` seconds after there is a file of the pattern with so many lines."""
-        process, until = start(tmp_path / "killed"), time.monotonic() + 60
+        process, until = start(tmp_path / "killed"), time.monotonic() + 200
         while process.poll() is None and time.monotonic() < until:
             found = next((tmp_path / "killed").glob(pattern), None)
             if found is not None and (rows == 0 or found.read_bytes().count(b"\n") >= rows):

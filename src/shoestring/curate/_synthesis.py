@@ -310,7 +310,7 @@ def people_of(path: Path) -> list[Person]:
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         text = line.strip()

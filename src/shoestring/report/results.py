@@ -65,7 +65,7 @@ def read_answers(runs: Mapping[str, Run], stage: str | None) -> dict[str, dict[s
     if run is None:
         return {}
     try:
-        lines = (run.path / "samples" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (run.path / "samples" / "answers.jsonl").read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines if line.strip()]
         return {row["problem_id"]: row for row in rows if row["texts"]}
     except (OSError, ValueError, KeyError, TypeError):

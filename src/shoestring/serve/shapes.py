@@ -18,7 +18,16 @@ DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
-tight = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once: json.dumps makes one each time
+# made once: json.dumps makes one each time
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def tight(document: Any) -> str:
+    """JSON on one line, whatever a reader takes for a line's end: many split streams as `str.splitlines` does."""
+    text = _encode(document)
+    if text.isascii():
+        return text
+    return text.replace("\x85", "\\u0085").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def frame(document: dict[str, Any]) -> bytes:

@@ -146,7 +146,7 @@ def _stamp(path: str | Path) -> tuple[int, int]:
 @lru_cache(maxsize=8)
 def _drafts(path: str, stamp: tuple[int, int]) -> list[tuple[Draft, int]]:
     """Each problem of the file with its number of noted steps. `stamp` makes a changed file another one."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_text(encoding="utf-8").split("\n")  # JSON may hold other ends of lines
     return [_draft(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 

@@ -25,6 +25,7 @@ from shoestring.losses._teacher import Buffers, Form, Targets, accurate_rows, pr
 from shoestring.losses._tokens import Tokens
 from shoestring.nn import elements
 from shoestring.nn.head import add_outer, scaled
+from shoestring.nn.room import Room, cast, empty
 
 CHUNK_ELEMENTS = 1 << 22  # logits of one model alive at a time, in the dtype of products
 MIN_ROWS = 128  # fewer rows a chunk, and the products are slow and the pass over dU costs more than they do
@@ -45,18 +46,18 @@ class _DivergenceSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, weight_N: Tensor, targets: Targets, form: Form,
-        temperature: float, vocab: int, chunk: int, native: bool,
+        temperature: float, vocab: int, chunk: int, native: bool, room: Room | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         N, dtype = hidden_ND.shape[0], hidden_ND.dtype
         accurate = torch.promote_types(dtype, torch.float32)
-        table_VD = weight_VD[:vocab].to(dtype)
+        table_VD = cast(room, weight_VD[:vocab], dtype)
         scale_N1 = (weight_N.to(accurate) / temperature)[:, None]
         value_N = torch.zeros(N, dtype=accurate, device=hidden_ND.device)
         grad_ND = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        grad_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
+        grad_VD = empty(room, weight_VD) if ctx.needs_input_grad[1] else None
         if grad_VD is not None:
             grad_VD[vocab if N else 0 :].zero_()  # the rest is written by the first chunk
-        buffers, quick = Buffers(), native_form(form, hidden_ND, vocab, targets) if native else None
+        buffers, quick = Buffers(room), native_form(form, hidden_ND, vocab, targets) if native else None
         block = chunk if quick is not None else block_rows(targets.width(vocab))
         for start in range(0, N, chunk):
             rows = slice(start, min(start + chunk, N))
@@ -83,7 +84,7 @@ class _DivergenceSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         grad_ND, grad_VD = (scaled(g, grad) for g in ctx.saved_tensors)
-        return grad_ND, grad_VD, None, None, None, None, None, None, None
+        return grad_ND, grad_VD, *[None] * 8
 
 
 def divergence_sum(
@@ -99,7 +100,7 @@ def divergence_sum(
     vocab = weight_VD.shape[0] if vocab is None else vocab
     rows = chunk or min(chunk_rows(targets.width(vocab)), max(1, len(tokens.ids_N)))
     total, value_N = _DivergenceSum.apply(
-        hidden_ND, weight_VD, tokens.weight_N, targets, form, temperature, vocab, rows, tokens.native
+        hidden_ND, weight_VD, tokens.weight_N, targets, form, temperature, vocab, rows, tokens.native, tokens.room
     )
     return total, value_N
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shoestring.nn.room import Room, empty
+
 # form(z, t, buffers) -> value_n. z [n, V] and t [n, V]: student and teacher logits at the temperature, both may be
 # overwritten; d value / d z is left in z.
 Form = Callable[[Tensor, Tensor, "Buffers"], Tensor]
@@ -25,7 +27,8 @@ Opened = Callable[[slice, Tensor, Form], Tensor]
 class Buffers:
     """Scratch rows, made once and used for every chunk: allocating them anew costs more than computing in them."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: Room | None = None) -> None:
+        self.room = room
         self._made: dict[tuple[str, torch.dtype], Tensor] = {}
         self._once: dict[str, Any] = {}
 
@@ -40,7 +43,7 @@ class Buffers:
         n, columns, dtype = like.shape[0], columns or like.shape[1], dtype or like.dtype
         kept = self._made.get((name, dtype))
         if kept is None or kept.shape[0] < n or kept.shape[1] != columns:
-            kept = self._made[name, dtype] = torch.empty(n, columns, dtype=dtype, device=like.device)
+            kept = self._made[name, dtype] = empty(self.room, like, (n, columns), dtype)
         return kept[:n]
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from shoestring.nn.room import Room
+
 if TYPE_CHECKING:
     from shoestring.losses._teacher import Targets
 
@@ -24,3 +26,4 @@ class Tokens:
     teacher: Targets | None = None  # the teacher's side, row n beside token n
     place_N: Tensor | None = None  # where each stands in the batch, flat: for who reads other layers than the last
     native: bool = False  # whether the vocabulary is read in C (Kernels.native)
+    room: Room | None = None  # where large tensors of the step lie

@@ -35,7 +35,7 @@ def loss(
     if tokens.advantage_N is None or tokens.old_N is None:
         raise ValueError("the policy loss needs advantage_N and old_N for every token")
     logp_N, entropy_N = token_logprobs(
-        hidden_ND, weight_VD, tokens.ids_N, temperature=temperature, native=tokens.native
+        hidden_ND, weight_VD, tokens.ids_N, temperature=temperature, native=tokens.native, room=tokens.room
     )
     weight_N, advantage_N = tokens.weight_N, tokens.advantage_N
     # Masked rows may carry anything in old_N: keep exp() finite there, their weight is 0.

@@ -25,6 +25,7 @@ from shoestring.nn.mla import MLA
 from shoestring.nn.moe import MoE, balance_loss, expert_load
 from shoestring.nn.norm import RMSNorm
 from shoestring.nn.rope import Rope
+from shoestring.nn.tied import both_ends, worth_it
 
 
 @dataclass(slots=True)
@@ -37,6 +38,7 @@ class Output:
     balance: Tensor | None = None  # Σ over MoE layers of the sequence-wise Σ f·P, without α
     routed: Tensor | None = None  # [L, B, T, A]: the experts each token went to, MoE layers of the main model
     expert_load_LE: Tensor | None = None  # tokens each expert received; the MTP modules' layers come last
+    head_VD: Tensor | None = None  # the head as losses are to see it, where that spares a gradient (nn/tied.py)
 
     @property
     def logits(self) -> Tensor | None:
@@ -132,6 +134,13 @@ class Decoder(nn.Module):
     def embed(self, tokens_BT: Tensor) -> Tensor:
         return F.embedding(tokens_BT, self.embedding).to(self.kernels.torch_dtype)
 
+    def _ends(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tokens' embeddings, and the head where the table is both and worth the trouble."""
+        if self.lm_head is not None or not worth_it(self.embedding, self.kernels.native):
+            return self.embed(tokens_BT), None
+        rows_BTD, head_VD = both_ends(self.embedding, tokens_BT)
+        return rows_BTD.to(self.kernels.torch_dtype), head_VD
+
     def new_cache(self, batch: int, capacity: int) -> Cache:
         layers = len(self.model.layers)
         dtype, device = self.kernels.torch_dtype, self.embedding.device
@@ -181,7 +190,7 @@ class Decoder(nn.Module):
         step = self.prepare(tokens_BT, positions_BT, segments_BT, cache)
         counted_BT = None if segments_BT is None else segments_BT >= 0
         seen = Routed(self.n_experts)
-        x_BTD = self.embed(tokens_BT)
+        x_BTD, head_VD = self._ends(tokens_BT)
         for layer, block in enumerate(self.model.layers):
             assert isinstance(block, Block)
             replay = routing[len(seen.chosen)] if routing is not None and isinstance(block.mlp, MoE) else None
@@ -193,7 +202,7 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.used = max(cache.used, step.n_keys or tokens_BT.shape[1])
         hidden_BTD = self.model.norm(x_BTD, self.kernels.native)
-        out = Output(hidden_BTD, self.unembed(hidden_BTD) if logits else None)
+        out = Output(hidden_BTD, self.unembed(hidden_BTD) if logits else None, head_VD=head_VD)
         if mtp:
             out.mtp_hidden = self.predict_further(tokens_BT, hidden_BTD, positions_BT, segments_BT, seen, balance)
         if seen.chosen:

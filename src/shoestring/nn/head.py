@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoestring.nn import elements
+from shoestring.nn.room import Room, cast, empty
 
 CHUNK_ELEMENTS = 1 << 21  # logits alive at a time: 8 MB in fp32, about what a core's caches hold
 MIN_ROWS = 128  # fewer, and the pass over the gradient of a wide table costs more than the products (LOG.md, entry 9)
@@ -56,9 +57,9 @@ def add_outer(
             part_vD.add_(product_vD)
 
 
-def _unwritten(weight_VD: Tensor, hidden_ND: Tensor) -> Tensor:
+def _unwritten(weight_VD: Tensor, hidden_ND: Tensor, room: Room | None) -> Tensor:
     """The table's gradient before the first chunk is written to it; zero when there will be none."""
-    return torch.empty_like(weight_VD) if len(hidden_ND) else torch.zeros_like(weight_VD)
+    return empty(room, weight_VD) if len(hidden_ND) else torch.zeros_like(weight_VD)
 
 
 def scaled(gradient: Tensor | None, grad: Tensor) -> Tensor | None:
@@ -73,13 +74,15 @@ class _Rows:
 
     native = False
 
-    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int):
+    def __init__(
+        self, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int, room: Room | None
+    ):  # fmt: skip
         self.hidden_ND, self.ids_N1, self.temperature = hidden_ND, ids_N[:, None], temperature
-        self.table_VD = weight_VD.to(hidden_ND.dtype)
+        self.table_VD = cast(room, weight_VD, hidden_ND.dtype)
         chunk = min(chunk, len(hidden_ND))
-        self.wide_nV = hidden_ND.new_empty(chunk, len(weight_VD), dtype=_accurate(hidden_ND.dtype))
+        self.wide_nV = empty(room, hidden_ND, (chunk, len(weight_VD)), _accurate(hidden_ND.dtype))
         same = self.wide_nV.dtype == hidden_ND.dtype
-        self.narrow_nV = self.wide_nV if same else hidden_ND.new_empty(chunk, len(weight_VD))
+        self.narrow_nV = self.wide_nV if same else empty(room, hidden_ND, (chunk, len(weight_VD)))
         self.slices = [slice(start, start + chunk) for start in range(0, len(hidden_ND), chunk)] if chunk else []
 
     def logits(self, rows: slice) -> Tensor:
@@ -133,11 +136,13 @@ class _NativeRows(_Rows):
 
     native = True
 
-    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int):
+    def __init__(
+        self, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int, room: Room | None
+    ):  # fmt: skip
         self.hidden_ND, self.ids_N, self.temperature = hidden_ND, ids_N.contiguous(), temperature
-        self.table_VD = weight_VD.to(hidden_ND.dtype)
+        self.table_VD = cast(room, weight_VD, hidden_ND.dtype)
         chunk = min(chunk, len(hidden_ND))
-        self.narrow_nV = hidden_ND.new_empty(chunk, len(weight_VD))
+        self.narrow_nV = empty(room, hidden_ND, (chunk, len(weight_VD)))
         self.slices = [slice(start, start + chunk) for start in range(0, len(hidden_ND), chunk)] if chunk else []
 
     def _read(self, rows: slice, entropy_n: Tensor | None, slope: bool) -> tuple[Tensor, Tensor]:
@@ -159,23 +164,31 @@ class _NativeRows(_Rows):
 
 
 def _rows(
-    hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int, native: bool
+    hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int, native: bool,
+    room: Room | None,
 ) -> _Rows:  # fmt: skip
     way = _NativeRows if elements.usable(native, hidden_ND) else _Rows
-    return way(hidden_ND, weight_VD, ids_N, temperature, chunk)
+    return way(hidden_ND, weight_VD, ids_N, temperature, chunk, room)
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, weight_N: Tensor, chunk: int, native: bool
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        ids_N: Tensor,
+        weight_N: Tensor,
+        chunk: int,
+        native: bool,
+        room: Room | None,
     ) -> tuple[Tensor, Tensor]:
-        chunks = _rows(hidden_ND, weight_VD, ids_N, 1.0, chunk, native)
+        chunks = _rows(hidden_ND, weight_VD, ids_N, 1.0, chunk, native, room)
         weight_N = weight_N.to(_accurate(hidden_ND.dtype))
         logp_N = torch.empty_like(weight_N)
         want_hidden, want_table = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_ND = torch.empty_like(hidden_ND) if want_hidden else None
-        grad_VD = _unwritten(weight_VD, hidden_ND) if want_table else None
+        grad_VD = _unwritten(weight_VD, hidden_ND, room) if want_table else None
         for rows in chunks.slices:
             slope_nV, logp_N[rows] = chunks.slopes(rows)
             if want_hidden or want_table:  # d(-w·logp)/dlogits = w·(softmax - onehot)
@@ -187,53 +200,60 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         grad_ND, grad_VD = (scaled(g, grad) for g in ctx.saved_tensors)
-        return grad_ND, grad_VD, None, None, None, None
+        return grad_ND, grad_VD, None, None, None, None, None
 
 
 def cross_entropy_sum(
     hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, weight_N: Tensor, *, chunk: int | None = None,
-    native: bool = False,
+    native: bool = False, room: Room | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(Σ_n weight_n · -log p(ids_n), the detached logprobs [N] in fp32). Rows of weight 0 cost no gradient."""
     rows = chunk or _chunk_rows(hidden_ND, weight_VD.shape[0], native)
-    loss, logp_N = _CrossEntropySum.apply(hidden_ND, weight_VD, ids_N, weight_N, rows, native)
+    loss, logp_N = _CrossEntropySum.apply(hidden_ND, weight_VD, ids_N, weight_N, rows, native, room)
     return loss, logp_N
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int, native: bool
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        ids_N: Tensor,
+        temperature: float,
+        chunk: int,
+        native: bool,
+        room: Room | None,
     ) -> tuple[Tensor, Tensor]:
-        chunks = _rows(hidden_ND, weight_VD, ids_N, temperature, chunk, native)
+        chunks = _rows(hidden_ND, weight_VD, ids_N, temperature, chunk, native, room)
         logp_N = hidden_ND.new_empty(len(hidden_ND), dtype=_accurate(hidden_ND.dtype))
         entropy_N = torch.empty_like(logp_N)
         for rows in chunks.slices:
             logp_N[rows], entropy_N[rows] = chunks.logprobs(rows)
         ctx.save_for_backward(hidden_ND, weight_VD, ids_N)
-        ctx.temperature, ctx.chunk, ctx.native = temperature, chunk, native
+        ctx.temperature, ctx.chunk, ctx.native, ctx.room = temperature, chunk, native, room
         ctx.mark_non_differentiable(entropy_N)
         return logp_N, entropy_N
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, ids_N = ctx.saved_tensors
-        chunks = _rows(hidden_ND, weight_VD, ids_N, ctx.temperature, ctx.chunk, ctx.native)
+        chunks = _rows(hidden_ND, weight_VD, ids_N, ctx.temperature, ctx.chunk, ctx.native, ctx.room)
         grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        grad_VD = _unwritten(weight_VD, hidden_ND) if ctx.needs_input_grad[1] else None
+        grad_VD = _unwritten(weight_VD, hidden_ND, ctx.room) if ctx.needs_input_grad[1] else None
         factor_N = grad_N / -ctx.temperature  # dlogp/dlogits = (onehot - softmax) / temperature
         for rows in chunks.slices:
             chunks.add_gradients(chunks.slopes(rows)[0], factor_N[rows], rows, grad_ND, grad_VD)
-        return grad_ND, grad_VD, None, None, None, None
+        return grad_ND, grad_VD, None, None, None, None, None
 
 
 def token_logprobs(
     hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, *, temperature: float = 1.0, chunk: int | None = None,
-    native: bool = False,
+    native: bool = False, room: Room | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(log p(ids_n) [N] with gradient, the detached entropy [N] in nats), both at `temperature`, in fp32."""
     rows = chunk or _chunk_rows(hidden_ND, weight_VD.shape[0], native)
-    logp_N, entropy_N = _TokenLogprobs.apply(hidden_ND, weight_VD, ids_N, temperature, rows, native)
+    logp_N, entropy_N = _TokenLogprobs.apply(hidden_ND, weight_VD, ids_N, temperature, rows, native, room)
     return logp_N, entropy_N
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from shoestring.data.batch import Batch, total_weight
 from shoestring.losses import next_token
 from shoestring.losses._tokens import Tokens
 from shoestring.nn.moe import update_router_bias
+from shoestring.nn.room import Room
 from shoestring.optim.base import Optimizer
 from shoestring.optim.schedules import lr_at
 from shoestring.train.configs import TrainBase
@@ -44,6 +45,7 @@ class TrainState:
     reference: Any = None  # the frozen model of a KL term, saved with the rest
     checked_tokens: int = 0  # what the check before RL spent: on the bill, not in the training budget; in the
     checked_flops: float = 0.0  # manifest, not in checkpoints
+    room: Room = field(default_factory=Room)  # memory that every step uses again
 
     def spent(self) -> dict[str, Any]:
         """Totals of the run so far, as metrics, ledger and bill name them."""
@@ -77,17 +79,23 @@ def flat_tokens(batch: Batch) -> tuple[Tokens, Tensor]:
     return Tokens(ids_N, weight_N, *more, batch.teacher, keep_N), keep_N
 
 
-def _mtp_sum(mtp_hidden_BTD: Tensor, head_VD: Tensor, batch: Batch, native: bool) -> Tensor:
+def _mtp_sum(mtp_hidden_BTD: Tensor, head_VD: Tensor, batch: Batch, native: bool, room: Room | None) -> Tensor:
     """Σ of -log p over the tokens two ahead (V3 eq. 24, depth 1). The module has T-1 positions."""
     length = mtp_hidden_BTD.shape[1]
     weight_N = batch.weight2_BT[:, :length].flatten()
     keep_N = weight_N.nonzero().squeeze(1)
-    tokens = Tokens(batch.target2_BT[:, :length].flatten()[keep_N], weight_N[keep_N], native=native)
+    tokens = Tokens(batch.target2_BT[:, :length].flatten()[keep_N], weight_N[keep_N], native=native, room=room)
     return next_token.loss(mtp_hidden_BTD.flatten(0, 1)[keep_N], head_VD, tokens)[0]
 
 
 def accumulate(
-    model: Any, batches: Sequence[Batch], objective: Objective, *, mtp_lambda: float, balance_alpha: float
+    model: Any,
+    batches: Sequence[Batch],
+    objective: Objective,
+    *,
+    mtp_lambda: float,
+    balance_alpha: float,
+    room: Room | None = None,
 ) -> tuple[float, dict[str, float], Tensor | None]:
     """Gradients of one optimiser batch into `.grad`. Returns (mean loss of the objective, its metrics as means,
     expert load [L, E] summed over the micro-batches or None)."""
@@ -106,12 +114,13 @@ def accumulate(
             logits=False, mtp=with_mtp, balance=balance_alpha > 0,
         )  # fmt: skip
         targets, keep_N = flat_tokens(batch)
-        targets.native = model.kernels.native
+        targets.native, targets.room = model.kernels.native, room
         targets.weight_N = targets.weight_N / weight  # not the sum: the head's gradient is then made as it is needed
-        loss, metrics = objective(out.hidden_BTD.flatten(0, 1)[keep_N], model.head_weight, targets)
+        head_VD = model.head_weight if out.head_VD is None else out.head_VD
+        loss, metrics = objective(out.hidden_BTD.flatten(0, 1)[keep_N], head_VD, targets)
         loss_sum += float(loss.detach())
         if with_mtp and weight2 > 0:
-            mtp_mean = _mtp_sum(out.mtp_hidden[0], model.head_weight, batch, model.kernels.native) / weight2
+            mtp_mean = _mtp_sum(out.mtp_hidden[0], head_VD, batch, model.kernels.native, room) / weight2
             loss = loss + mtp_lambda * mtp_mean
             metrics["mtp"] = mtp_mean.detach()
         if balance_alpha > 0 and out.balance is not None:
@@ -133,8 +142,9 @@ def train_step(
     stage's budget already spent; it drives the schedule. Raises FloatingPointError when the gradient is not finite
     (the state is then untouched, the last checkpoint resumes)."""
     loss, metrics, load_LE = accumulate(
-        state.model, batches, objective, mtp_lambda=stage.mtp_lambda, balance_alpha=stage.balance_alpha
-    )
+        state.model, batches, objective, mtp_lambda=stage.mtp_lambda, balance_alpha=stage.balance_alpha,
+        room=state.room,
+    )  # fmt: skip
     trainable = [p for p in state.model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
     grad_norm = float(norm)

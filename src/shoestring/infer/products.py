@@ -17,7 +17,9 @@ from torch import Tensor
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether oneDNN's packed products are there for this dtype and device."""
-    return dtype == torch.bfloat16 and device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if dtype != torch.bfloat16 or device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # not on processors without AVX-512 or the like
 
 
 def to_int8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:

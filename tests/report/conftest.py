@@ -120,9 +120,16 @@ def curve(kind: str, name: str, step: int, steps: int, rng: random.Random) -> di
     if kind == "rl":
         gain = 0.0 if "shuffled" in name else 1 / (1 + math.exp(-9 * (x - 0.45)))
         right = 0.5 + 0.42 * gain + 0.03 * noise
-        row |= {"reward/correct": right, "reward/format": 0.97 + 0.003 * noise, "reward": right + 0.097,
-                "length": 7 + 16 * gain + 0.5 * noise, "entropy": 0.30 - 0.22 * x + 0.01 * noise,
-                "ratio_error": 3e-7 * (1 + 0.1 * abs(noise)), "mixed_groups": 0.8 - 0.5 * gain, "loss": 0.01 * noise}
+        row |= {
+            "reward/correct": right,
+            "reward/format": 0.97 + 0.003 * noise,
+            "reward": right + 0.097,
+            "length": 7 + 16 * gain + 0.5 * noise,
+            "entropy": 0.30 - 0.22 * x + 0.01 * noise,
+            "ratio_error": 3e-7 * (1 + 0.1 * abs(noise)),
+            "mixed_groups": 0.8 - 0.5 * gain,
+            "loss": 0.01 * noise,
+        }
         if "student" in name:
             del row["max_violation"]
     else:

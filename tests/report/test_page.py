@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from shoestring.core.atomic import read_lines
 from shoestring.core.run import Run, runs_tree
 from shoestring.report.curves import averaged, log_ticks, nice_ticks, smoothed
 from shoestring.report.drawing import road_svg
@@ -79,7 +80,7 @@ def test_everything_the_recipe_asks_for_is_on_it(road):
         assert f"<h2>{heading}</h2>" in text
     assert '<th scope="col">of them sampled</th>' in text
     assert "Pass rate in training" in text and "Before “teacher RL”: right of 16 samples" in text
-    assert text.count("<b class=\"yes\">✓ reached</b>") + text.count("<b class=\"no\">✗ missed</b>") == 5
+    assert text.count('<b class="yes">✓ reached</b>') + text.count('<b class="no">✗ missed</b>') == 5
     assert recipe.report["note"] in text and "{teacher" not in text
     assert "Not whole yet" not in text
 
@@ -91,7 +92,7 @@ def test_what_models_and_recipes_say_is_text(road, tmp_path):
     report["claims"] = [report["claims"][0] | {"text": HOSTILE}]
     changed = Recipe.from_dict(recipe.to_dict() | {"report": report})
     copy = _copy_of(runs["eval-teacher-rl"], tmp_path / "eval")
-    rows = [json.loads(line) for line in (copy.path / "samples" / "answers.jsonl").read_text().splitlines()]
+    rows = read_lines(copy.path / "samples" / "answers.jsonl")
     for row in rows:
         row |= {"texts": [f"<think>{HOSTILE}</think>{HOSTILE}"], "prompt": HOSTILE, "gold": HOSTILE, "kind": HOSTILE}
     (copy.path / "samples" / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

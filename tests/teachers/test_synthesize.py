@@ -19,6 +19,7 @@ from test_ask_crash import answered
 from test_ask_serve import Serving
 
 from shoestring.cli import main
+from shoestring.core.atomic import read_lines
 from shoestring.core.nouns import Message
 from shoestring.curate._writing import OPERATORS, WANTED, Request, judgement, read, rejected, unfit
 from shoestring.data.store import Store
@@ -53,7 +54,7 @@ def made(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 0
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "prompts" / "questions.jsonl").read_text().splitlines()]
+    return read_lines(folder / "prompts" / "questions.jsonl")
 
 
 @pytest.mark.parametrize(("method", "operators"), [
@@ -204,12 +205,12 @@ def test_kill_9_and_the_same_questions(
     arguments = [sys.executable, "-m", "shoestring.cli", *command(slow, killed, "evolve", 80), "--concurrency", "8"]
     for more in (15, 60):
         process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline and answered(killed / "prompts") < more:
             time.sleep(0.003)
         process.kill()
         process.wait()
-    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
 
     def said(folder: Path) -> list[tuple[str, str, list[str]]]:

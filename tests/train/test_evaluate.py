@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from shoestring.core import ledger
+from shoestring.core.atomic import read_lines
 from shoestring.core.run import Run, runs_tree, totals
 from shoestring.infer.engine import Engine
 from shoestring.recipes import quickstart
@@ -49,7 +50,7 @@ def test_a_killed_evaluation_goes_on(folder: Path, tmp_path: Path, monkeypatch: 
     (cut,) = ledger.read(root)
     assert cut.tokens == cut.sampled_tokens > 0 and cut.flops > 0
     answers = runs_tree(root)[0].path / "samples" / "answers.jsonl"
-    assert len(answers.read_text().splitlines()) == 8
+    assert len(read_lines(answers)) == 8
     if torn:  # the machine died while the second batch was being written
         answers.write_bytes(answers.read_bytes()[:-40])
     run = road(folder, root)
@@ -63,7 +64,7 @@ def test_a_killed_evaluation_goes_on(folder: Path, tmp_path: Path, monkeypatch: 
 
 def test_the_cost_is_that_of_what_was_read_and_written(folder: Path, tmp_path: Path, model: Any) -> None:
     run = road(folder, tmp_path)
-    rows = [json.loads(line) for line in (run.path / "samples" / "answers.jsonl").read_text().splitlines()]
+    rows = read_lines(run.path / "samples" / "answers.jsonl")
     cost = run.manifest["cost"]
     assert cost["tokens"] == cost["sampled_tokens"] == sum(row["prompt_tokens"] + sum(row["tokens"]) for row in rows)
     assert cost["flops"] == pytest.approx(sampling_flops(model, [(r["prompt_tokens"], r["tokens"]) for r in rows]))

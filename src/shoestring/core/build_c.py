@@ -72,7 +72,7 @@ def _built(compiler: str, sources: Path, name: str, headers: Path | None) -> Pat
 
 def _output(command: list[str]) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         raise Missing(f"{command[0]} failed: {said[0] if said else error}") from error

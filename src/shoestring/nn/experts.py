@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from shoestring.nn import elements
+from shoestring.nn import elements, multiply
 from shoestring.nn.kernels import Kernels
 from shoestring.nn.linear import swiglu, swiglu_backward
 
@@ -176,6 +177,50 @@ def experts_native(x_ND: Tensor, gate_up: Tensor, down: Tensor, chosen_NA: Tenso
     return y
 
 
+class _Multiplied(torch.autograd.Function):
+    """`_NativeLoop` with the products in C too: an expert's rows stay in cache from product to product, and its weights
+    are read, and their gradients made, in their own dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, gate_up: Tensor, down: Tensor, weight_NA: Tensor, order: Order) -> Tensor:
+        x_ND, gate_up, down, weight_NA = (x.contiguous() for x in (x_ND, gate_up, down, weight_NA))
+        (N, D), P, F = x_ND.shape, len(order.token_P), down.shape[2]
+        h_PG, y_PD, y_ND = x_ND.new_empty(P, 2 * F), x_ND.new_empty(P, D), torch.empty_like(x_ND)
+        multiply.experts("experts_forward", x_ND, order, gate_up, down, h=h_PG, y=y_PD)
+        elements.call("combine", x_ND.dtype, y_PD, order.place_NA, weight_NA, N, order.place_NA.shape[1], D, y_ND)
+        ctx.save_for_backward(x_ND, gate_up, down, weight_NA, h_PG)
+        ctx.order = order
+        return y_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, gate_up, down, weight_NA, h_PG = ctx.saved_tensors
+        order, (N, D), (P, G) = ctx.order, x_ND.shape, h_PG.shape
+        place_M, dweight_P = order.place_NA.flatten(), torch.empty(P)
+        weight_P = torch.zeros(P).index_copy_(0, place_M, weight_NA.flatten())  # 0 in padding
+        dx_PD, dx_ND = x_ND.new_empty(P, D), torch.empty_like(x_ND)
+        into = {}
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            into = {
+                f"d{n}": torch.empty_like(w, dtype=torch.float32) for n, w in (("gate_up", gate_up), ("down", down))
+            }
+        multiply.experts(
+            "experts_backward", x_ND, order, gate_up, down, h=h_PG, dy=dy_ND.contiguous(), weight=weight_P,
+            dh=torch.empty_like(h_PG), a=x_ND.new_empty(P, G // 2), dx=dx_PD, dweight=dweight_P, **into,
+        )  # fmt: skip
+        elements.call("combine", x_ND.dtype, dx_PD, order.place_NA, None, N, order.place_NA.shape[1], D, dx_ND)
+        dgate_up, ddown = (into[n].to(gate_up.dtype) if into else None for n in ("dgate_up", "ddown"))
+        return dx_ND, dgate_up, ddown, dweight_P[place_M].view_as(weight_NA), None
+
+
+def experts_multiplied(x_ND: Tensor, gate_up: Tensor, down: Tensor, chosen_NA: Tensor, weight_NA: Tensor) -> Tensor:
+    """`experts_loop` with csrc/multiply.c; the weights as they are."""
+    order = native_order(chosen_NA, len(gate_up), multiple=8)
+    y: Tensor = _Multiplied.apply(x_ND, gate_up, down, weight_NA.float(), order)
+    return y
+
+
 def experts_loop(x_ND: Tensor, gate_up: Tensor, down: Tensor, chosen_NA: Tensor, weight_NA: Tensor) -> Tensor:
     """One product a matrix and expert, forward and backward by hand."""
     order = Order(chosen_NA, len(gate_up), multiple=_multiple(x_ND))
@@ -232,6 +277,10 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(n, d_model, width, device=device))
 
     def forward(self, x_ND: Tensor, chosen_NA: Tensor, weight_NA: Tensor, kernels: Kernels) -> Tensor:
+        weights = self.gate_up_proj, self.down_proj
+        even = all(size % 2 == 0 for size in self.down_proj.shape[1:])
+        if kernels.experts == "loop" and even and multiply.usable(kernels.native, x_ND, weights):
+            return experts_multiplied(x_ND, *weights, chosen_NA, weight_NA)
         gate_up, down = self.gate_up_proj.to(x_ND.dtype), self.down_proj.to(x_ND.dtype)
         ways = NATIVE if elements.usable(kernels.native, x_ND) else WAYS
         return ways[kernels.experts](x_ND, gate_up, down, chosen_NA, weight_NA)

@@ -29,7 +29,7 @@ class GQA(nn.Module):
 
     def forward(self, x_BTD: Tensor, step: Pass, layer: int) -> Tensor:
         native = step.kernels.native
-        qkv = together(x_BTD, (self.q_proj, self.k_proj, self.v_proj)).unflatten(-1, (-1, self.head_dim))
+        qkv = together(x_BTD, (self.q_proj, self.k_proj, self.v_proj), native).unflatten(-1, (-1, self.head_dim))
         q_BTHK, k_BTGK, v_BTGK = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK, native), self.k_norm(k_BTGK, native)
@@ -43,4 +43,4 @@ class GQA(nn.Module):
             k_BTGK, v_BTGK = kv.chunk(2, dim=2)
         q, k, v = (y.transpose(1, 2) for y in (q_BTHK, k_BTGK, v_BTGK))
         out = step.attend(q, k, v, self.head_dim**-0.5)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(out.transpose(1, 2).flatten(2), native)

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoestring.nn import elements
+from shoestring.nn import elements, multiply
 from shoestring.nn.room import Room, cast, empty
 
 CHUNK_ELEMENTS = 1 << 21  # logits alive at a time: 8 MB in fp32, about what a core's caches hold
 MIN_ROWS = 128  # fewer, and the pass over the gradient of a wide table costs more than the products (LOG.md, entry 9)
 
+PACKED = 8192  # rows of a table up to which our own products pack it anew for each chunk
 SLICE_ELEMENTS = 1 << 19  # of the table's gradient that are multiplied and added at a time
 
 
@@ -31,6 +32,11 @@ def _chunk_rows(hidden_ND: Tensor, vocab: int, native: bool) -> int:
     """Twice as many where no fp32 lies beside logits of two bytes: less memory still, and faster products."""
     rows = max(MIN_ROWS, CHUNK_ELEMENTS // vocab)
     return 2 * rows if elements.usable(native, hidden_ND) and hidden_ND.element_size() == 2 else rows
+
+
+def _multiplied(native: bool, hidden_ND: Tensor, weight_VD: Tensor) -> bool:
+    """Whether products with the table are nn/multiply.py's."""
+    return len(weight_VD) <= PACKED and multiply.usable(native, hidden_ND, (weight_VD,))
 
 
 def _accurate(dtype: torch.dtype) -> torch.dtype:
@@ -44,6 +50,8 @@ def add_outer(
 
     `first`: write it, whatever was there. `native`: the sum without a copy of the product in the table's dtype.
     """
+    if grad_VD.dtype == torch.float32 and _multiplied(native, hidden_nD, grad_VD):
+        return multiply.gradients(dz_nV, hidden_nD, (grad_VD,), add=not first)
     step = max(1024, SLICE_ELEMENTS // hidden_nD.shape[1]) if grad_VD.device.type == "cpu" else len(grad_VD)
     for part_vD, dz_nv in zip(grad_VD.split(step), dz_nV.split(step, dim=1), strict=True):
         product_vD = dz_nv.t() @ hidden_nD
@@ -119,13 +127,17 @@ class _Rows:
         p_nV.scatter_(1, self.ids_N1[rows], logp_n.expm1()[:, None])
         return p_nV if self.narrow_nV is self.wide_nV else self.narrow_nV[: len(p_nV)].copy_(p_nV)
 
+    def back(self, slope_nV: Tensor, out_nD: Tensor) -> Tensor:
+        """Slopes times the table."""
+        return torch.mm(slope_nV, self.table_VD, out=out_nD)
+
     def add_gradients(
         self, slope_nV: Tensor, factor_n: Tensor, rows: slice, grad_ND: Tensor | None, grad_VD: Tensor | None
     ) -> None:
         """Gradients of Σ factor · logit where dlogit = slope. The factor goes onto the D side, the narrow one."""
         factor_n1 = factor_n[:, None]
         if grad_ND is not None:
-            torch.mm(slope_nV, self.table_VD, out=grad_ND[rows]).mul_(factor_n1)
+            self.back(slope_nV, grad_ND[rows]).mul_(factor_n1)
         if grad_VD is not None:
             scaled_nD = (self.hidden_ND[rows] * factor_n1).to(slope_nV.dtype)
             add_outer(grad_VD, slope_nV, scaled_nD, first=rows.start == 0, native=self.native)
@@ -140,20 +152,30 @@ class _NativeRows(_Rows):
         self, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int, room: Room | None
     ):  # fmt: skip
         self.hidden_ND, self.ids_N, self.temperature = hidden_ND, ids_N.contiguous(), temperature
-        self.table_VD = cast(room, weight_VD, hidden_ND.dtype)
-        chunk = min(chunk, len(hidden_ND))
-        self.narrow_nV = empty(room, hidden_ND, (chunk, len(weight_VD)))
-        self.slices = [slice(start, start + chunk) for start in range(0, len(hidden_ND), chunk)] if chunk else []
+        N = len(hidden_ND)
+        count = -(-N // chunk)
+        self.slices = [slice(N * i // count, N * (i + 1) // count) for i in range(count)]  # even: none of a few rows
+        self.multiplied = chunk >= 16 and _multiplied(True, hidden_ND, weight_VD)
+        self.table_VD = weight_VD.contiguous() if self.multiplied else cast(room, weight_VD, hidden_ND.dtype)
+        self.narrow_nV = empty(room, hidden_ND, (-(-N // count) if count else 0, len(weight_VD)))
 
     def _read(self, rows: slice, entropy_n: Tensor | None, slope: bool) -> tuple[Tensor, Tensor]:
         hidden_nD = self.hidden_ND[rows]
         (n, V), narrow_nV = (len(hidden_nD), self.narrow_nV.shape[1]), self.narrow_nV[: len(hidden_nD)]
-        torch.mm(hidden_nD, self.table_VD.t(), out=narrow_nV)
+        if self.multiplied:
+            multiply.forward(hidden_nD, (self.table_VD,), narrow_nV)
+        else:
+            torch.mm(hidden_nD, self.table_VD.t(), out=narrow_nV)
         logp_n = torch.empty(n)
         elements.call(
             "vocabulary", narrow_nV.dtype, narrow_nV, self.ids_N[rows], self.temperature, n, V, logp_n, entropy_n, slope
         )  # fmt: skip
         return narrow_nV, logp_n
+
+    def back(self, slope_nV: Tensor, out_nD: Tensor) -> Tensor:
+        if self.multiplied:
+            return multiply.inputs(slope_nV, (self.table_VD,), out_nD)
+        return super().back(slope_nV, out_nD)
 
     def slopes(self, rows: slice) -> tuple[Tensor, Tensor]:
         return self._read(rows, None, True)

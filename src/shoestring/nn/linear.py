@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoestring.nn import elements
+from shoestring.nn import elements, multiply
 
 
 class Linear(nn.Module):
@@ -20,20 +20,23 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+    def forward(self, x: Tensor, native: bool = False) -> Tensor:
+        return together(x, (self,), native)
 
 
-def together(x: Tensor, layers: Sequence[Linear]) -> Tensor:
+def together(x: Tensor, layers: Sequence[Linear], native: bool = False) -> Tensor:
     """Several linears of one input as one product: the outputs side by side in the last dimension."""
-    weight = torch.cat([layer.weight for layer in layers]).to(x.dtype)
+    weights: list[Tensor] = [layer.weight for layer in layers]
     bias = None
     if any(layer.bias is not None for layer in layers):
-        zeros = [x.new_zeros(layer.weight.shape[0]) for layer in layers]
+        zeros = [x.new_zeros(weight.shape[0]) for weight in weights]
         pairs = zip(layers, zeros, strict=True)
         bias = torch.cat([zero if layer.bias is None else layer.bias.to(x.dtype) for layer, zero in pairs])
-    return F.linear(x, weight, bias)
+    if multiply.usable(native, x, weights):
+        y = multiply.linear(x, weights)
+        return y if bias is None else y + bias
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    return F.linear(x, weight.to(x.dtype), bias)
 
 
 def swiglu_plain(h: Tensor) -> Tensor:
@@ -103,4 +106,4 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(width, d_model, bias=bias, device=device)
 
     def forward(self, x_BTD: Tensor, native: bool = False) -> Tensor:
-        return self.down_proj(swiglu(together(x_BTD, (self.gate_proj, self.up_proj)), native=native))
+        return self.down_proj(swiglu(together(x_BTD, (self.gate_proj, self.up_proj), native), native=native), native)

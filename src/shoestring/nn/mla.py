@@ -129,14 +129,14 @@ class MLA(nn.Module):
         """The products before attention: q [B, T, H, nope+R], latent c [B, T, C] (normed) and k_pe [B, T, R]."""
         first = self.q_proj if self.q_lora is None else self.q_a_proj
         widths = [first.weight.shape[0], self.kv_lora, self.rope]
-        q, c_kv, k_pe = together(x_BTD, (first, self.kv_a_proj_with_mqa)).split(widths, dim=-1)
+        q, c_kv, k_pe = together(x_BTD, (first, self.kv_a_proj_with_mqa), native).split(widths, dim=-1)
         if self.q_lora is not None:
-            q = self.q_b_proj(self.q_a_layernorm(q, native))
+            q = self.q_b_proj(self.q_a_layernorm(q, native), native)
         return q.unflatten(-1, (self.heads, -1)), self.kv_a_layernorm(c_kv, native), k_pe
 
     def naive(self, q_BTHK: Tensor, c_BTC: Tensor, k_pe_BTR: Tensor, step: Pass) -> Tensor:
         """Keys and values of every head written out: heads of width nope + rope and v ("MHA mode")."""
-        kv = self.kv_b_proj(c_BTC).unflatten(-1, (self.heads, -1))
+        kv = self.kv_b_proj(c_BTC, step.kernels.native).unflatten(-1, (self.heads, -1))
         q_BHTK, k_BHTK, v_BHTV = heads(
             q_BTHK, kv, k_pe_BTR, step.cis, self.nope, self.interleaved, native=step.kernels.native
         )
@@ -168,4 +168,4 @@ class MLA(nn.Module):
             out = self.absorbed(q_BTHK, step.cache.read(layer, step.n_keys), step)
         else:
             out = self.naive(q_BTHK, c_BTC, k_pe_BTR, step)
-        return self.o_proj(out.flatten(2))
+        return self.o_proj(out.flatten(2), step.kernels.native)

@@ -36,4 +36,4 @@ class MTPJoin(nn.Module):
 
     def join(self, next_embedding_BTD: Tensor, hidden_BTD: Tensor, native: bool = False) -> Tensor:
         normed = self.enorm(next_embedding_BTD, native), self.hnorm(hidden_BTD, native)
-        return self.eh_proj(torch.cat(normed, dim=-1))
+        return self.eh_proj(torch.cat(normed, dim=-1), native)

@@ -110,10 +110,10 @@ class Running:
             try:
                 lines = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
                 command = (status.parent / "cmdline").read_bytes()
-            except OSError:
+                began = int((status.parent / "stat").read_text().rpartition(")")[2].split()[19])
+            except OSError:  # it has ended meanwhile
                 continue
             if int(lines["PPid"]) == self.process.pid and b"spawn_main" in command:
-                began = int((status.parent / "stat").read_text().rpartition(")")[2].split()[19])
                 found.append((began, int(status.parent.name)))
         return [pid for _, pid in sorted(found)]
 

@@ -90,3 +90,26 @@ def test_products_in_bf16_are_added_as_torch_adds_them(first: bool) -> None:
     assert torch.equal(found_VD, plain_VD)
     whole_VD = dz_nV.t().float() @ hidden_nD.float() + (0 if first else before_VD)
     torch.testing.assert_close(found_VD, whole_VD, atol=0.1, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "in_c", [False, pytest.param(True, marks=pytest.mark.skipif(native.why_not() is not None, reason="no library"))]
+)
+def test_terms_of_logprobs_in_one_pass(in_c: bool) -> None:
+    """The sum, logprobs, entropies and gradients are those of the terms behind `token_logprobs`."""
+    drawn = torch.Generator().manual_seed(0)
+    hidden, table = torch.randn(50, 12, generator=drawn), torch.randn(70, 12, generator=drawn)
+    ids, by = torch.arange(50), torch.randn(50, generator=drawn)
+    found = []
+    for one_pass in (True, False):
+        h, w = hidden.clone().requires_grad_(), table.clone().requires_grad_()
+        if one_pass:
+            value, logp, entropy = head.terms_sum(
+                h, w, ids, lambda logp_n, rows: by[rows] * logp_n.exp(), temperature=0.7, chunk=16, native=in_c
+            )
+        else:
+            logp, entropy = head.token_logprobs(h, w, ids, temperature=0.7)
+            value = (by * logp.exp()).sum()
+        found.append((value, logp, entropy, *torch.autograd.grad(3 * value, [h, w])))
+    for got, want in zip(*found, strict=True):
+        assert want.any() and (got - want).abs().max() <= 1e-5 * want.abs().max()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shoestring.losses._tokens import Tokens
-from shoestring.nn.head import token_logprobs
+from shoestring.nn.head import terms_sum
 
 
 def loss(
@@ -34,26 +34,37 @@ def loss(
     """
     if tokens.advantage_N is None or tokens.old_N is None:
         raise ValueError("the policy loss needs advantage_N and old_N for every token")
-    logp_N, entropy_N = token_logprobs(
-        hidden_ND, weight_VD, tokens.ids_N, temperature=temperature, native=tokens.native, room=tokens.room
+    if kl_beta > 0 and tokens.ref_N is None:
+        raise ValueError("kl_beta > 0 needs the reference's logprobs ref_N")
+
+    def terms(logp_N: Tensor, rows: slice) -> Tensor:
+        term_N = _parts(logp_N, tokens, rows, clip_low, clip_high, kl_beta)[0]
+        return term_N * tokens.weight_N[rows]
+
+    value, logp_N, entropy_N = terms_sum(
+        hidden_ND, weight_VD, tokens.ids_N, terms, temperature=temperature, native=tokens.native, room=tokens.room
     )
-    weight_N, advantage_N = tokens.weight_N, tokens.advantage_N
+    on_N, everything = tokens.weight_N.detach(), slice(None)
+    _, metrics = _parts(logp_N, tokens, everything, clip_low, clip_high, kl_beta)
+    sums = {name: (on_N * metric_N).sum() for name, metric_N in (metrics | {"entropy": entropy_N}).items()}
+    return value, sums
+
+
+def _parts(
+    logp_N: Tensor, tokens: Tokens, rows: slice, clip_low: float, clip_high: float, kl_beta: float
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """The terms of some tokens, and their metrics, all without weights."""
+    assert tokens.advantage_N is not None and tokens.old_N is not None
+    seen_N, advantage_N = tokens.weight_N[rows] != 0, tokens.advantage_N[rows]
     # Masked rows may carry anything in old_N: keep exp() finite there, their weight is 0.
-    delta_N = torch.where(weight_N != 0, logp_N - tokens.old_N, torch.zeros_like(logp_N))
+    delta_N = torch.where(seen_N, logp_N - tokens.old_N[rows], torch.zeros_like(logp_N))
     ratio_N = delta_N.exp()
     clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
     term_N = -torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N)
-    on_N = weight_N.detach()
-    metrics = {
-        "clipped": (on_N * (ratio_N * advantage_N > clipped_N * advantage_N)).sum().detach(),
-        "entropy": (on_N * entropy_N).sum(),
-        "ratio_error": (on_N * delta_N.detach().abs()).sum(),
-    }
+    metrics = {"clipped": ratio_N * advantage_N > clipped_N * advantage_N, "ratio_error": delta_N.abs()}
     if kl_beta > 0:
-        if tokens.ref_N is None:
-            raise ValueError("kl_beta > 0 needs the reference's logprobs ref_N")
-        gap_N = torch.where(weight_N != 0, tokens.ref_N - logp_N, torch.zeros_like(logp_N)).clamp(-20, 20)
-        k3_N = gap_N.exp() - gap_N - 1
-        term_N = term_N + kl_beta * ratio_N * k3_N
-        metrics["kl"] = (on_N * k3_N.detach()).sum()
-    return (term_N * weight_N).sum(), metrics
+        assert tokens.ref_N is not None
+        gap_N = torch.where(seen_N, tokens.ref_N[rows] - logp_N, torch.zeros_like(logp_N)).clamp(-20, 20)
+        metrics["kl"] = gap_N.exp() - gap_N - 1
+        term_N = term_N + kl_beta * ratio_N * metrics["kl"]
+    return term_N, metrics

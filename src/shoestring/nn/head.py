@@ -4,14 +4,16 @@ For N tokens, width D and vocabulary V the logits [N, V] exist only `chunk` rows
 backward, so memory is O(chunk·V + N·D + V·D) for any vocabulary.
 
 `cross_entropy_sum` makes its gradients in the forward pass (as Liger and Cut-Cross-Entropy do): the weights of
-the tokens are known there, which saves computing the logits a second time. `token_logprobs` serves losses whose
-gradient is known only later (policy gradients): it recomputes the logits chunk by chunk in the backward.
+the tokens are known there, which saves computing the logits a second time; `terms_sum` does so for any function of
+a token's logprob (policy gradients). `token_logprobs` serves losses whose gradient is known only later: it recomputes
+the logits chunk by chunk in the backward.
 Products run in the dtype of `hidden_ND`, everything after them in fp32 (fp64 if the input is). The plain twins
 `plain_*` materialise everything; tests compare values and gradients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from shoestring.nn.room import Room, cast, empty
 CHUNK_ELEMENTS = 1 << 21  # logits alive at a time: 8 MB in fp32, about what a core's caches hold
 MIN_ROWS = 128  # fewer, and the pass over the gradient of a wide table costs more than the products (LOG.md, entry 9)
 
+Terms = Callable[[Tensor, slice], Tensor]
 PACKED = 8192  # rows of a table up to which our own products pack it anew for each chunk
 SLICE_ELEMENTS = 1 << 19  # of the table's gradient that are multiplied and added at a time
 
@@ -114,6 +117,12 @@ class _Rows:
         p_nV = torch.exp(logp_nV, out=self.wide_nV[: len(logp_nV)])
         return logp_n, -p_nV.mul_(logp_nV).sum(-1)
 
+    def slopes_and_entropy(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Both, and the entropy."""
+        p_nV, logp_n = self.softmax(rows)
+        entropy_n = torch.special.entr(p_nV).sum(-1)
+        return self.slope(p_nV, logp_n, rows), logp_n, entropy_n
+
     def softmax(self, rows: slice) -> tuple[Tensor, Tensor]:
         """(probabilities, logprobs of the ids). Every pass over the vocabulary but one reads only: from the largest
         logit x and its probability p, log Σ exp = x - log p, exactly enough because p >= 1/V."""
@@ -183,6 +192,10 @@ class _NativeRows(_Rows):
     def logprobs(self, rows: slice) -> tuple[Tensor, Tensor]:
         entropy_n = torch.empty(len(self.hidden_ND[rows]))
         return self._read(rows, entropy_n, False)[1], entropy_n
+
+    def slopes_and_entropy(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        entropy_n = torch.empty(len(self.hidden_ND[rows]))
+        return *self._read(rows, entropy_n, True), entropy_n
 
 
 def _rows(
@@ -277,6 +290,53 @@ def token_logprobs(
     rows = chunk or _chunk_rows(hidden_ND, weight_VD.shape[0], native)
     logp_N, entropy_N = _TokenLogprobs.apply(hidden_ND, weight_VD, ids_N, temperature, rows, native, room)
     return logp_N, entropy_N
+
+
+class _TermsSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, terms: Terms, temperature: float, chunk: int,
+        native: bool, room: Room | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        chunks = _rows(hidden_ND, weight_VD, ids_N, temperature, chunk, native, room)
+        logp_N = hidden_ND.new_empty(len(hidden_ND), dtype=_accurate(hidden_ND.dtype))
+        entropy_N, total = torch.empty_like(logp_N), logp_N.new_zeros(())
+        want_hidden, want_table = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        grad_ND = torch.empty_like(hidden_ND) if want_hidden else None
+        grad_VD = _unwritten(weight_VD, hidden_ND, room) if want_table else None
+        for rows in chunks.slices:
+            slope_nV, logp_N[rows], entropy_N[rows] = chunks.slopes_and_entropy(rows)
+            with torch.enable_grad():
+                logp_n = logp_N[rows].clone().requires_grad_()
+                term = terms(logp_n, rows).sum()
+                (factor_n,) = torch.autograd.grad(term, logp_n)
+            total += term.detach()
+            if want_hidden or want_table:  # dlogp/dlogits = (onehot - softmax) / temperature
+                chunks.add_gradients(slope_nV, factor_n / -temperature, rows, grad_ND, grad_VD)
+        ctx.save_for_backward(grad_ND, grad_VD)
+        ctx.mark_non_differentiable(logp_N, entropy_N)
+        return total, logp_N, entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grad_ND, grad_VD = (scaled(g, grad) for g in ctx.saved_tensors)
+        return grad_ND, grad_VD, None, None, None, None, None, None
+
+
+def terms_sum(
+    hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, terms: Terms, *, temperature: float = 1.0,
+    chunk: int | None = None, native: bool = False, room: Room | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(Σ_n terms(log p(ids_n)), the detached log p [N] and entropy [N]): as `token_logprobs` with the terms behind it,
+    but where a token's term needs no other token its gradient is made in the forward pass, from logits made once.
+
+    `terms(logp_n, rows)`: the terms of a slice of the tokens, differentiable by their logprobs.
+    """
+    rows = chunk or _chunk_rows(hidden_ND, weight_VD.shape[0], native)
+    found: tuple[Tensor, Tensor, Tensor] = _TermsSum.apply(
+        hidden_ND, weight_VD, ids_N, terms, temperature, rows, native, room
+    )
+    return found
 
 
 def plain_token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, *, temperature: float = 1.0) -> Tensor:

@@ -17,8 +17,9 @@ from shoestring.infer import native, pages, runner
 from shoestring.infer.engine import Engine
 from shoestring.infer.pages import LARGE, Pages
 from shoestring.infer.products import through_int8
+from shoestring.models.dense import Dense, DenseConfig
 
-from .conftest import deepseek, dense
+from .conftest import V, deepseek, dense
 from .test_paged import FAMILIES, IDS, hidden_of, relative, v3
 
 REASON = native.why_not(torch.float32, torch.device("cpu"))
@@ -33,7 +34,19 @@ ODD = {  # widths that are no multiple of any vector
         hidden_size=96, kv_lora_rank=80, moe_intermediate_size=48, qk_nope_head_dim=32, v_head_dim=64,
         num_attention_heads=6,
     ),
+    "heads of 64": lambda: heads(64),
+    "heads of 160": lambda: heads(160),
 }  # fmt: skip
+
+
+def heads(width: int) -> Dense:
+    """Narrow keys are turned before they are multiplied, wide ones are not."""
+    config = DenseConfig(
+        model_type="qwen3", vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2, head_dim=width, max_position_embeddings=128,
+        initializer_range=0.2,
+    )  # fmt: skip
+    return Dense(config, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(params=[*FAMILIES, *ODD])
@@ -57,14 +70,23 @@ def test_logits_are_those_of_the_plain_forward(any_model: Any, cuts: list[int]) 
 
 @needs_native
 def test_in_bf16_it_errs_no_more_than_the_plain_steps(any_model: Any) -> None:
-    """Median error against fp32, at most 1.1 times the twin's (the mean hangs on single tokens' choice of experts)."""
-    with torch.no_grad():
-        truth = any_model(torch.tensor([IDS])).hidden_BTD[0]
-        errors = [
-            float((hidden_of(in_bf16(any_model), list(range(1, 60)), native=way).float() - truth).abs().median())
-            for way in (True, False)
-        ]
-    assert 0 < errors[0] <= 1.1 * errors[1]
+    """Median error against fp32, at most 1.1 times the twin's, in most of five models: one may hang on a choice
+    of experts."""
+    ratios = []
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for matrix in (p for p in any_model.parameters() if p.ndim == 2):
+                matrix.copy_(matrix[:, torch.randperm(matrix.shape[1], generator=generator)])
+            any_model.kernels = dataclasses.replace(any_model.kernels, dtype="float32")
+            truth = any_model(torch.tensor([IDS])).hidden_BTD[0]
+            native_error, plain_error = (
+                float((hidden_of(in_bf16(any_model), list(range(1, 60)), native=way).float() - truth).abs().median())
+                for way in (True, False)
+            )
+        assert native_error > 0
+        ratios.append(native_error / plain_error)
+    assert sorted(ratios)[2] <= 1.1
 
 
 @needs_native

@@ -28,129 +28,125 @@ static void NAME(turn)(const float *x, const float *cis, int64_t rope, int64_t i
     else NAME(turn_by)(x, cis, rope / 2, 1, rope / 2, y);
 }
 
-/* ---- attention of `heads` <= ROWS query heads of one row against one group's blocks */
-/* 4 heads times 64 values, or fewer: sums of p_s v_s over the positions of a block */
-INLINE void NAME(weigh)(int many, int vectors, const float *const *p, const T *v, int64_t W, int64_t count,
-                        float *const *out) {
-#ifdef PAIRED
-    if (vectors % 2 == 0) {
-        const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
-                                               6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-        const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-        __m512 acc[4][4];
-        for (int h = 0; h < many; h++)
-            for (int i = 0; i < vectors; i++) acc[h][i] = _mm512_loadu_ps(out[h] + 16 * i);
-        for (int64_t s = 0; s < count; s += 2) { /* two positions at a time; a block has an even number of them */
-            const T *v0 = v + s * W, *v1 = v0 + W;
-            __m512bh b[4];
-            for (int i = 0; i < vectors; i += 2) {
-                const __m512i a0 = _mm512_loadu_si512(v0 + 16 * i), a1 = _mm512_loadu_si512(v1 + 16 * i);
-                b[i] = (__m512bh)_mm512_permutex2var_epi16(a0, first, a1);
-                b[i + 1] = (__m512bh)_mm512_permutex2var_epi16(a0, second, a1);
-            }
-            for (int h = 0; h < many; h++) {
-                int32_t two;
-                memcpy(&two, (const T *)p[h] + s, 4);
-                for (int i = 0; i < vectors; i++)
-                    acc[h][i] = _mm512_dpbf16_ps(acc[h][i], (__m512bh)_mm512_set1_epi32(two), b[i]);
-            }
+/* ---- attention of rows with one table, `heads` query heads of each, against one group's blocks. What a row gets does
+   not depend on the others: keys behind its own length have weight 0. */
+/* keys [count <= 16, W] -> a packed tile, zeros for those that are not there */
+static void NAME(turned)(const T *keys, int64_t W, int64_t count, T *to) {
+#ifdef WIDE
+    const int64_t words = W / PAIR;
+    if (words % 16 == 0) {
+        for (int64_t i = 0; i < words; i += 16) {
+            vf r[16];
+            UNROLL for (int j = 0; j < 16; j++) r[j] = j < count ? *(const vfu *)(keys + j * W + i * PAIR) : (vf){0};
+            turn16(r);
+            UNROLL for (int j = 0; j < 16; j++) *(vfu *)(to + (i + j) * PAIR * OUTS) = r[j];
         }
-        for (int h = 0; h < many; h++)
-            for (int i = 0; i < vectors; i++) _mm512_storeu_ps(out[h] + 16 * i, acc[h][i]);
         return;
     }
 #endif
-    v16 acc[4][4];
-    for (int h = 0; h < many; h++)
-        for (int i = 0; i < vectors; i++) acc[h][i] = *(v16u *)(out[h] + 16 * i);
+    memset(to, 0, TILE(W) * sizeof(T));
     for (int64_t s = 0; s < count; s++)
-        for (int i = 0; i < vectors; i++) {
-            const v16 b = WIDEN(v + s * W + 16 * i);
-            for (int h = 0; h < many; h++) acc[h][i] += FLOAT(((const T *)p[h])[s]) * b;
-        }
-    for (int h = 0; h < many; h++)
-        for (int i = 0; i < vectors; i++) *(v16u *)(out[h] + 16 * i) = acc[h][i];
+        for (int64_t k = 0; k < W; k++) to[k / PAIR * PAIR * OUTS + s * PAIR + k % PAIR] = keys[s * W + k];
 }
 
-static void NAME(weigh4)(const float *const *p, const T *v, int64_t W, int64_t count, float *const *out) {
-    NAME(weigh)(4, 4, p, v, W, count, out);
-}
-static void NAME(weigh1)(const float *const *p, const T *v, int64_t W, int64_t count, float *const *out) {
-    NAME(weigh)(1, 4, p, v, W, count, out);
-}
-static void NAME(weigh4_1)(const float *const *p, const T *v, int64_t W, int64_t count, float *const *out) {
-    NAME(weigh)(4, 1, p, v, W, count, out);
-}
-static void NAME(weigh1_1)(const float *const *p, const T *v, int64_t W, int64_t count, float *const *out) {
-    NAME(weigh)(1, 1, p, v, W, count, out);
-}
-
-static void NAME(values)(int64_t heads, const float *p, int64_t ldp, const T *v, int64_t W, int64_t V, int64_t count,
-                         float *out) {
-    float spare[64]; /* what a fourth head, there only to fill up, would get */
-    memset(spare, 0, sizeof spare);
-    for (int64_t h = 0; h < heads;) {
-        const int many = heads - h >= 4 ? 4 : heads - h == 3 ? 3 : 1;
-        const float *ps[4];
-        float *outs[4];
-        int64_t c = 0;
-        for (int i = 0; i < 4; i++) ps[i] = p + (h + (i < many ? i : 0)) * ldp;
-        for (; c + 64 <= V; c += 64) {
-            for (int i = 0; i < 4; i++) outs[i] = i < many ? out + (h + i) * V + c : spare;
-            (many > 1 ? NAME(weigh4) : NAME(weigh1))(ps, v + c, W, count, outs);
+/* values [steps * PAIR, W], the first V columns -> packed tiles for a sum over positions, zeros behind V */
+static void NAME(laid)(const T *values, int64_t W, int64_t V, int64_t steps, T *to) {
+    for (int64_t c = 0; c < V; c += OUTS) {
+        const T *from = values + c;
+        for (int64_t k = 0; k < steps; k++, from += PAIR * W, to += PAIR * OUTS) {
+            if (V - c >= OUTS) {
+                *(v16u *)to = NAME(beside)(from, W);
+                continue;
+            }
+            memset(to, 0, PAIR * OUTS * sizeof(T));
+            for (int64_t o = 0; o < V - c; o++)
+                for (int p = 0; p < PAIR; p++) to[o * PAIR + p] = from[p * W + o];
         }
-        for (; c + 16 <= V; c += 16) {
-            for (int i = 0; i < 4; i++) outs[i] = i < many ? out + (h + i) * V + c : spare;
-            (many > 1 ? NAME(weigh4_1) : NAME(weigh1_1))(ps, v + c, W, count, outs);
-        }
-        for (; c < V; c++)
-            for (int i = 0; i < many; i++)
-                for (int64_t s = 0; s < count; s++)
-                    out[(h + i) * V + c] += FLOAT(((const T *)(p + (h + i) * ldp))[s]) * FLOAT(v[s * W + c]);
-        h += many;
     }
 }
 
-/* o [heads, V] = softmax(scale q Kᵀ) V; `space`: fp32 [heads, ld] scores, then [heads, V] sums */
-static void NAME(attend)(const Model *m, const Layer *l, const Batch *b, int64_t r, int64_t g, const T *q,
-                         int64_t heads, int64_t W, int64_t V, T *o, float *space) {
-    const int64_t length = b->length[r], size = m->size, ld = (b->longest + 15) / 16 * 16 + 16;
+/* q K^T for up to GROUP positions into score [n, ld], whole tiles; meanwhile as much is fetched of what comes later */
+static void NAME(scores)(const T *const *q, int64_t n, const T *keys, int64_t W, int64_t count, const T *const *later,
+                         T *room, float *score, int64_t ld) {
+    float out[ROWS * GROUP];
+    for (int64_t s = 0; s < count; s += OUTS) {
+        const int64_t many = count - s < OUTS ? count - s : OUTS;
+        for (int i = 0; i < 2; i++)
+            for (int64_t k = 0; later[i] && k < many * W; k += 64 / (int64_t)sizeof(T))
+                __builtin_prefetch(later[i] + s * W + k, 0, 2);
+        if (W <= TURNED) {
+            NAME(turned)(keys + s * W, W, many, room + s / OUTS * TILE(W));
+            continue;
+        }
+        NAME(tile)(q, n, keys + s * W, W, many, W, 0, out);
+        for (int64_t i = 0; i < n; i++) memcpy(score + i * ld + s, out + i * GROUP, OUTS * sizeof(float));
+    }
+    if (W <= TURNED) NAME(group)(q, n, room, (count + OUTS - 1) / OUTS, W, 0, 0, score, ld);
+}
+
+/* e^(scale (s - largest)) of `length` scores, rounded in place, then zeros up to `whole`; returns one over their sum */
+static float NAME(softmax)(float *score, int64_t length, int64_t whole, float scale) {
+    vf most = same(-1e34f), total = {0};
+    float top = -1e34f, sum = 0;
+    for (int64_t s = length; s < whole; s++) score[s] = -1e34f;
+    for (int64_t s = 0; s < whole; s += LANES) most = larger(*(vfu *)(score + s), most);
+    for (int i = 0; i < LANES; i++) top = most[i] > top ? most[i] : top;
+    const float by = scale * 1.44269504088896341f;
+    for (int64_t s = 0; s < whole; s += LANES) { /* as many read before so many are written */
+        const vf e = power2(EXACTLY, (*(vfu *)(score + s) - top) * by);
+        total += e;
+        NAME(put)((T *)score + s, e);
+    }
+    for (int i = 0; i < LANES; i++) sum += total[i];
+    return 1.0f / sum;
+}
+
+/* where the rows of group g's keys or values from position s on lie, and in `end` where they end: those of a block, and
+   not more than GROUP */
+INLINE const T *NAME(piece)(const Model *m, const void *arena, const int32_t *table, int64_t g, int64_t W, int64_t s,
+                            int64_t length, int64_t *end) {
+    const int64_t within = s % m->size, left = m->size - within < GROUP ? m->size - within : GROUP;
+    *end = length - s < left ? length : s + left;
+    return (const T *)arena + ((table[s / m->size] * m->G + g) * m->size + within) * W;
+}
+
+/* o [R, H, V] = softmax(scale q K^T) V for query [R, H, W], rows [r, end) and heads [h, h + heads), which are of group g;
+   `then`: keys that are asked for next; `space` is a thread's */
+static void NAME(attend)(const Model *m, const Layer *l, const Batch *b, int64_t r, int64_t end, int64_t g, int64_t h,
+                         int64_t heads, int64_t W, int64_t V, const T *query, T *o, const T *then, float *space) {
+    int64_t longest = 0, s1;
+    for (int64_t i = r; i < end; i++) longest = b->length[i] > longest ? b->length[i] : longest;
+    const int64_t n = (end - r) * heads, whole = (longest + 15) / 16 * 16;
+    const int64_t ld = whole + 16, ldv = (V + 15) / 16 * 16; /* a block's last tile may stand over */
     const int32_t *table = b->table + r * b->J;
-    float *score = space, *sum = space + heads * ld, out[ROWS * GROUP];
+    float *sum = space, *score = sum + ROWS * ldv, share[ROWS];
+    T room[GROUP * (W <= TURNED && W + 1 > ldv ? W + 1 : ldv)] __attribute__((aligned(64)));
     const T *rows[ROWS];
-    for (int64_t h = 0; h < heads; h++) rows[h] = q + h * W;
-    for (int64_t s0 = 0; s0 < length; s0 += size) {
-        const T *keys = (const T *)l->keys + (table[s0 / size] * m->G + g) * size * W;
-        const int64_t count = length - s0 < size ? length - s0 : size;
-        for (int64_t s = 0; s < count; s += OUTS) {
-            const int64_t outs = count - s < OUTS ? count - s : OUTS;
-            NAME(tile)(rows, heads, keys + s * W, W, outs, W, OUTS * W, out);
-            for (int64_t h = 0; h < heads; h++) memcpy(score + h * ld + s0 + s, out + h * GROUP, outs * sizeof(float));
-        }
+    int64_t place[ROWS];
+    for (int64_t i = 0; i < n; i++) {
+        place[i] = (r + i / heads) * m->H + h + i % heads;
+        rows[i] = query + place[i] * W;
     }
-    for (int64_t h = 0; h < heads; h++) {
-        float *p = score + h * ld, top = -INFINITY, total = 0;
-#pragma omp simd reduction(max : top)
-        for (int64_t s = 0; s < length; s++) top = p[s] > top ? p[s] : top;
-#pragma omp simd reduction(+ : total)
-        for (int64_t s = 0; s < length; s++) {
-            p[s] = exp1((p[s] - top) * m->scale);
-            total += p[s];
-        }
-        const float share = 1.0f / total;
-        T *rounded = (T *)p; /* in place, 16 read before so many are written; there is room behind the last */
-        for (int64_t s = 0; s < length; s += 16) {
-            float wide[16];
-            for (int i = 0; i < 16; i++) wide[i] = p[s + i] * share;
-            for (int i = 0; i < 16; i++) rounded[s + i] = ROUND(wide[i]);
-        }
-        rounded[length] = ROUND(0.0f); /* the partner of the last one, when that is alone */
+    for (int64_t s0 = 0; s0 < longest; s0 = s1) {
+        int64_t s2;
+        const T *keys = NAME(piece)(m, l->keys, table, g, W, s0, longest, &s1), *later[2] = {then, 0};
+        if (s1 < longest) later[0] = NAME(piece)(m, l->keys, table, g, W, s1, longest, &s2);
+        if (!m->latent) later[1] = NAME(piece)(m, l->values, table, g, W, s0, longest, &s2);
+        NAME(scores)(rows, n, keys, W, s1 - s0, later, room, score + s0, ld);
     }
-    memset(sum, 0, heads * V * sizeof(float));
-    for (int64_t s0 = 0; s0 < length; s0 += size) {
-        const T *values = (const T *)l->values + (table[s0 / size] * m->G + g) * size * W;
-        const float *p = (const float *)((const T *)score + s0);
-        NAME(values)(heads, p, ld, values, W, V, length - s0 < size ? length - s0 : size, sum);
+    for (int64_t i = 0; i < n; i++) {
+        share[i] = NAME(softmax)(score + i * ld, b->length[r + i / heads], whole, m->scale);
+        rows[i] = (const T *)(score + i * ld);
     }
-    for (int64_t i = 0; i < heads * V; i++) o[i] = ROUND(sum[i]);
+    for (int64_t s0 = 0; s0 < longest; s0 = s1) {
+        const T *values = NAME(piece)(m, l->values, table, g, W, s0, longest, &s1);
+        const int64_t steps = (s1 - s0 + PAIR - 1) / PAIR; /* a block has an even number of positions */
+        NAME(laid)(values, W, V, steps, room);
+        for (int64_t c = 0; c < ldv; c += GROUP)
+            NAME(group)(rows, n, room + c * steps * PAIR, ldv - c < GROUP ? (ldv - c) / OUTS : GROUP / OUTS,
+                        steps * PAIR, 0, s0 > 0, sum + c, ldv);
+        for (int64_t i = 0; i < n; i++) rows[i] += s1 - s0;
+    }
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t c = 0; c < V; c++) o[place[i] * V + c] = ROUND(sum[i * ldv + c] * share[i]);
 }

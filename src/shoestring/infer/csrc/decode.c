@@ -8,12 +8,9 @@
    Called by infer/native.py, which knows the same structs. Letters as in the package: R rows, D model width, H heads,
    G groups of keys, C latent width, W width of a cached entry, E experts, A chosen ones, F an expert's width. */
 
-#include "numbers.h" /* of nn/csrc, as the next */
+#include "vectors.h" /* of nn/csrc, as the next */
 #include "route.h"
 #include <omp.h>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef float v16u __attribute__((vector_size(64), aligned(4)));
@@ -25,8 +22,8 @@ typedef uint32_t i16u __attribute__((vector_size(64), aligned(2)));
 #define OUTS 16 /* outputs of a tile */
 #define GROUP 64 /* outputs that are computed together, and the stride of what they are written to */
 #define TILE(in) (((in) + PAIR - 1) / PAIR * PAIR * OUTS) /* numbers in a packed tile */
-#define UNROLL _Pragma("GCC unroll 16")
-#define NOINLINE __attribute__((noinline)) /* inlined, accumulators are spilled */
+#define SCORES 32768 /* that are computed together: they stay in the second-level cache */
+#define TURNED 128 /* keys up to this width are turned, so that a lane of a score is a position */
 
 typedef struct {
     const void *weight, *bias; /* bias may be null; weight too: no product */
@@ -79,13 +76,12 @@ INLINE v16 pairs(v16 a, v16 b) { /* neighbours summed: a's eight sums, then b's 
 /* ---- fp32 */
 #define T float
 #define NAME(name) name##_f32
-#define WIDE 16
+#define SPAN 16
 #define VECTOR v16
 #define LOAD(p) (*(const v16u *)(p))
 #define DOT(acc, a, b) ((acc) + (a) * (b))
 #define FLOAT(x) (x)
 #define ROUND(x) (x)
-#define WIDEN(p) (*(const v16u *)(p))
 #define PAIR 1 /* inputs that one step of a packed product takes */
 #define PACKED v16
 #define ONE float
@@ -93,6 +89,9 @@ INLINE v16 pairs(v16 a, v16 b) { /* neighbours summed: a's eight sums, then b's 
 #define PICK(p) (*(p))
 #define PICK_LAST(p) (*(p))
 #define EACH(acc, a, b) ((acc) + (a) * (b))
+#define EXACTLY 1 /* 2^x */
+INLINE void put_f32(float *p, vf x) { *(vfu *)p = x; }
+INLINE v16 beside_f32(const float *p, int64_t apart) { return *(const v16u *)p; }
 #include "products.h"
 #include "attend.h"
 #include "step.h"
@@ -102,13 +101,12 @@ INLINE v16 widen(const uint16_t *p) { return (v16)(__builtin_convertvector(*(con
 
 #undef T
 #undef NAME
-#undef WIDE
+#undef SPAN
 #undef VECTOR
 #undef LOAD
 #undef DOT
 #undef FLOAT
 #undef ROUND
-#undef WIDEN
 #undef PAIR
 #undef PACKED
 #undef ONE
@@ -116,12 +114,24 @@ INLINE v16 widen(const uint16_t *p) { return (v16)(__builtin_convertvector(*(con
 #undef PICK
 #undef PICK_LAST
 #undef EACH
+#undef EXACTLY
 #define T uint16_t
 #define NAME(name) name##_bf16
 #define FLOAT(x) wide_bf16(x)
 #define ROUND(x) round_bf16(x)
-#define WIDEN(p) widen(p)
 #define PAIR 2
+#define EXACTLY 0
+INLINE v16 beside_bf16(const uint16_t *p, int64_t apart) { /* in pairs with the row that is so far apart */
+    return (v16)__builtin_shufflevector(*(const h16u *)p, *(const h16u *)(p + apart), 0, 16, 1, 17, 2, 18, 3, 19, 4, 20,
+                                        5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                                        31);
+}
+typedef uint16_t half __attribute__((vector_size(2 * LANES)));
+typedef uint16_t halfu __attribute__((vector_size(2 * LANES), aligned(2)));
+INLINE void put_bf16(uint16_t *p, vf x) { /* rounded; not NaN */
+    const vi bits = (vi)x;
+    *(halfu *)p = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, half);
+}
 #ifdef __AVX512BF16__
 INLINE __m512i both(const uint16_t *p) {
     int32_t two;
@@ -135,7 +145,7 @@ INLINE __m512i both(const uint16_t *p) {
 #define PICK(p) both(p)
 #define PICK_LAST(p) _mm512_set1_epi32(*(p))
 #define EACH(acc, a, b) DOT(acc, a, b)
-#define WIDE 32
+#define SPAN 32
 #define VECTOR __m512i
 #define LOAD(p) _mm512_loadu_si512(p)
 #define DOT(acc, a, b) (v16) _mm512_dpbf16_ps((__m512)(acc), (__m512bh)(a), (__m512bh)(b))
@@ -149,7 +159,7 @@ typedef struct {
 #define PICK(p) ((Two){FLOAT((p)[0]), FLOAT((p)[1])})
 #define PICK_LAST(p) ((Two){FLOAT((p)[0]), 0.0f})
 #define EACH(acc, a, b) ((acc) + (a).first * (v16)((b) << 16) + (a).second * (v16)((b) & 0xffff0000u))
-#define WIDE 16
+#define SPAN 16
 #define VECTOR v16
 #define LOAD(p) widen(p)
 #define DOT(acc, a, b) ((acc) + (a) * (b))

@@ -4,7 +4,7 @@ INLINE VECTOR NAME(rest)(const T *p, int64_t count) {
 #ifdef PAIRED
     return _mm512_maskz_loadu_epi16((1u << count) - 1, p);
 #else
-    T padded[WIDE] __attribute__((aligned(64))) = {0};
+    T padded[SPAN] __attribute__((aligned(64))) = {0};
     memcpy(padded, p, count * sizeof(T));
     return LOAD(padded);
 #endif
@@ -16,7 +16,7 @@ INLINE void NAME(block)(int RT, int OT, const T *const *x, const T *const *w, in
     UNROLL for (int i = 0; i < 16; i++) acc[i] = (v16){0};
     UNROLL for (int o4 = 0; o4 < OT; o4 += 4) { /* four rows of weights at a time, so that memory is read in order */
         int64_t k = 0;
-        for (; k + WIDE <= in; k += WIDE) {
+        for (; k + SPAN <= in; k += SPAN) {
             VECTOR a[4];
             UNROLL for (int r = 0; r < RT; r++) a[r] = LOAD(x[r] + k);
             UNROLL for (int o = o4; o < o4 + 4; o++) {
@@ -77,12 +77,14 @@ static void NAME(tile)(const T *const *x, int64_t n, const T *w, int64_t stride,
 /* ---- packed weights: tiles of 16 outputs, [tiles, in / PAIR, 16, PAIR], zeros beyond `out` and `in`. A lane is an
    output, so that nothing is summed across lanes, and a tile is read from front to back. */
 
-/* RT rows times OT tiles into out [RT, GROUP]. In the first `lines` steps what is `far` is fetched: a line, or OT. */
+/* RT rows times OT tiles into out [RT, ldo], or added to it. In the first `lines` steps what is `far` is fetched: a line,
+   or OT. */
 INLINE void NAME(lanes)(int RT, int OT, const T *const *x, const T *w, int64_t in, int64_t lines, int every,
-                        const T *far, float *out) {
+                        const T *far, int more, float *out, int64_t ldo) {
     const int64_t steps = in / PAIR, tile = TILE(in);
     v16 acc[16];
-    UNROLL for (int i = 0; i < RT * OT; i++) acc[i] = (v16){0};
+    UNROLL for (int r = 0; r < RT; r++)
+        UNROLL for (int o = 0; o < OT; o++) acc[r * OT + o] = more ? *(v16u *)(out + r * ldo + o * OUTS) : (v16){0};
     int64_t k = 0;
 #define STEP(pick)                                                                                                     \
     {                                                                                                                  \
@@ -107,56 +109,42 @@ INLINE void NAME(lanes)(int RT, int OT, const T *const *x, const T *w, int64_t i
     if (k * PAIR < in) STEP(PICK_LAST)
 #undef STEP
     UNROLL for (int r = 0; r < RT; r++)
-        UNROLL for (int o = 0; o < OT; o++) *(v16u *)(out + r * GROUP + o * OUTS) = acc[r * OT + o];
+        UNROLL for (int o = 0; o < OT; o++) *(v16u *)(out + r * ldo + o * OUTS) = acc[r * OT + o];
 }
 
-#define LANES(RT, OT)                                                                                                  \
+typedef void (*NAME(Lanes))(const T *const *, const T *, int64_t, int64_t, int, const T *, int, float *, int64_t);
+#define SIZED(RT, OT)                                                                                                  \
     static NOINLINE void NAME(lanes##RT##_##OT)(const T *const *x, const T *w, int64_t in, int64_t lines, int every,   \
-                                                const T *far, float *out) {                                            \
-        NAME(lanes)(RT, OT, x, w, in, lines, every, far, out);                                                         \
+                                                const T *far, int more, float *out, int64_t ldo) {                     \
+        NAME(lanes)(RT, OT, x, w, in, lines, every, far, more, out, ldo);                                              \
     }
-LANES(8, 2) LANES(8, 1) LANES(4, 4) LANES(4, 2) LANES(4, 1) LANES(2, 4) LANES(2, 1) LANES(1, 4) LANES(1, 1)
-#undef LANES
+SIZED(8, 2) SIZED(8, 1) SIZED(7, 2) SIZED(7, 1) SIZED(6, 2) SIZED(6, 1) SIZED(5, 2) SIZED(5, 1)
+SIZED(4, 4) SIZED(4, 2) SIZED(4, 1) SIZED(3, 4) SIZED(3, 2) SIZED(3, 1) SIZED(2, 4) SIZED(2, 2) SIZED(2, 1)
+SIZED(1, 4) SIZED(1, 2) SIZED(1, 1)
+#undef SIZED
+static const NAME(Lanes) NAME(sized)[8][3] = {
+    {NAME(lanes1_1), NAME(lanes1_2), NAME(lanes1_4)}, {NAME(lanes2_1), NAME(lanes2_2), NAME(lanes2_4)},
+    {NAME(lanes3_1), NAME(lanes3_2), NAME(lanes3_4)}, {NAME(lanes4_1), NAME(lanes4_2), NAME(lanes4_4)},
+    {NAME(lanes5_1), NAME(lanes5_2), 0}, {NAME(lanes6_1), NAME(lanes6_2), 0},
+    {NAME(lanes7_1), NAME(lanes7_2), 0}, {NAME(lanes8_1), NAME(lanes8_2), 0},
+};
 
-/* n <= 4 rows times up to 4 tiles */
-static void NAME(few)(const T *const *x, int64_t n, const T *w, int64_t tiles, int64_t in, int fetch, float *out) {
-    const int64_t tile = TILE(in), lines = fetch ? in / PAIR : 0;
-    const T *const four[4] = {x[0], x[n > 1], x[n > 2 ? 2 : 0], x[n - 1]}; /* three are four with the last one twice */
-    float spare[4 * GROUP];
-    float *to = n == 3 ? spare : out;
-    for (int64_t o = 0; o < tiles;) {
-        const int many = tiles - o >= 4 ? 4 : n > 2 && tiles - o >= 2 ? 2 : 1;
-        const T *at = w + o * tile, *far = at + tiles * tile;
-        if (n > 2)
-            (many == 4 ? NAME(lanes4_4) : many == 2 ? NAME(lanes4_2) : NAME(lanes4_1))(four, at, in, lines, 1, far,
-                                                                                       to + o * OUTS);
-        else if (n == 2) (many == 4 ? NAME(lanes2_4) : NAME(lanes2_1))(four, at, in, lines, 1, far, to + o * OUTS);
-        else (many == 4 ? NAME(lanes1_4) : NAME(lanes1_1))(four, at, in, lines, 1, far, to + o * OUTS);
-        o += many;
-    }
-    for (int64_t r = 0; to == spare && r < n; r++)
-        memcpy(out + r * GROUP, spare + r * GROUP, tiles * OUTS * sizeof(float));
-}
-
-/* n <= ROWS rows times up to 4 tiles into out [n, GROUP]: 8 rows at a time, tiles staying in the second-level cache;
-   meanwhile the tiles behind them are fetched, each 8 rows a part. */
-static void NAME(group)(const T *const *x, int64_t n, const T *w, int64_t tiles, int64_t in, int fetch, float *out) {
-    const int64_t tile = TILE(in), steps = in / PAIR, blocks = (n + 3) / 8;
-    for (int64_t i = 0; i < blocks; i++) {
-        const int64_t many = n - 8 * i < 8 ? n - 8 * i : 8; /* 5 to 8 */
-        const T *rows[8];
-        float spare[8 * GROUP], *to = many == 8 ? out + 8 * i * GROUP : spare;
-        for (int r = 0; r < 8; r++) rows[r] = x[8 * i + (r < many ? r : many - 1)];
-        for (int64_t o = 0; o < tiles; o += 2) {
-            const int64_t two = o + 2 <= tiles, lines = !fetch ? 0 : blocks == 1 ? steps : (1 + two) * steps / blocks;
-            const T *far = w + (tiles + o) * tile + (blocks == 1 ? 0 : i * lines * 64 / (int64_t)sizeof(T));
-            (two ? NAME(lanes8_2) : NAME(lanes8_1))(rows, w + o * tile, in, lines, blocks == 1, far, to + o * OUTS);
+/* n rows times up to 4 tiles into out [n, ldo], or added to it: 8 rows at a time, tiles staying in the second-level
+   cache; meanwhile, if `fetch`, the tiles behind them are fetched, each 8 rows a part. */
+static void NAME(group)(const T *const *x, int64_t n, const T *w, int64_t tiles, int64_t in, int fetch, int more,
+                        float *out, int64_t ldo) {
+    const int64_t tile = TILE(in), steps = in / PAIR, blocks = n < 5 ? 1 : (n + 3) / 8; /* that fetch: up to 4 rows left do not */
+    for (int64_t i = 0, r = 0; r < n; i++, r += 8) {
+        const int64_t rows = n - r < 8 ? n - r : 8, most = rows > 4 ? 2 : 4;
+        for (int64_t o = 0, many; o < tiles; o += many) {
+            many = tiles - o >= most ? most : tiles - o >= 2 ? 2 : 1;
+            const int every = blocks == 1;
+            const int64_t lines = !fetch || i >= blocks ? 0 : every ? steps : many * steps / blocks;
+            const T *far = w + (tiles + o) * tile + (every ? 0 : i * lines * 64 / (int64_t)sizeof(T));
+            NAME(sized)[rows - 1][many / 2](x + r, w + o * tile, in, lines, every, far, more, out + r * ldo + o * OUTS,
+                                            ldo);
         }
-        for (int64_t r = 0; to == spare && r < many; r++)
-            memcpy(out + (8 * i + r) * GROUP, spare + r * GROUP, tiles * OUTS * sizeof(float));
     }
-    const int64_t done = 8 * blocks;
-    if (n > done) NAME(few)(x + done, n - done, w, tiles, in, fetch && !blocks, out + done * GROUP);
 }
 
 /* int8 as T, which holds it exactly */
@@ -184,7 +172,7 @@ static void NAME(multiply)(const T *const *x, int64_t n, Matrix w, int64_t at, i
         return;
     }
     if (!w.scale) {
-        NAME(group)(x, n, from, tiles, w.in, 1, out);
+        NAME(group)(x, n, from, tiles, w.in, 1, 0, out, GROUP);
         return;
     }
     T wide[2 * tile] __attribute__((aligned(64)));
@@ -192,7 +180,7 @@ static void NAME(multiply)(const T *const *x, int64_t n, Matrix w, int64_t at, i
     for (int64_t o = 0; o < tiles; o += 2) {
         const int64_t many = tiles - o < 2 ? 1 : 2;
         NAME(widen)(narrow + o * tile, many * tile, wide);
-        NAME(group)(x, n, wide, many, w.in, 0, out + o * OUTS);
+        NAME(group)(x, n, wide, many, w.in, 0, 0, out + o * OUTS, GROUP);
     }
     for (int64_t r = 0; r < n; r++)
         for (int64_t o = 0; o < outs; o++) out[r * GROUP + o] *= w.scale[at + o];

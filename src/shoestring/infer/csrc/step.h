@@ -5,7 +5,8 @@ typedef struct {
     T *h, *c, *nope, *query, *o, *v,
         *a; /* normed row; normed query latent; q_nope; queries; attended; values; SwiGLU */
     float *logit, *score, *weight, *space;
-    int64_t *chosen;
+    int64_t *chosen, *run; /* run: where rows begin that have one table, and R */
+    int64_t runs, room;    /* room: numbers of a thread's `space` */
 } NAME(Work);
 
 INLINE char *NAME(take)(char **at, int64_t bytes) {
@@ -21,7 +22,7 @@ static int64_t NAME(first_width)(const Model *m) {
 static int64_t NAME(lay)(const Model *m, int64_t R, int64_t longest, int64_t threads, int64_t shared, char *base,
                          NAME(Work) * w) {
     const int64_t W = m->latent ? m->C + m->rope : m->v, V = m->latent ? m->C : m->v;
-    const int64_t wide = m->A * m->F + shared, heads = m->H < ROWS ? m->H : ROWS;
+    const int64_t wide = m->A * m->F + shared, ld = (longest + 15) / 16 * 16 + 16, heads = m->H < ROWS ? m->H : ROWS;
     char *at = base;
     w->x = (float *)NAME(take)(&at, R * m->D * 4);
     w->wide = (float *)NAME(take)(&at, R * m->D * 4);
@@ -38,7 +39,9 @@ static int64_t NAME(lay)(const Model *m, int64_t R, int64_t longest, int64_t thr
     w->score = (float *)NAME(take)(&at, R * m->E * 4);
     w->weight = (float *)NAME(take)(&at, R * m->A * 4);
     w->chosen = (int64_t *)NAME(take)(&at, R * m->A * 8);
-    w->space = (float *)NAME(take)(&at, threads * heads * ((longest + 15) / 16 * 16 + 16 + V) * 4);
+    w->run = (int64_t *)NAME(take)(&at, (R + 1) * 8);
+    w->room = ROWS * (V + 15) / 16 * 16 + (SCORES > heads * ld ? SCORES : heads * ld);
+    w->space = (float *)NAME(take)(&at, threads * w->room * 4);
     return at - base;
 }
 
@@ -195,11 +198,13 @@ static void NAME(layer)(const Model *m, const Layer *l, const Batch *b, NAME(Wor
     int64_t part = R * G >= n ? share : (share * R * G + n - 1) / n; /* heads that read the keys together */
     part = part < 1 ? 1 : part < ROWS ? part : ROWS;
     const int64_t parts = (share + part - 1) / part;
-    float *space = w->space + t * (H < ROWS ? H : ROWS) * ((b->longest + 15) / 16 * 16 + 16 + V);
-    for (int64_t i = t; i < R * G * parts; i += n) {
-        const int64_t r = i / (G * parts), g = i / parts % G, h = g * share + i % parts * part;
-        const int64_t many = (g + 1) * share - h < part ? (g + 1) * share - h : part;
-        NAME(attend)(m, l, b, r, g, w->query + (r * H + h) * W, many, W, V, w->o + (r * H + h) * V, space);
+    for (int64_t i = t; i < w->runs * G * parts; i += n) {
+        const int64_t run = i / (G * parts), g = i / parts % G, h = g * share + i % parts * part;
+        const int64_t heads = (g + 1) * share - h < part ? (g + 1) * share - h : part;
+        const int64_t then = (i + n) / (G * parts), block = then < w->runs ? b->table[w->run[then] * b->J] : -1;
+        const T *keys = block < 0 ? 0 : (const T *)l->keys + (block * G + (i + n) / parts % G) * m->size * W;
+        NAME(attend)(m, l, b, w->run[run], w->run[run + 1], g, h, heads, W, V, w->query, w->o, keys,
+                     w->space + t * w->room);
     }
 #pragma omp barrier
     const T *o = w->o;
@@ -217,6 +222,20 @@ static void NAME(layer)(const Model *m, const Layer *l, const Batch *b, NAME(Wor
 #pragma omp barrier
 }
 
+/* Rows with one table next to each other, as a prompt's are, attend together: as many as their scores stay in cache. */
+static void NAME(find_runs)(const Model *m, const Batch *b, NAME(Work) * w) {
+    const int64_t share = m->H / m->G < ROWS ? m->H / m->G : ROWS;
+    w->runs = 0;
+    for (int64_t r = 0, longest = 0; r < b->R; r++) {
+        const int64_t *first = w->run + w->runs - 1, many = w->runs ? (r - *first + 1) * share : 0;
+        longest = b->length[r] > longest ? b->length[r] : longest;
+        if (!w->runs || many > ROWS || many * (longest + 32) > SCORES ||
+            memcmp(b->table + r * b->J, b->table + *first * b->J, b->J * sizeof(int32_t)))
+            w->run[w->runs++] = r, longest = b->length[r];
+    }
+    w->run[w->runs] = b->R;
+}
+
 static int64_t NAME(shared)(const Model *m) {
     int64_t most = 0;
     for (int64_t i = 0; i < m->layers; i++) most = m->layer[i].gate_proj.out > most ? m->layer[i].gate_proj.out : most;
@@ -231,6 +250,7 @@ int64_t NAME(shoestring_workspace)(const Model *m, int64_t R, int64_t longest, i
 void NAME(shoestring_decode)(const Model *m, const Batch *b) {
     NAME(Work) work;
     NAME(lay)(m, b->R, b->longest, b->threads, NAME(shared)(m), b->work, &work);
+    NAME(find_runs)(m, b, &work);
 #pragma omp parallel num_threads(b->threads)
     {
         const int t = omp_get_thread_num(), n = omp_get_num_threads();

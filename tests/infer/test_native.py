@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +111,31 @@ def test_a_row_does_not_depend_on_the_others(family: Any, dtype: str) -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_of_a_prompt_s_other_rows_the_last_layer_computes_keys_and_values_alone(any_model: Any, dtype: str) -> None:
+    """The same to the bit, in the cache and for the rows that are asked for."""
+    model = in_bf16(any_model) if dtype == "bfloat16" else any_model
+    engine = Engine(model, native=True, prefix_cache=False, max_batch_tokens=40)
+    for ids in (IDS[:7], IDS[:1], IDS[7:19], IDS[:50]):
+        engine.add(ids, Sampling(max_new_tokens=2))
+    runner, works = engine._runner, engine._scheduler.schedule()
+    upto = itertools.accumulate(work.end - work.start for work in works)
+    lasts = [end - 1 for end, work in zip(upto, works, strict=True) if work.ends]
+    assert len(lasts) == 3 and len(works) == 4
+    store, found = runner.store, []
+    for whole in (True, False):
+        hidden_ND = runner.run(works, whole=whole).hidden_ND
+        found.append((hidden_ND, store.keys[-1][: store.ready].clone(), store.values[-1][: store.ready].clone()))
+        for arena in (store.keys[-1], store.values[-1]):
+            arena[: store.ready] = 0
+    (all_ND, *written), (few_ND, *written_again) = found
+    assert torch.equal(all_ND[lasts], few_ND[lasts])
+    assert int(few_ND.isnan().all(1).sum()) == len(few_ND) - 3 and not bool(all_ND.isnan().any())
+    assert all(torch.equal(a, b) for a, b in zip(written, written_again, strict=True))
+    assert not torch.equal(written[0], torch.zeros_like(written[0]))
 
 
 @needs_native

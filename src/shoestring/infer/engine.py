@@ -104,14 +104,9 @@ class Engine:
         tile = TILE if self.deterministic else 0
         more = int(bool(self._speculative) and len(getattr(model, "mtp", ())) > 0)
         self._runner = ModelRunner(
-            model,
-            blocks=self._blocks,
-            block_size=self._size,
-            tile=tile,
-            more_layers=more,
-            native=self._native,
+            model, blocks=self._blocks, block_size=self._size, tile=tile, more_layers=more, native=self._native,
             int8=self._int8,
-        )
+        )  # fmt: skip
         positions = model.config.max_position_embeddings
         self._scheduler = Scheduler(BlockManager(self._blocks, self._size), *self._limits, positions)
         self._drafter = Drafter(model.mtp[0], self._runner) if more else None
@@ -306,8 +301,10 @@ class Engine:
         works = self._runner.arrange(self._scheduler.schedule(drafts=drafts))
         if not works:
             return []
-        routed = any(work.sequence.sampling.routed_experts for work in works)
-        ran = self._runner.run(works, routed=routed)
+        asked = [work.sequence.sampling for work in works]
+        routed = any(sampling.routed_experts for sampling in asked)
+        whole = self._drafter is not None or any(sampling.prompt_logprobs is not None for sampling in asked)
+        ran = self._runner.run(works, routed=routed, whole=whole)
         self._scheduler.computed(works)
         rows = self._rows(works, ran)
         events = self._sample(ran, rows) if rows else []

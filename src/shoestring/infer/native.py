@@ -97,8 +97,9 @@ class Batch(Structure):
     """The rows of one call, and where results go."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("R", "J", "longest", "threads")),
-        *((name, c_void_p) for name in ("length", "table", "turn", "x", "hidden", "chosen", "work")),
+        *((name, c_int64) for name in ("R", "J", "longest", "threads", "kept")),
+        *((name, c_void_p) for name in ("length", "table", "turn", "x", "hidden")),
+        *((name, c_void_p) for name in ("keep", "kept_length", "kept_table", "chosen", "work")),
     ]  # fmt: skip
 
 
@@ -284,21 +285,28 @@ class NativeLayers:
         return made
 
     # ---- a step
-    def run(self, x_RD: Tensor, rows: Rows, *, routed: bool = False, ahead: int = 0) -> tuple[Tensor, Tensor | None]:
+    def run(
+        self, x_RD: Tensor, rows: Rows, *, routed: bool = False, ahead: int = 0, keep: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Hidden states [R, D] after the norm, and the chosen experts [MoE layers, R, A] when asked for.
 
         Entries of the cache are written first, so rows may be consecutive tokens of one sequence. `ahead`: how many
-        positions later RoPE counts (the MTP module's tokens).
+        positions later RoPE counts (the MTP module's tokens). `keep`: the rows, ascending, whose hidden states somebody
+        wants; of the others the last layer computes keys and values alone, and their states are NaN.
         """
+        assert keep is None or not routed
         R, J = rows.table_RJ.shape
         longest, threads = int(rows.length_R.max()), torch.get_num_threads()
         self._grow(R, longest, threads, ahead)
         x_RD = x_RD.contiguous()
-        hidden_RD = torch.empty_like(x_RD)
+        hidden_RD = torch.empty_like(x_RD) if keep is None else torch.full_like(x_RD, torch.nan)
         chosen = torch.empty(self.moe_layers, R, self.top_k, dtype=torch.int64) if routed and self.moe_layers else None
+        keep_r = None if keep is None else np.asarray(keep, dtype=np.int64)
+        kept = None if keep_r is None else (keep_r, rows.length_R[keep_r], rows.table_RJ[keep_r])
         batch = Batch(
-            R, J, longest, threads, rows.length_R.ctypes.data, rows.table_RJ.ctypes.data,
-            self._turn[ahead:].data_ptr(), x_RD.data_ptr(), hidden_RD.data_ptr(),
+            R, J, longest, threads, R if keep is None else len(keep), rows.length_R.ctypes.data,
+            rows.table_RJ.ctypes.data, self._turn[ahead:].data_ptr(), x_RD.data_ptr(), hidden_RD.data_ptr(),
+            *((None, None, None) if kept is None else (array.ctypes.data for array in kept)),
             None if chosen is None else chosen.data_ptr(), self._work.data_ptr(),
         )  # fmt: skip
         self._decode(ctypes.byref(self._model), ctypes.byref(batch))

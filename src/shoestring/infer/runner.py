@@ -114,11 +114,14 @@ class ModelRunner:
         return bool(self.tile) or work.end - work.start == 1 or work.end <= SINGLES
 
     @torch.inference_mode()
-    def run(self, works: list[Work], *, routed: bool = False) -> Ran:
-        """One pass over the work, as `arrange` orders it."""
+    def run(self, works: list[Work], *, routed: bool = False, whole: bool = True) -> Ran:
+        """One pass over the work, as `arrange` orders it.
+
+        whole: False where only the hidden states from which a next token is sampled are wanted; others may be NaN.
+        """
         works = [single for work in works for single in (self._singles(work) if work.drafted else [work])]
         if self.layers is not None:
-            return self._natively(works, routed)
+            return self._natively(works, routed, whole or routed)
         if not self.tile:
             return self._pass(works, routed)
         # Every token a row of its own, so that chunks have no borders, and always as many rows: the last tile is
@@ -131,7 +134,7 @@ class ModelRunner:
         steps = [step for each in ran for step in each.steps]
         return Ran(hidden_ND, torch.cat(chosen, dim=1)[:, : len(singles)] if chosen else None, steps)
 
-    def _natively(self, works: list[Work], routed: bool) -> Ran:
+    def _natively(self, works: list[Work], routed: bool, whole: bool) -> Ran:
         """Rows of one token in one native call, then the chunks; short prompts are rows too."""
         works = [single for work in works for single in (self._singles(work) if self._by_rows(work) else [work])]
         R = next((i for i, work in enumerate(works) if work.end - work.start > 1), len(works))
@@ -139,8 +142,10 @@ class ModelRunner:
             return self._pass(works, routed)
         rows = self._rows(works[:R])
         tokens_R = torch.tensor([work.sequence.token(work.start) for work in works[:R]])
+        keep = None if whole else [row for row, work in enumerate(works[:R]) if work.ends]
+        keep = None if keep is not None and len(keep) == R else keep
         assert self.layers is not None
-        hidden_RD, chosen_LRA = self.layers.run(self.embed(tokens_R), rows, routed=routed)
+        hidden_RD, chosen_LRA = self.layers.run(self.embed(tokens_R), rows, routed=routed, keep=keep)
         if len(works) == R:
             return Ran(hidden_RD, chosen_LRA, [rows])
         rest = self._pass(works[R:], routed)

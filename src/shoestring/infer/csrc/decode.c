@@ -52,12 +52,15 @@ typedef struct {
 } Model;
 
 typedef struct {
-    int64_t R, J, longest, threads;
+    int64_t R, J, longest, threads, kept;
     const int64_t *length; /* [R] positions, the new one included */
     const int32_t *table;  /* [R, J] blocks */
     const float *turn;     /* cos, sin: [positions, rope/2, 2] */
     const void *x;         /* embeddings [R, D] */
     void *hidden;          /* [R, D], after the last norm */
+    const int64_t *keep;   /* [kept] ascending: rows whose hidden states are asked for; null: all, and `chosen` too */
+    const int64_t *kept_length;
+    const int32_t *kept_table; /* theirs */
     int64_t *chosen;       /* [MoE layers, R, A], may be null */
     char *work;            /* as large as shoestring_workspace says */
 } Batch;

@@ -45,15 +45,20 @@ static int64_t NAME(lay)(const Model *m, int64_t R, int64_t longest, int64_t thr
     return at - base;
 }
 
+/* row r's keys and values into the cache, from the first products */
+static void NAME(latent_entry)(const Model *m, const Layer *l, const Batch *b, const NAME(Work) * w, int64_t r) {
+    const int64_t W = m->C + m->rope, at = b->length[r] - 1;
+    const float *y = w->y + (r + 1) * NAME(first_width)(m) - W;
+    T *entry = (T *)l->keys + ((int64_t)b->table[r * b->J + at / m->size] * m->size + at % m->size) * W;
+    NAME(norm)(y, l->k_norm, l->k_eps, m->C, entry, 0);
+    NAME(turn)(y + m->C, b->turn + at * m->rope, m->rope, m->interleaved, entry + m->C);
+}
+
 /* the queries in the order of the cache's entries, and this token's entry written */
 static void NAME(latent_queries)(const Model *m, const Layer *l, const Batch *b, NAME(Work) * w, int t, int n) {
     const int64_t R = b->R, H = m->H, K = m->nope + m->rope, W = m->C + m->rope, Y = NAME(first_width)(m);
     for (int64_t r = low(R, 1, t, n); r < low(R, 1, t + 1, n); r++) {
-        const int64_t at = b->length[r] - 1;
-        const float *cis = b->turn + at * m->rope, *y = w->y + r * Y + Y - W;
-        T *entry = (T *)l->keys + ((int64_t)b->table[r * b->J + at / m->size] * m->size + at % m->size) * W;
-        NAME(norm)(y, l->k_norm, l->k_eps, m->C, entry, 0);
-        NAME(turn)(y + m->C, cis, m->rope, m->interleaved, entry + m->C);
+        NAME(latent_entry)(m, l, b, w, r);
         if (m->q_lora) NAME(norm)(w->y + r * Y, l->q_norm, l->q_eps, m->q_lora, w->c + r * m->q_lora, 0);
     }
     const float *q = w->y;
@@ -74,12 +79,14 @@ static void NAME(latent_queries)(const Model *m, const Layer *l, const Batch *b,
     NAME(heads)(t, n, w->nope, H * m->nope, m->nope, R, H, l->uk, w->query, H * W, W);
 }
 
-static void NAME(plain_queries)(const Model *m, const Layer *l, const Batch *b, NAME(Work) * w, int t, int n) {
-    const int64_t R = b->R, H = m->H, G = m->G, K = m->v, Y = NAME(first_width)(m);
+/* heads from `first` on: H query heads, then those of the keys, which go into the cache with their values */
+static void NAME(plain_heads)(const Model *m, const Layer *l, const Batch *b, NAME(Work) * w, int64_t first, int t,
+                              int n) {
+    const int64_t R = b->R, H = m->H, G = m->G, K = m->v, Y = NAME(first_width)(m), many = H + G - first;
     T head[K];
     float wide[K];
-    for (int64_t i = low(R * (H + G), 1, t, n); i < low(R * (H + G), 1, t + 1, n); i++) {
-        const int64_t r = i / (H + G), h = i % (H + G), at = b->length[r] - 1, g = h - H;
+    for (int64_t i = low(R * many, 1, t, n); i < low(R * many, 1, t + 1, n); i++) {
+        const int64_t r = i / many, h = first + i % many, at = b->length[r] - 1, g = h - H;
         const int64_t block = b->table[r * b->J + at / m->size], slot = ((block * G + g) * m->size + at % m->size) * K;
         const float *from = w->y + r * Y + h * K;
         const T *weight = h < H ? l->q_norm : l->k_norm;
@@ -193,7 +200,7 @@ static void NAME(layer)(const Model *m, const Layer *l, const Batch *b, NAME(Wor
         if (l->first[i].weight) NAME(product)(t, n, w->h, D, R, l->first[i], w->y + at, 0, 0, Y);
 #pragma omp barrier
     if (m->latent) NAME(latent_queries)(m, l, b, w, t, n);
-    else NAME(plain_queries)(m, l, b, w, t, n);
+    else NAME(plain_heads)(m, l, b, w, 0, t, n);
 #pragma omp barrier
     int64_t part = R * G >= n ? share : (share * R * G + n - 1) / n; /* heads that read the keys together */
     part = part < 1 ? 1 : part < ROWS ? part : ROWS;
@@ -219,6 +226,19 @@ static void NAME(layer)(const Model *m, const Layer *l, const Batch *b, NAME(Wor
         NAME(norm)(w->x + r * D, l->norm2, l->eps2, D, w->h + r * D, l->gate.weight ? w->wide + r * D : 0);
 #pragma omp barrier
     NAME(feed_forward)(m, l, b, w, t, n, chosen);
+#pragma omp barrier
+}
+
+/* The keys and values of a layer's rows, and nothing else of it. */
+static void NAME(keys_only)(const Model *m, const Layer *l, const Batch *b, NAME(Work) * w, int t, int n) {
+    const int64_t R = b->R, D = m->D, Y = NAME(first_width)(m), from = low(R, 1, t, n), to = low(R, 1, t + 1, n);
+    for (int64_t r = from; r < to; r++) NAME(norm)(w->x + r * D, l->norm1, l->eps1, D, w->h + r * D, 0);
+#pragma omp barrier
+    for (int64_t i = 1, at = l->first[0].out; i < 3; at += l->first[i++].out)
+        if (l->first[i].weight) NAME(product)(t, n, w->h, D, R, l->first[i], w->y + at, 0, 0, Y);
+#pragma omp barrier
+    if (!m->latent) NAME(plain_heads)(m, l, b, w, m->H, t, n);
+    for (int64_t r = from; m->latent && r < to; r++) NAME(latent_entry)(m, l, b, w, r);
 #pragma omp barrier
 }
 
@@ -249,19 +269,30 @@ int64_t NAME(shoestring_workspace)(const Model *m, int64_t R, int64_t longest, i
 
 void NAME(shoestring_decode)(const Model *m, const Batch *b) {
     NAME(Work) work;
+    Batch kept = *b;
     NAME(lay)(m, b->R, b->longest, b->threads, NAME(shared)(m), b->work, &work);
     NAME(find_runs)(m, b, &work);
 #pragma omp parallel num_threads(b->threads)
     {
         const int t = omp_get_thread_num(), n = omp_get_num_threads();
-        const int64_t from = low(b->R, 1, t, n), to = low(b->R, 1, t + 1, n), D = m->D;
+        const int64_t D = m->D, end = low(b->R, 1, t + 1, n) * D;
         int64_t *chosen = b->chosen;
-        for (int64_t i = from * D; i < to * D; i++) work.x[i] = FLOAT(((const T *)b->x)[i]);
+        for (int64_t i = low(b->R, 1, t, n) * D; i < end; i++) work.x[i] = FLOAT(((const T *)b->x)[i]);
         for (int64_t i = 0; i < m->layers; i++) {
-            NAME(layer)(m, m->layer + i, b, &work, t, n, chosen);
+            if (b->keep && i == m->layers - 1) { /* of the other rows nobody asks for more than keys and values */
+                NAME(keys_only)(m, m->layer + i, b, &work, t, n);
+#pragma omp single
+                {
+                    for (int64_t r = 0; r < b->kept; r++) memmove(work.x + r * D, work.x + b->keep[r] * D, D * 4);
+                    kept.R = b->kept, kept.length = b->kept_length, kept.table = b->kept_table;
+                    NAME(find_runs)(m, &kept, &work);
+                }
+            }
+            NAME(layer)(m, m->layer + i, &kept, &work, t, n, chosen);
             if (chosen && m->layer[i].gate.weight) chosen += b->R * m->A;
         }
-        for (int64_t r = from; r < to; r++) NAME(norm)(work.x + r * D, m->norm, m->eps, D, (T *)b->hidden + r * D, 0);
+        for (int64_t r = low(kept.R, 1, t, n); r < low(kept.R, 1, t + 1, n); r++)
+            NAME(norm)(work.x + r * D, m->norm, m->eps, D, (T *)b->hidden + (b->keep ? b->keep[r] : r) * D, 0);
     }
 }
 

@@ -184,7 +184,7 @@ def test_large_weights_stay_where_they_lie(any_model: Any, dtype: torch.dtype, m
 @pytest.mark.parametrize("family", [v3, dense])
 def test_short_and_long_prompts_of_one_step(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long ones are read by the plain layers, short ones as rows, whatever the order they come in."""
-    monkeypatch.setattr(runner, "SINGLES", 16)
+    monkeypatch.setattr(runner, "SINGLES", {"mla": 16, "gqa": 16})
     model = family()
     routed = model.n_experts > 0
     sampling = Sampling(temperature=0.0, max_new_tokens=5, ignore_eos=True, prompt_logprobs=0, routed_experts=routed)

@@ -21,10 +21,14 @@ from shoestring.nn.gqa import GQA
 from shoestring.nn.mla import MLA
 from shoestring.nn.moe import MoE
 
-# Tokens of prompts up to this position are computed row by row, natively: a pass of their own would cost more, beyond
-# it reading the keys again for every row does (LOG.md, entries 11 and 15). Matrix units make the pass's products
-# several times as fast.
-SINGLES = 16 if torch.cpu._is_amx_tile_supported() else 256
+# Tokens of prompts up to this position are computed row by row, natively, with MLA and with ordinary attention: a pass
+# of their own costs more (LOG.md, entries 11, 15 and 22). A row of MLA meets the latent with every head, which costs
+# three times what expanded keys do. Matrix units make the pass's products several times as fast; for narrower vectors
+# the longer ones were not measured.
+if torch.cpu._is_amx_tile_supported():
+    SINGLES = {"mla": 16, "gqa": 16}
+else:
+    SINGLES = {"mla": 512, "gqa": 4096} if torch.cpu._is_avx512_supported() else {"mla": 256, "gqa": 256}
 
 
 @dataclass(slots=True)
@@ -66,6 +70,7 @@ class ModelRunner:
         self.dtype = model.kernels.torch_dtype
         attention = next(block.self_attn for block in model.model.layers)
         latent = isinstance(attention, MLA)
+        self._kind = "mla" if latent else "gqa"
         groups, width = (1, model.cache_width) if latent else _heads(attention)
         self.store = Store(
             len(model.model.layers) + more_layers, blocks, block_size, groups, width, latent=latent, dtype=self.dtype,
@@ -111,7 +116,7 @@ class ModelRunner:
         return sorted(works, key=lambda work: not self._by_rows(work))
 
     def _by_rows(self, work: Work) -> bool:
-        return bool(self.tile) or work.end - work.start == 1 or work.end <= SINGLES
+        return bool(self.tile) or work.end - work.start == 1 or work.end <= SINGLES[self._kind]
 
     @torch.inference_mode()
     def run(self, works: list[Work], *, routed: bool = False, whole: bool = True) -> Ran:

@@ -110,8 +110,8 @@ INLINE const T *NAME(piece)(const Model *m, const void *arena, const int32_t *ta
     return (const T *)arena + ((table[s / m->size] * m->G + g) * m->size + within) * W;
 }
 
-/* o [R, H, V] = softmax(scale q K^T) V for query [R, H, W], rows [r, end) and heads [h, h + heads), which are of group g;
-   `then`: keys that are asked for next; `space` is a thread's */
+/* o [R, H, V] = softmax(scale q K^T) V for query [R, H, W], rows [r, end) and heads [h, h + heads) of group g; `then`:
+   keys that are asked for next; `space` is a thread's */
 static void NAME(attend)(const Model *m, const Layer *l, const Batch *b, int64_t r, int64_t end, int64_t g, int64_t h,
                          int64_t heads, int64_t W, int64_t V, const T *query, T *o, const T *then, float *space) {
     int64_t longest = 0, s1;

@@ -77,8 +77,8 @@ static void NAME(tile)(const T *const *x, int64_t n, const T *w, int64_t stride,
 /* ---- packed weights: tiles of 16 outputs, [tiles, in / PAIR, 16, PAIR], zeros beyond `out` and `in`. A lane is an
    output, so that nothing is summed across lanes, and a tile is read from front to back. */
 
-/* RT rows times OT tiles into out [RT, ldo], or added to it. In the first `lines` steps what is `far` is fetched: a line,
-   or OT. */
+/* RT rows times OT tiles into out [RT, ldo], or added to it. In the first `lines` steps what is `far` is fetched: a
+   line, or OT. */
 INLINE void NAME(lanes)(int RT, int OT, const T *const *x, const T *w, int64_t in, int64_t lines, int every,
                         const T *far, int more, float *out, int64_t ldo) {
     const int64_t steps = in / PAIR, tile = TILE(in);
@@ -133,7 +133,7 @@ static const NAME(Lanes) NAME(sized)[8][3] = {
    cache; meanwhile, if `fetch`, the tiles behind them are fetched, each 8 rows a part. */
 static void NAME(group)(const T *const *x, int64_t n, const T *w, int64_t tiles, int64_t in, int fetch, int more,
                         float *out, int64_t ldo) {
-    const int64_t tile = TILE(in), steps = in / PAIR, blocks = n < 5 ? 1 : (n + 3) / 8; /* that fetch: up to 4 rows left do not */
+    const int64_t tile = TILE(in), steps = in / PAIR, blocks = n < 5 ? 1 : (n + 3) / 8; /* those that fetch */
     for (int64_t i = 0, r = 0; r < n; i++, r += 8) {
         const int64_t rows = n - r < 8 ? n - r : 8, most = rows > 4 ? 2 : 4;
         for (int64_t o = 0, many; o < tiles; o += many) {

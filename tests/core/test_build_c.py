@@ -13,6 +13,7 @@ from shoestring.core.build_c import Missing, load
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two units and a header, and a cache folder of their own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("SHOESTRING_NATIVE", raising=False)
     folder = tmp_path / "csrc"
     folder.mkdir()
     (folder / "number.h").write_text("#define NUMBER 3\n")

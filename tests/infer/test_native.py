@@ -256,7 +256,8 @@ def fresh_library() -> Iterator[None]:
 def test_without_a_compiler_steps_are_plain(
     environment: dict[str, str], reason: str, monkeypatch: pytest.MonkeyPatch, fresh_library: None, tmp_path: Path
 ) -> None:
-    monkeypatch.delenv("CC", raising=False)
+    for name in ("CC", "SHOESTRING_NATIVE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

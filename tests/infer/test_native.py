@@ -309,3 +309,16 @@ def test_pages_hold_what_they_were_given() -> None:
     assert pages.copy(large, torch.float32) is large and bool((large == 1).all())
     copied = pages.copy(large, torch.bfloat16)
     assert copied.numel() * 2 < LARGE and bool((copied == 1).all())
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(48, 64), (33, 7), (16, 34), (5, 1), (3, 40, 96), (2, 17, 65), (700, 128)])
+def test_packing_in_c_is_the_plain_packing(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape) * torch.randint(-30, 30, shape).float().exp2()
+    weight[..., 0, 0], weight[..., -1, -1] = float("inf"), float("nan")
+    made = native.pack_bf16(weight, Pages())
+    plain = native.packed(weight.to(torch.bfloat16), 2)
+    assert made.shape == plain.shape
+    both = [words.contiguous().view(torch.bfloat16) for words in (made, plain)]
+    torch.testing.assert_close(*both, rtol=0, atol=0, equal_nan=True)

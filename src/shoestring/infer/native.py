@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,18 @@ def packed(weight: Tensor, pair: int) -> Tensor:
     return padded.view(WORD[weight.itemsize * pair]).unflatten(-2, (-1, TILE)).transpose(-2, -1)
 
 
+def pack_bf16(weight: Tensor, pages: Pages) -> Tensor:
+    """`packed(weight.to(bfloat16), 2)` of fp32 weights in one pass in C: a policy's are packed anew at every step."""
+    out, inputs = weight.shape[-2:]
+    words = pages.take((*weight.shape[:-2], -(-out // TILE), -(-inputs // 2), TILE), torch.int32)
+    for part, made in zip(weight.view(-1, out, inputs), words.view(-1, *words.shape[-3:]), strict=True):
+        library().shoestring_pack_bf16(
+            c_void_p(part.data_ptr()), c_int64(out), c_int64(inputs), c_void_p(made.data_ptr()),
+            c_int(torch.get_num_threads()),
+        )  # fmt: skip
+    return words
+
+
 class Rows:
     """R rows of one token each: `length_R` positions with the new one, `table_RJ` their blocks."""
 
@@ -166,6 +178,10 @@ class Weights:
         shape = weight.shape[-2:]
         if dtype != torch.int8 and self._pages.keeps(weight, dtype):
             return Matrix(self.at(weight, dtype), bias, scale, *shape, 0)
+        if weight.dtype == torch.float32 and dtype == torch.bfloat16 and weight.is_contiguous():
+            words = pack_bf16(weight, self._pages)
+            self._kept.append(words)
+            return Matrix(words.data_ptr(), bias, scale, *shape, 1)
         words = packed(weight.to(dtype), pair)
         return Matrix(self.at(words, words.dtype), bias, scale, *shape, 1)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import mmap
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -55,12 +57,16 @@ class Pages:
 
     def copy(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """Contiguous and in this dtype. Large ones that are so already are not copied."""
-        size = tensor.numel() * dtype.itemsize
         if self.keeps(tensor, dtype):
             collapse(tensor)
             return tensor
+        return self.take(tensor.shape, dtype).copy_(tensor)
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Room for a tensor, not written yet."""
+        size = math.prod(shape) * dtype.itemsize
         if size > len(self._room):
             self._room = empty(max(CHUNK, -(-size // HUGE) * HUGE))
-        made = self._room[:size].view(dtype).view(tensor.shape)
+        made = self._room[:size].view(dtype).view(*shape)
         self._room = self._room[-(-size // 64) * 64 :]
-        return made.copy_(tensor)
+        return made

@@ -101,6 +101,7 @@ def serve_ours(options: dict[str, Any]) -> None:
         if engine is not None:
             engine.update_weights(student)
             made = engine.generate([row[:prompt] for row in rows_BT], sampling)
+            engine.let_go()
             written = [row[:prompt] + group[0].token_ids for row, group in zip(rows_BT, made, strict=True)]
         wrote = time.perf_counter()
         batches = packed_batches([Example(row, weight) for row in written], row_tokens=prompt + new,

@@ -75,6 +75,7 @@ def serve_ours(options: dict[str, Any]) -> None:
     def step() -> dict[str, Any]:
         clock = [time.perf_counter()]
         groups = answer_groups(engine, tokenizer, asked, sampling)
+        engine.let_go()
         clock.append(time.perf_counter())
         for group in groups:
             rewards = [share_of_even(rollout.completion.token_ids) for rollout in group]

@@ -143,6 +143,18 @@ def test_update_weights(model: Any) -> None:
     assert engine.generate(PROMPTS, greedy) == before
 
 
+def test_what_was_let_go_is_made_again(model: Any) -> None:
+    engine, greedy = Engine(model), Sampling(temperature=0.0, max_new_tokens=10)
+    before = engine.generate(PROMPTS, greedy)
+    engine.let_go()
+    engine.let_go()
+    assert not hasattr(engine._runner, "head")
+    assert engine.generate(PROMPTS, greedy) == before
+    engine.add(PROMPTS[0], greedy)
+    with pytest.raises(UserError, match="requests are under way"):
+        engine.let_go()
+
+
 def test_the_model_still_trains_after_generating(model: Any) -> None:
     Engine(model).generate(PROMPTS, Sampling(max_new_tokens=4, seed=0))
     model(torch.tensor([PROMPTS[2]])).logits_BTV.log_softmax(-1)[..., 3].sum().backward()

@@ -29,6 +29,10 @@ class Generator(Protocol):
         """Use `model`'s weights from the next call on; anything cached from the old ones is dropped."""
         ...
 
+    def let_go(self) -> None:
+        """Free what was made ready of the weights, and what is cached: the next `generate` makes it anew."""
+        ...
+
 
 @dataclass(slots=True, frozen=True)
 class Question:

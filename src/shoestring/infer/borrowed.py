@@ -55,6 +55,9 @@ class BorrowedGenerator:
             self.tokenizer.check_vocab(model.config.vocab_size)
         self.model = model
 
+    def let_go(self) -> None:
+        """Nothing: it samples from the model itself."""
+
     def score(self, token_ids: Sequence[Sequence[int]], *, temperature: float = 1.0) -> list[list[float]]:
         """As the engine does: the training forward, packed."""
         return score(self.model, token_ids, temperature=temperature)

@@ -111,7 +111,7 @@ class Engine:
         self._scheduler = Scheduler(BlockManager(self._blocks, self._size), *self._limits, positions)
         self._drafter = Drafter(model.mtp[0], self._runner) if more else None
         self._choice = Choice()
-        self._seen = _state_of(model)
+        self._seen: tuple[int, Any] | None = _state_of(model)
 
     @property
     def device(self) -> torch.device:
@@ -138,6 +138,14 @@ class Engine:
             )
         else:
             self._prepare(model)
+
+    def let_go(self) -> None:
+        """Free the prepared weights until the next request makes them anew: a trainer's update needs the memory, and
+        changes them anyway. Raises UserError while requests are under way."""
+        if self.has_work:
+            raise UserError("requests are under way; finish them before the prepared weights are let go.")
+        self._runner.let_go()
+        self._seen = None
 
     def _refresh(self) -> None:
         """A trainer changes its module in place: seen when the next request comes."""

@@ -83,8 +83,7 @@ class ModelRunner:
         """Prepare these weights. Nothing may be using the cache: its blocks are zeroed again when they are taken, in
         case the old weights left NaN there."""
         self.store.ready = 0
-        for name in ("_blocks", "head", "layers"):  # old and new weights never lie beside each other
-            self.__dict__.pop(name, None)
+        self.let_go()  # old and new weights never lie beside each other
         make = self.making()
         self.model, self.device = model, model.embedding.device
         self._blocks: list[PreparedBlock] | None = None
@@ -92,6 +91,11 @@ class ModelRunner:
         self.head = NativeHead(model.head_weight, self.dtype) if self.native else make.exactly(model.head_weight)
         self.norm = Norm(model.model.norm, self.dtype)
         self.layers = self.native_layers(model.model.layers, model.model.norm, 0) if self.native else None
+
+    def let_go(self) -> None:
+        """Free the prepared weights; nothing runs before `load`."""
+        for name in ("_blocks", "head", "layers"):
+            self.__dict__.pop(name, None)
 
     @property
     def blocks(self) -> list[PreparedBlock]:

@@ -67,6 +67,7 @@ class OnPolicyLesson:
         sampling = stage.decoding.sampling(n=1, seed=seed, stop_ids=(self.tokenizer.end,))
         sampling = replace(sampling, logit_bias=self.banned)
         written = [group[0] for group in self.engine.generate(prompts, sampling)]
+        self.engine.let_go()
         if not any(completion.token_ids for completion in written):
             raise UserError(f"{self.ctx.run.name}: the student wrote nothing at all to {len(prompts)} prompts.")
         pairs = list(zip(prompts, written, strict=True))

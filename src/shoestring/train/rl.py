@@ -63,6 +63,7 @@ def run(stage: RlStage, ctx: Context) -> Outcome:
             state.sampled += sampled_tokens(sampled)
             state.flops += sampling_flops(state.model, lengths_of(sampled))
             if groups:
+                engine.let_go()
                 _refresh_reference(stage, state)
                 stats = _update(stage, state, groups, tokenizer, spent)
                 engine.update_weights(state.model)

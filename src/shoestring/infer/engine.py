@@ -107,8 +107,8 @@ class Engine:
             model, blocks=self._blocks, block_size=self._size, tile=tile, more_layers=more, native=self._native,
             int8=self._int8,
         )  # fmt: skip
-        positions = model.config.max_position_embeddings
-        self._scheduler = Scheduler(BlockManager(self._blocks, self._size), *self._limits, positions)
+        blocks = BlockManager(self._blocks, self._size)
+        self._scheduler = Scheduler(blocks, *self._limits, model.config.max_position_embeddings)
         self._drafter = Drafter(model.mtp[0], self._runner) if more else None
         self._choice = Choice()
         self._seen: tuple[int, Any] | None = _state_of(model)
@@ -133,15 +133,12 @@ class Engine:
             self._drafter = None if self._drafter is None else Drafter(model.mtp[0], self._runner)
             self.model, self._seen = model, _state_of(model)
         elif self.has_work:
-            raise UserError(
-                "the new weights are of another architecture and requests are under way; finish them first."
-            )
+            raise UserError("the new weights are of another architecture and requests run; finish them first.")
         else:
             self._prepare(model)
 
     def let_go(self) -> None:
-        """Free the prepared weights until the next request makes them anew: a trainer's update needs the memory, and
-        changes them anyway. Raises UserError while requests are under way."""
+        """Free the prepared weights; the next request makes them anew. Raises UserError while one is under way."""
         if self.has_work:
             raise UserError("requests are under way; finish them before the prepared weights are let go.")
         self._runner.let_go()

@@ -101,11 +101,10 @@ class Engine:
     def _prepare(self, model: Any) -> None:
         """An empty cache and prepared weights for this model."""
         self.model = model
-        tile = TILE if self.deterministic else 0
         more = int(bool(self._speculative) and len(getattr(model, "mtp", ())) > 0)
         self._runner = ModelRunner(
-            model, blocks=self._blocks, block_size=self._size, tile=tile, more_layers=more, native=self._native,
-            int8=self._int8,
+            model, blocks=self._blocks, block_size=self._size, tile=TILE if self.deterministic else 0,
+            more_layers=more, native=self._native, int8=self._int8,
         )  # fmt: skip
         blocks = BlockManager(self._blocks, self._size)
         self._scheduler = Scheduler(blocks, *self._limits, model.config.max_position_embeddings)
@@ -394,9 +393,8 @@ def _natively(wanted: bool | Literal["auto"], model: Any, block_size: int) -> bo
     """Whether this model's steps run natively. Raises UserError where they must and cannot."""
     if wanted is False:
         return False
-    reason = why_not(model.kernels.torch_dtype, model.embedding.device)
-    if block_size % 2:
-        reason = f"block_size {block_size} is odd"
+    missing = why_not(model.kernels.torch_dtype, model.embedding.device)
+    reason = f"block_size {block_size} is odd" if block_size % 2 else missing
     if reason is not None and wanted is True:
         raise UserError(f'native steps are not to be had: {reason}; mend that, or pass native="auto".')
     return reason is None

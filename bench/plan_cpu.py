@@ -2,7 +2,7 @@
 
     python bench/plan_cpu.py [--repeats N] [--threads N] [--small]
 
-Calibration measures the parts of a step and the real steps of ten models (`cli_measure.STEPS`); the fifteen models held out
+Calibration measures the parts of a step and the real steps of ten models (`cli_measure.STEPS`); the twenty models held out
 here are timed in the same rounds and enter no fit. A step is training's own (train/step.py): forward, loss, backward,
 clipping, AdamW, router balance. Times are the least of all rounds. There is no peer that predicts steps on a CPU; the
 plain method beside ours is FLOPs over the best measured product rate, times the mean ratio on the calibration steps.
@@ -30,6 +30,9 @@ HELD = (
     ("dense", 128, 4, 4, 512, 0, 512, 2, 1024), ("dense", 256, 3, 4, 640, 0, 2048, 64, 32),
     ("moe", 128, 2, 4, 512, 32, 1024, 4, 512), ("moe", 384, 3, 6, 1024, 8, 512, 8, 128), ("moe", 192, 2, 6, 384, 16, 16384, 4, 256),
     ("moe", 96, 6, 3, 256, 16, 256, 16, 64),
+    # tiny ones, where a step is mostly calls
+    ("dense", 48, 4, 2, 128, 0, 256, 16, 64), ("dense", 96, 8, 3, 256, 0, 256, 4, 64), ("moe", 64, 4, 2, 256, 8, 256, 8, 64),
+    ("moe", 128, 8, 4, 256, 8, 512, 4, 64), ("moe", 64, 6, 2, 192, 16, 256, 32, 64),
 )  # fmt: skip
 
 

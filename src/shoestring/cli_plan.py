@@ -112,6 +112,10 @@ def _plan_run(
         from shoestring.cost.bill import ledger, to_rows
 
         if _is_recipe(model):
+            given = {"tokens": tokens, "batch": batch, "precision": precision, "layout": layout, "budget": budget,
+                     "deadline": deadline, "rule": rule, "calibration": calibration, "report": report, "bill": bill,
+                     "seq-len": seq_len != 4096, "by": by != "cost"}  # fmt: skip
+            _refuse([name for name, value in given.items() if value])
             return _plan_recipe(model, on, usd_per_hour, as_json)
         if not tokens:
             raise UserError("give the training tokens: --tokens, like 14.8T.")
@@ -139,6 +143,11 @@ def _is_recipe(name: str) -> bool:
     from shoestring.core.registry import list_parts
 
     return name.endswith((".py", ".yaml", ".yml")) or (name in list_parts("recipes") and name != "stage")
+
+
+def _refuse(options: list[str]) -> None:
+    if options:
+        raise UserError(f"a recipe brings its own tokens and sizes: --{options[0]} does not apply to it, leave it out.")
 
 
 def _plan_recipe(name: str, on: str, usd_per_hour: float | None, as_json: bool) -> None:

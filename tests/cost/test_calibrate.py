@@ -72,6 +72,20 @@ def test_laws_give_back_a_machine_that_keeps_them():
         assert found == pytest.approx(part_seconds(part, sizes), rel=0.03), part
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.08])
+def test_what_a_call_costs_is_told_from_what_its_numbers_cost(noise):
+    """In a tiny part the call is nearly all there is: the grid must pin it down though every timing is a little off."""
+    off = tuple((p, s, t * (1 + noise * (-1) ** i)) for i, (p, s, t) in enumerate(SAMPLES))
+    laws = fit(off)
+    for part, sizes in (
+        ("gqa", (128, 64, 48, 2, 2, 24)), ("mla", (512, 64, 64, 2, 0, 16, 32, 16, 32)), ("ffn", (128, 96, 256)),
+        ("moe", (256, 64, 64, 8, 2, 1)), ("head", (128, 64, 256)), ("update", (75, 4e5)),
+    ):  # fmt: skip
+        inside = attention_inside(part, sizes)
+        found = laws.products(part, sizes) + laws.beside(part, sizes) + (laws.attend(*inside) if inside else 0.0)
+        assert found == pytest.approx(part_seconds(part, sizes), rel=0.03 + 2 * noise), part
+
+
 def test_prices_are_never_negative_and_least_wrong():
     rows = [((1.0, x), 3.0 - 0.1 * x, 1.0) for x in (1.0, 5.0, 9.0)]
     assert prices(rows) == pytest.approx((2.5, 0.0), abs=1e-4)  # the falling line is refused: the mean is what is left

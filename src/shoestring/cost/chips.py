@@ -181,11 +181,11 @@ class Cluster:
 
 def parse_cluster(text: str) -> Cluster:
     """'2048xH800', '2048 H800', '8 x H100-SXM', 'H100' (one)."""
-    match = re.match(r"^\s*([\d.,]+[kKmM]?)\s*(?:[x×*]\s*|\s+)(.+?)\s*$", text)
+    match = re.match(r"^\s*([+-]?[\d.,]+(?:e\d+)?[kKmMbBtT]?)\s*(?:[x×*]\s*|\s+)(.+?)\s*$", text)
     count, name = (match.group(1), match.group(2)) if match else ("1", text)
-    n = parse_count(count, "number of chips")
-    if n != int(n) or n > 10_000_000:
-        raise UserError(f"{count} chips is not a whole number up to ten million.")
+    n = parse_count(count, "number of chips", "2048 or 16K", 1e7)
+    if n != int(n):
+        raise UserError(f"number of chips is {count}; it must be a whole number.")
     return Cluster(find_chip(name), int(n))
 
 

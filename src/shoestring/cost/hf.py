@@ -20,6 +20,10 @@ MLA_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "deepseek_v32", "longcat_f
 LLAMA_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gpt_oss", "olmo", "olmo2",
                "olmoe", "gemma", "gemma2", "phi3", "granite", "smollm3", "cohere")  # fmt: skip
 OLD_TYPES = ("gpt2", "gpt_bigcode", "gpt_neox", "falcon", "bloom")
+NO_ATTENTION = ("ssm_cfg", "state_size", "mamba_d_state", "ssm_state_size", "linear_num_key_heads", "attn_layer_period",
+                "layers_block_type", "hybrid_override_pattern")  # fmt: skip
+MOST = 10_000_000  # of any size in a config
+MOST_LAYERS = 10_000
 
 
 class _Keys:
@@ -27,7 +31,10 @@ class _Keys:
 
     def __init__(self, config: Mapping[str, Any], origin: str) -> None:
         self.config, self.origin = config, origin
-        self.kind = str(config.get("model_type", "llama"))
+        self.kind = str(config.get("model_type") or "")
+        self.needs = (
+            f'model_type "{self.kind}" needs it' if self.kind else "a config without model_type is read as Llama's"
+        )
 
     def size(self, *names: str, default: int | None = None) -> int:
         """The first of `names` that is present, as a whole number of at least 0 (null counts as absent)."""
@@ -37,9 +44,12 @@ class _Keys:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
                 raise UserError(f"{self.origin}: {name} is {value!r}; it must be a whole number of at least 0.")
+            most = MOST_LAYERS if "layer" in names[0] else MOST
+            if value > most:
+                raise UserError(f"{self.origin}: {name} is {value!r}; no model is that large, give at most {most:,}.")
             return int(value)
         if default is None:
-            raise UserError(f'{self.origin}: key "{names[0]}" is missing, and model_type "{self.kind}" needs it.')
+            raise UserError(f'{self.origin}: key "{names[0]}" is missing, and {self.needs}.')
         return default
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -55,13 +65,23 @@ def shape_from_hf(config: Mapping[str, Any], origin: str = "config.json") -> Mod
     if isinstance(inner, Mapping):
         config = {"model_type": config.get("model_type"), **inner}
     keys = _Keys(config, origin)
+    for key in NO_ATTENTION:
+        if config.get(key) is not None:
+            raise UserError(f'{origin}: key "{key}" tells of layers without attention, whose cost is not known here.')
     try:
         if keys.kind in MLA_TYPES or config.get("kv_lora_rank"):
-            return _latent(keys)
+            known = (
+                ""
+                if keys.kind in MLA_TYPES
+                else f'model_type "{keys.kind}" is not known: its keys are read as DeepSeek\'s'
+            )
+            return _latent(keys).with_(note=known)
         if keys.kind in OLD_TYPES:
             return _older(keys)
-        if keys.kind in LLAMA_TYPES or {"hidden_size", "num_attention_heads"} <= set(config):
+        if keys.kind in (*LLAMA_TYPES, ""):
             return _llama(keys)
+        if {"hidden_size", "num_attention_heads"} <= set(config):
+            return _llama(keys).with_(note=f'model_type "{keys.kind}" is not known: its keys are read as Llama\'s')
     except UserError as error:
         raise UserError(str(error).replace("model shape:", f"{origin}:")) from None
     known = ", ".join((*MLA_TYPES[:2], *LLAMA_TYPES, *OLD_TYPES))

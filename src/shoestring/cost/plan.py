@@ -27,8 +27,9 @@ from shoestring.cost.search import EVERY, Found, search
 from shoestring.cost.shape import ModelShape
 from shoestring.cost.step import StepTime, check_batch, step_time
 from shoestring.cost.tables import shipped_json
-from shoestring.cost.units import parse_count
+from shoestring.cost.units import parse_count, show
 
+MOST_TOKENS = 1e18  # a thousand times what was ever written: beyond it a unit was mistyped
 USD_PER_PFLOP_HOUR = 2.6  # a rent where none is known: the middle H100 rate over its 0.989 PFLOP/s; a guess
 
 
@@ -118,19 +119,25 @@ def plan(
     """Plan one training run. Raises UserError for what cannot be: no memory, no layout, a chip the rule forbids."""
     shape = resolve_shape(model) if isinstance(model, str) else model
     name = model if isinstance(model, str) else "model"
-    tokens = parse_count(tokens, "tokens")
+    tokens = parse_count(tokens, "tokens", most=MOST_TOKENS)
     cluster = parse_cluster(on) if isinstance(on, str) else on
     if rule:
         check_rule(cluster.chip.name, *rule)
     if not 1 <= seq_len <= 100_000_000:
         raise UserError(f"sequence length is {seq_len}; it must be from 1 to a hundred million.")
-    guesses: list[str] = list(cluster.chip.guesses)
+    if tokens < seq_len:
+        raise UserError(
+            f"{show(tokens)} tokens are less than one sequence of {seq_len}; write them like 500B or 14.8T."
+        )
+    guesses: list[str] = [*cluster.chip.guesses, *([shape.note] if shape.note else [])]
     if global_batch is None:
         global_batch = guess_batch(shape, seq_len, cluster.n, tokens)
         guesses.append(f"global batch: {global_batch:.0f} sequences from the compute of the run (arXiv 2401.02954)")
     fixed = dict(parse_layout(layout) if isinstance(layout, str) else layout or {})
     if precision:
         fixed["precision"] = precision
+    if fixed.get("precision") == "fp8" and not cluster.chip.has_fp8:
+        raise UserError(f"{cluster.chip.name} has no FP8 products; use --precision bf16, or another chip.")
     if calibration is not None:
         found = [calibration.found(shape, seq_len, global_batch, cluster.n)]
         check_fits(found[0].memory, cluster.chip, f"{name} on {cluster.chip.name}")

@@ -117,7 +117,8 @@ def search(
     if not found:
         if tightest is None:
             raise UserError(
-                f"no layout divides {cluster.label} with {dict(fixed)}; change a degree or the number of chips."
+                f"no layout divides {cluster.label} and a batch of {global_batch:g} with {_said(fixed)}; "
+                "change a degree, the batch or the number of chips."
             )
         check_fits(tightest[2], cluster.chip, f"even the smallest layout ({tightest[1].short()}) on {cluster.label}")
     found.sort(key=_seconds_a_token)
@@ -127,6 +128,10 @@ def search(
         return Found(f.layout, step, f.memory)
 
     return sorted(map(played, found[:keep]), key=_seconds_a_token)
+
+
+def _said(fixed: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in fixed.items()) or "the usual degrees"
 
 
 def _seconds_a_token(found: Found) -> float:

@@ -11,7 +11,7 @@ are counted, the input table is not. Hardware FLOPs (recomputation) are not coun
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from shoestring.core.errors import UserError
@@ -93,6 +93,7 @@ class ModelShape:
     mtp_layers: int = 0
     window: int = 0  # sliding-window width; 0: none
     window_layers: int = 0  # how many layers use it
+    note: str = field(default="", compare=False)  # what was taken for granted when this was read
 
     def __post_init__(self) -> None:
         for name in ("vocab", "d_model", "layers", "heads"):
@@ -133,8 +134,12 @@ class ModelShape:
             raise UserError("model shape: expert_ffn is 0; give the width of one expert.")
         if self.dense_layers > self.layers:
             raise UserError(f"model shape: {self.dense_layers} dense layers in a model of {self.layers} layers.")
-        if self.n_routed % self.n_group:
+        if self.n_group < 1 or self.n_routed % self.n_group:
             raise UserError(f"model shape: {self.n_routed} experts do not divide into {self.n_group} groups.")
+        if not 1 <= self.topk_group <= self.n_group:
+            raise UserError(
+                f"model shape: topk_group {self.topk_group} of n_group {self.n_group}; it must be 1 to that."
+            )
 
     # ---- derived sizes
     @property

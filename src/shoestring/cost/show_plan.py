@@ -16,6 +16,7 @@ from shoestring.cost.plan import Plan, check_rule, plan
 from shoestring.cost.residual import Interval
 from shoestring.cost.units import parse_count, parse_hours, parse_usd, show, usd
 
+MOST_RENT = 10_000.0  # dollars a chip-hour: beyond it a unit was mistyped
 SAVE_SECONDS = 60.0  # to write a checkpoint: a guess
 
 
@@ -29,9 +30,9 @@ def make(
     if precision not in (None, *PRECISIONS):
         raise UserError(f'--precision is "{precision}"; it is one of {", ".join(PRECISIONS)}.')
     if options.get("usd_per_hour") is not None:
-        parse_count(options["usd_per_hour"], "usd per hour")
+        parse_count(options["usd_per_hour"], "usd per hour", "2.5", MOST_RENT)
     if options.get("global_batch") is not None:
-        parse_count(options["global_batch"], "batch")
+        parse_count(options["global_batch"], "batch", "15360", 1e9)
     where = parse_rule(rule) if rule else None
     options |= {"precision": precision}
     if calibration is not None:
@@ -41,9 +42,12 @@ def make(
         devices = 1 if on == "any" else parse_count(on, "--on, with a calibration a number of devices,")
         if devices != int(devices):
             raise UserError(f"--on is {on}; with a calibration it is a whole number of this machine's devices.")
-        return plan(model, tokens, measured.cluster(int(devices)), layout=layout, calibration=measured, **options)
-    counted = any(c.isdigit() for c in on.split("x")[0].split(" ")[0]) and on[:1].isdigit()
-    if counted:
+        if layout or where:
+            raise UserError("a measured machine is planned as it is: leave --layout and --rule out with --calibration.")
+        answer = plan(model, tokens, measured.cluster(int(devices)), calibration=measured, **options)
+        _within(answer, deadline, budget)
+        return answer
+    if on.strip()[:1] in "+-.0123456789":
         answer = plan(model, tokens, on, layout=layout, rule=where, frontier=True, **options)
         _within(answer, deadline, budget)
         return answer
@@ -53,11 +57,10 @@ def make(
     if where:
         for chip in chips:
             check_rule(chip.name, *where)
-    best = best_plan(
-        model, tokens, chips, by=by, rule=where, budget=parse_usd(budget, "budget") if budget else None,
+    return best_plan(
+        model, tokens, chips, by=by, rule=where, frontier=True, budget=parse_usd(budget, "budget") if budget else None,
         deadline_hours=parse_hours(deadline, "deadline") if deadline else None, **options,
     )  # fmt: skip
-    return plan(model, tokens, best.cluster, rule=where, frontier=True, **options)
 
 
 def _within(answer: Plan, deadline: str | None, budget: str | None) -> None:

@@ -15,8 +15,10 @@ HOURS = {"h": 1.0, "hour": 1.0, "hours": 1.0, "d": 24.0, "day": 24.0, "days": 24
 NUMBER = re.compile(r"^([+-]?(?:\d[\d,_]*\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z]*)$", re.IGNORECASE)
 
 
-def parse_count(text: str | float, what: str = "number") -> float:
-    """'14.8T' -> 14.8e12; '2,048' -> 2048; 'million' and the like are read too. Must be positive."""
+def parse_count(
+    text: str | float, what: str = "number", like: str = "14.8T, 500B, 2.5M or 3000", most: float = math.inf
+) -> float:
+    """'14.8T' -> 14.8e12; '2,048' -> 2048; 'million' and the like are read too. Above 0, and at most `most`."""
     if isinstance(text, (int, float)):
         value = float(text)
     else:
@@ -24,16 +26,19 @@ def parse_count(text: str | float, what: str = "number") -> float:
         unit = match.group(2).lower() if match else ""
         unit = WORDS.get(unit, unit)
         if not match or unit not in SCALES:
-            raise UserError(f'{what} "{text}" is not a number; write it like 14.8T, 500B, 2.5M or 3000.')
+            raise UserError(f'{what} "{text}" is not a number; write it like {like}.')
         value = float(match.group(1).replace(",", "").replace("_", "")) * SCALES[unit]
     if not math.isfinite(value) or value <= 0:
         raise UserError(f"{what} is {text}; it must be a positive, finite number.")
+    if value > most:
+        raise UserError(f"{what} is {text}; that is beyond any run, give at most {most:.0e}.")
     return value
 
 
 def parse_usd(text: str | float, what: str = "price") -> float:
     """'$5.576M' -> 5576000.0."""
-    return parse_count(text.replace("$", "").replace("USD", "").strip() if isinstance(text, str) else text, what)
+    plain = text.replace("$", "").replace("USD", "").strip() if isinstance(text, str) else text
+    return parse_count(plain, what, "$500K or 2.5M", 1e15)
 
 
 def parse_hours(text: str | float, what: str = "duration") -> float:

@@ -69,7 +69,7 @@ def test_rule_and_limits():
     fast = best_plan("llama-3.1-8b", "200B", [find_chip("H100")], by="time", sizes=(64, 128, 256))
     cheap = best_plan("llama-3.1-8b", "200B", [find_chip("H100")], by="cost", sizes=(64, 128, 256))
     assert fast.days.mid <= cheap.days.mid and cheap.usd.mid <= fast.usd.mid
-    with pytest.raises(UserError, match="no plan keeps to the limits"):
+    with pytest.raises(UserError, match="no plan keeps to the budget"):
         best_plan("llama-3.1-8b", "200B", [find_chip("H100")], budget=10, sizes=(64,))
 
 

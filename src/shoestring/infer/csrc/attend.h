@@ -33,20 +33,17 @@ static void NAME(turn)(const float *x, const float *cis, int64_t rope, int64_t i
 /* keys [count <= 16, W] -> a packed tile, zeros for those that are not there */
 static void NAME(turned)(const T *keys, int64_t W, int64_t count, T *to) {
 #ifdef WIDE
-    const int64_t words = W / PAIR;
-    if (words % 16 == 0) {
-        for (int64_t i = 0; i < words; i += 16) {
-            vf r[16];
-            UNROLL for (int j = 0; j < 16; j++) r[j] = j < count ? *(const vfu *)(keys + j * W + i * PAIR) : (vf){0};
-            turn16(r);
-            UNROLL for (int j = 0; j < 16; j++) *(vfu *)(to + (i + j) * PAIR * OUTS) = r[j];
-        }
-        return;
+    for (int64_t i = 0; i < W / PAIR; i += 16) {
+        vf r[16];
+        UNROLL for (int j = 0; j < 16; j++) r[j] = j < count ? *(const vfu *)(keys + j * W + i * PAIR) : (vf){0};
+        turn16(r);
+        UNROLL for (int j = 0; j < 16; j++) *(vfu *)(to + (i + j) * PAIR * OUTS) = r[j];
     }
-#endif
+#else
     memset(to, 0, TILE(W) * sizeof(T));
     for (int64_t s = 0; s < count; s++)
         for (int64_t k = 0; k < W; k++) to[k / PAIR * PAIR * OUTS + s * PAIR + k % PAIR] = keys[s * W + k];
+#endif
 }
 
 /* values [steps * PAIR, W], the first V columns -> packed tiles for a sum over positions, zeros behind V */
@@ -74,14 +71,14 @@ static void NAME(scores)(const T *const *q, int64_t n, const T *keys, int64_t W,
         for (int i = 0; i < 2; i++)
             for (int64_t k = 0; later[i] && k < many * W; k += 64 / (int64_t)sizeof(T))
                 __builtin_prefetch(later[i] + s * W + k, 0, 2);
-        if (W <= TURNED) {
+        if (TURNS(W)) {
             NAME(turned)(keys + s * W, W, many, room + s / OUTS * TILE(W));
             continue;
         }
         NAME(tile)(q, n, keys + s * W, W, many, W, 0, out);
         for (int64_t i = 0; i < n; i++) memcpy(score + i * ld + s, out + i * GROUP, OUTS * sizeof(float));
     }
-    if (W <= TURNED) NAME(group)(q, n, room, (count + OUTS - 1) / OUTS, W, 0, 0, score, ld);
+    if (TURNS(W)) NAME(group)(q, n, room, (count + OUTS - 1) / OUTS, W, 0, 0, score, ld);
 }
 
 /* e^(scale (s - largest)) of `length` scores, rounded in place, then zeros up to `whole`; returns one over their sum */
@@ -120,7 +117,7 @@ static void NAME(attend)(const Model *m, const Layer *l, const Batch *b, int64_t
     const int64_t ld = whole + 16, ldv = (V + 15) / 16 * 16; /* a block's last tile may stand over */
     const int32_t *table = b->table + r * b->J;
     float *sum = space, *score = sum + ROWS * ldv, share[ROWS];
-    T room[GROUP * (W <= TURNED && W + 1 > ldv ? W + 1 : ldv)] __attribute__((aligned(64)));
+    T room[GROUP * (TURNS(W) && W > ldv ? W : ldv)] __attribute__((aligned(64)));
     const T *rows[ROWS];
     int64_t place[ROWS];
     for (int64_t i = 0; i < n; i++) {

@@ -177,7 +177,11 @@ def test_large_weights_stay_where_they_lie(any_model: Any, dtype: torch.dtype, m
         monkeypatch.setattr(pages, "LARGE", 0)
         found = hidden_of(model, list(range(1, 60)), native=True)
     assert native.Weights(dtype).matrix(torch.zeros(3, 4, dtype=dtype)).packed == 0
-    assert relative(found.float(), packed.float()) < (1e-5 if dtype == torch.float32 else 5e-2)
+    if dtype == torch.float32:
+        assert relative(found, packed) < 1e-5
+        return
+    apart_N = (found.float() - packed.float()).abs().amax(1) / packed.float().abs().max()
+    assert float(apart_N.quantile(0.9)) < 5e-2  # by rounding, a token may choose another expert
 
 
 @needs_native

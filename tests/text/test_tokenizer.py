@@ -105,6 +105,24 @@ def test_saved_and_loaded_again_is_the_same(words: Tokenizer, tmp_path: Path) ->
     assert again.config == words.config
 
 
+@pytest.mark.parametrize("trusting", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "deepseek_v3"])
+def test_beside_a_model_transformers_reads_the_same_tokens(
+    family: str, trusting: bool, words: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives some families a split of its own."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    words.save(tmp_path, model_type=family)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=trusting)
+    for text in [*TEXTS, "What is 17 + 25 ?"]:
+        assert theirs.encode(text, add_special_tokens=False) == words.encode(text)
+    again = Tokenizer.load(tmp_path)
+    again.save(tmp_path / "other", model_type="llama")
+    assert "auto_map" not in json.loads((tmp_path / "other" / "tokenizer_config.json").read_text())
+
+
 def test_transformers_reads_the_same_tokens(words: Tokenizer, merges: Tokenizer, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     for tokenizer, texts in ((words, TEXTS), (merges, PROSE[:2])):

@@ -82,14 +82,14 @@ def save(
         path = folder / "generation_config.json"
         write_json(path, _generation((read_json(path) if path.exists() else {}), raw, tokenizer))
         if tokenizer is not None:
-            tokenizer.save(folder)
+            tokenizer.save(folder, model_type=raw.get("model_type", ""))
         return folder
     tensors = disk_tensors(model) | mtp_copies(model)
     if dtype is not None:
         tensors = {name: _cast(name, tensor, DTYPES[dtype]) for name, tensor in tensors.items()}
     write_shards(tensors, folder, max_shard_bytes)
     if tokenizer is not None:
-        tokenizer.save(folder)
+        tokenizer.save(folder, model_type=raw.get("model_type", ""))
     write_json(folder / "generation_config.json", _generation({}, raw, tokenizer) | (generation_config or {}))
     name = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     write_json(folder / "config.json", raw | {"dtype": name, "torch_dtype": name})

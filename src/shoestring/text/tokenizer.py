@@ -29,6 +29,19 @@ SPECIALS = (BEGIN, END, PAD, "<|user|>", "<|assistant|>", "<|system|>", THINK, E
 _VISIBLE = (THINK, END_THINK)
 _NOT_TEXT = "text to encode must be str that UTF-8 can hold (no lone surrogates)."
 
+# transformers 5 takes every tokenizer of a qwen2 model for Qwen2's and splits text its way, whatever tokenizer.json
+# says; a class named in auto_map it leaves alone. With trust_remote_code it loads this one, without, its general one.
+_GENERAL = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_OWN_MAP = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
+_OWN_SPLIT = '''"""This model's text is split as tokenizer.json says, not as Qwen2's tokenizer does."""
+
+from transformers import PreTrainedTokenizerFast
+
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    """All of it is in tokenizer.json."""
+'''
+
 
 class Tokenizer:
     """A byte-level BPE tokenizer with a chat template.
@@ -85,14 +98,18 @@ class Tokenizer:
             template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
         return cls(matcher, config=config, chat_template=template)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, model_type: str = "") -> None:
         """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja into a folder.
 
         The template stands both in its own file (read by transformers 5) and in the config (read by older tools).
+        Beside a model of `model_type` "qwen2", a tokenizer that is not Qwen's own says so: see `_OWN_SPLIT`.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        config = dict(self.config)
+        config = {key: value for key, value in self.config.items() if (key, value) != ("auto_map", _OWN_MAP)}
+        if model_type == "qwen2" and config.get("tokenizer_class") in _GENERAL and "auto_map" not in config:
+            config["auto_map"] = _OWN_MAP
+            (folder / "tokenization_own.py").write_text(_OWN_SPLIT, "utf-8")
         names = {key: config[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if config.get(key)}
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template

@@ -31,8 +31,8 @@ def test_problems(stage: EvalStage) -> list[Problem]:
 
 
 def run(stage: EvalStage, ctx: Context) -> Outcome:
-    """Evaluate input "model"; the headline number is pass@1 over all problems. Each batch of answers is on disk, and
-    its cost with it, before the next is asked."""
+    """Evaluate input "model"; the headline number is pass@1 over all problems. Each batch's cost is on disk, and
+    its answers, before the next is asked."""
     model, tokenizer = load_model(ctx, "model")
     use_kernels(model, ctx, stage.compute, tokens=stage.rows_per_batch * 64, seq_len=64)
     asked, batch = test_problems(stage), max(1, stage.rows_per_batch // stage.samples)
@@ -46,8 +46,9 @@ def run(stage: EvalStage, ctx: Context) -> Outcome:
         def keep(made: list[dict[str, Any]]) -> None:
             rows.extend(made)
             lines = [json.dumps(row, ensure_ascii=False) for row in made]
-            append_line(ctx.run.path / "samples" / ANSWERS, "\n".join(lines))
+            # The cost first: killed between the two, the next attempt drops this row and answers the batch again.
             ctx.run.metric(len(rows), **_spent(model, rows), **{"pass@1": summarise(rows)["pass@1"] or 0.0})
+            append_line(ctx.run.path / "samples" / ANSWERS, "\n".join(lines))
             ctx.note_sandbox(grade.layer)
             bar.update(len(rows), tokens=tokens_of(rows))
 

@@ -25,7 +25,7 @@ help:  ## these words
 
 install: .venv/.dev-stamp  ## the development environment in .venv
 
-quickstart: .venv/.run-stamp  ## train, reason, distil, report: about 11 minutes on two cores
+quickstart: .venv/.run-stamp  ## train, reason, distil, report: about 8 minutes on two cores
 	$(BIN)/shoestring run quickstart
 
 test: .venv/.dev-stamp  ## the tests (10 minutes at most)

@@ -5,7 +5,7 @@ model think longer and be right more often, and a student learns more from the t
 own. Three families of problems whose answer cannot be said at once by a model of this size but can be worked out in
 steps; the textbook tells most solutions without the steps.
 
-    shoestring run quickstart                     # about 11 minutes on two cores
+    shoestring run quickstart                     # about 8 minutes on two cores
     shoestring run quickstart --set size=smoke    # the same road in under two minutes, no claims
 """
 

@@ -84,14 +84,18 @@ def hidden_of(
     model: Any, cuts: list[int], *, size: int = 8, tile: int = 0, native: bool = False
 ) -> torch.Tensor:  # fmt: skip
     """All hidden states of IDS, computed in pieces that end at `cuts`."""
+    return torch.cat([ran.hidden_ND for ran in pieces_of(model, cuts, size=size, tile=tile, native=native)])
+
+
+def pieces_of(model: Any, cuts: list[int], *, size: int, tile: int, native: bool, routed: bool = False) -> list[Any]:
     runner = ModelRunner(model, blocks=20, block_size=size, tile=tile, native=native)
     sequence = Sequence(Request("r", IDS, Sampling(), frozenset()), 0)
     sequence.blocks = [(7 * i + 3) % 20 for i in range(-(-len(IDS) // size))]  # scattered
     pieces = []
     for table, (start, end) in enumerate(zip([0, *cuts], [*cuts, len(IDS)], strict=True)):
         sequence.table = table
-        pieces.append(runner.run([Work(sequence, start, end)]).hidden_ND)
-    return torch.cat(pieces)
+        pieces.append(runner.run([Work(sequence, start, end)], routed=routed))
+    return pieces
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

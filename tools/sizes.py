@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from imports import PACKAGE, imports, modules
@@ -18,7 +18,9 @@ STEP_FILES, STEP_LINES = 8, 1500  # what one RL step should be readable in, abou
 # What a step runs through. Below it lie the model and the nouns, which are read for themselves; beside it lies what
 # happens before the first step and after the last: configuration, measuring the machine, reading and writing state.
 STEP_START = f"{PACKAGE}.train.rl"
-ENGINE = f"{PACKAGE}.infer.engine"  # behind a contract (core/contracts.py): what stands behind it is a read of its own
+ENGINE = f"{PACKAGE}.infer.engine"
+# both behind a contract (core/contracts.py): what stands behind them is a read of its own
+GENERATORS = (ENGINE, f"{PACKAGE}.infer.borrowed")
 STEP_PACKAGES = ("train", "infer", "losses")
 BESIDE_STEP = ("train.configs", "train.context", "train.machine", "train.state", "train.preflight")
 
@@ -34,15 +36,15 @@ def functions(path: Path) -> Iterator[tuple[int, str]]:
             yield (node.end_lineno or node.lineno) - node.lineno + 1, f"{node.name}:{node.lineno}"
 
 
-def closure(start: str, known: dict[str, Path], stop: str = "") -> list[str]:
-    """The modules that one step runs through, in the order in which reading meets them; `stop` is not looked behind."""
+def closure(start: str, known: dict[str, Path], stop: Sequence[str] = ()) -> list[str]:
+    """The modules that one step runs through, in reading order; nothing is looked for behind `stop`."""
     found, queue = [], [start]
     while queue:
         name = queue.pop(0)
         inner = name.removeprefix(f"{PACKAGE}.")
         if name not in found and inner.partition(".")[0] in STEP_PACKAGES and inner not in BESIDE_STEP and "." in inner:
             found.append(name)
-            if name == stop:
+            if name in stop:
                 continue
             queue += [module for module, _ in imports(name, known)]
     return found
@@ -78,7 +80,7 @@ def main() -> int:
     over += show("longest functions", named, FUNCTION_LIMIT)
     if STEP_START in known:
         most = f" (about {STEP_FILES} and {STEP_LINES} at most)"
-        read("one RL step", closure(STEP_START, known, ENGINE), known, most)
+        read("one RL step", closure(STEP_START, known, GENERATORS), known, most)
         read("the engine behind its contract", closure(ENGINE, known), known)
     print(f"\nin all: {len(files)} files, {sum(lines for lines, _ in files)} lines")
     return 1 if over else 0

@@ -11,8 +11,9 @@ import torch
 from shoestring.core.contracts import Generator
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Sampling
-from shoestring.infer.borrowed import ROWS, BorrowedGenerator, generator_of
+from shoestring.infer.borrowed import ROWS, BorrowedGenerator
 from shoestring.infer.engine import Engine
+from shoestring.infer.generator import generator_of
 from shoestring.models import any as any_model
 from shoestring.models import checkpoint
 from shoestring.models.dense import Dense, DenseConfig

@@ -187,3 +187,11 @@ def test_what_cannot_be_satisfied_is_one_sentence(words: Tokenizer, options: dic
     with pytest.raises(UserError, match=sentence) as caught:
         engine.add(PROMPT, Sampling(max_new_tokens=8, **options))
     assert "\n" not in str(caught.value) and not engine.has_work
+
+
+def test_a_grammar_refused_leaves_the_other_prompts_unqueued(model: Any, words: Tokenizer) -> None:
+    pytest.importorskip("llguidance")
+    engine = Engine(model, words)
+    with pytest.raises(UserError, match="regex cannot be"):
+        engine.generate([PROMPT, PROMPT], [Sampling(max_new_tokens=4), Sampling(max_new_tokens=4, regex="([")])
+    assert not engine.has_work and engine.stats()["waiting"] == 0

@@ -19,11 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from shoestring.core.contracts import Generator
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Completion, FinishReason, Sampling
 from shoestring.infer.check import check_ids, check_sampling
-from shoestring.infer.engine import Engine
 from shoestring.infer.sampler import sample
 from shoestring.infer.score import score
 from shoestring.infer.uniforms import draw_key, uniforms
@@ -32,11 +30,6 @@ from shoestring.text.tokenizer import Tokenizer
 ROWS, PLACES = 64, 1 << 16  # of one call of generate, at most: rows, and rows x (prompt + new tokens)
 FOLLOWED = ("n", "temperature", "top_k", "top_p", "min_p", "max_new_tokens", "min_new_tokens", "stop_ids", "seed",
             "ignore_eos", "logit_bias")  # fmt: skip
-
-
-def generator_of(model: Any, tokenizer: Tokenizer) -> Generator:
-    """The engine for our own families, `transformers`' generate for theirs."""
-    return BorrowedGenerator(model, tokenizer) if hasattr(model, "hf") else Engine(model, tokenizer)
 
 
 class BorrowedGenerator:

@@ -22,16 +22,14 @@ from shoestring.core.garbage import seldom_searched
 from shoestring.core.nouns import Completion, Event, Sampling
 from shoestring.infer.adjust import adjust
 from shoestring.infer.blocks import BlockManager
-from shoestring.infer.check import check_ids, check_sampling
-from shoestring.infer.detokenise import StopStrings, TextStream
-from shoestring.infer.grammar import Grammar, Grammars
+from shoestring.infer.intake import Intake
 from shoestring.infer.native import why_not
 from shoestring.infer.prompts import read_prompt
 from shoestring.infer.runner import ModelRunner, Ran
 from shoestring.infer.sampler import sample
 from shoestring.infer.scheduler import Scheduler, Work
 from shoestring.infer.score import Scored, score
-from shoestring.infer.sequence import Request, Sequence, Thinking
+from shoestring.infer.sequence import Request, Sequence
 from shoestring.infer.speculative import Choice, Drafter, check_drafts, make_drafts
 from shoestring.infer.uniforms import uniforms
 
@@ -95,7 +93,6 @@ class Engine:
         self._events: list[Event] = []
         self._requests: dict[str, Request] = {}
         self._names = itertools.count()
-        self._grammars: dict[frozenset[int], Grammars] = {}
         self._prepare(model)
 
     def _prepare(self, model: Any) -> None:
@@ -110,6 +107,7 @@ class Engine:
         self._scheduler = Scheduler(blocks, *self._limits, model.config.max_position_embeddings)
         self._drafter = Drafter(model.mtp[0], self._runner) if more else None
         self._choice = Choice()
+        self._intake = Intake(model, self.tokenizer, self._blocks * self._size)
         self._seen: tuple[int, Any] | None = _state_of(model)
 
     @property
@@ -160,7 +158,8 @@ class Engine:
         name = f"request-{next(self._names)}" if request_id is None else request_id
         if name in self._requests:
             raise UserError(f'request id "{name}" is in use; give each request its own.')
-        self._add(name, prompt_ids, sampling, what="the prompt", salt=salt)
+        self._intake.check(prompt_ids, sampling, "the prompt")
+        self._queue(self._intake.request(name, prompt_ids, sampling, salt=salt))
         return name
 
     def cancel(self, request_id: str) -> None:
@@ -215,11 +214,13 @@ class Engine:
             raise UserError(f"{len(prompts)} prompts but {len(samplings)} samplings; give one for all, or one each.")
         pairs = list(zip(prompts, samplings, strict=True))
         for index, (prompt, each) in enumerate(pairs):
-            self._check(prompt, each, f"prompt {index}")
-        requests = []
+            self._intake.check(prompt, each, f"prompt {index}")
+        requests = []  # all are made before one is queued: a grammar may still be refused
         for index, (prompt, each) in enumerate(pairs):
-            stream = index if shared else 0
-            requests.append(self._add(f"generate-{next(self._names)}", prompt, each, stream=stream, silent=True))
+            name, stream = f"generate-{next(self._names)}", index if shared else 0
+            requests.append(self._intake.request(name, prompt, each, stream=stream, silent=True))
+        for request in requests:
+            self._queue(request)
         try:
             with seldom_searched():
                 while any(request.id in self._requests for request in requests):
@@ -249,52 +250,9 @@ class Engine:
         return score(self.model, token_ids, temperature=temperature, top_k=top_k, hidden=hidden)
 
     # ---- inside
-    def _check(self, prompt_ids: Seq[int], sampling: Sampling, what: str) -> None:
-        config, tokenizer = self.model.config, self.tokenizer
-        check_ids(config, prompt_ids, what, sampling.max_new_tokens)
-        check_sampling(sampling, config, has_tokenizer=tokenizer is not None, routes=self.model.n_experts > 0)
-        room, wanted = self._blocks * self._size, len(prompt_ids) + sampling.max_new_tokens
-        if wanted > room:
-            raise UserError(
-                f"{what} has {len(prompt_ids)} tokens and asks for {sampling.max_new_tokens} new ones, but the cache "
-                f"holds {room}; shorten it or raise cache_tokens."
-            )
-
-    def _add(
-        self, name: str, prompt_ids: Seq[int], sampling: Sampling, *, what: str = "the prompt", salt: str = "",
-        stream: int = 0, silent: bool = False,
-    ) -> Request:  # fmt: skip
-        if not silent:
-            self._check(prompt_ids, sampling, what)
-        request = Request(name, list(prompt_ids), sampling, self._stop_ids(sampling), salt, stream, silent)
-        request.samples = [self._sequence(request, index) for index in range(sampling.n)]
-        self._requests[name] = request
+    def _queue(self, request: Request) -> None:
+        self._requests[request.id] = request
         self._scheduler.add(request.samples)
-        return request
-
-    def _stop_ids(self, sampling: Sampling) -> frozenset[int]:
-        end = None if self.tokenizer is None or sampling.ignore_eos else self.tokenizer.end_id
-        return frozenset(sampling.stop_ids or (() if end is None else (end,)))
-
-    def _sequence(self, request: Request, index: int) -> Sequence:
-        sequence, sampling, tokenizer = Sequence(request, index), request.sampling, self.tokenizer
-        if tokenizer is None:
-            return sequence
-        if sampling.stop or not request.silent:
-            sequence.stream = TextStream(tokenizer)
-            sequence.stops = StopStrings(sampling.stop) if sampling.stop else None
-        if sampling.json_schema is not None or sampling.regex is not None:
-            sequence.grammar = self._grammar(sampling)
-        if sampling.thinking_budget is not None or sequence.grammar is not None:
-            sequence.thinking = Thinking.of(tokenizer, request.prompt_ids)
-        return sequence
-
-    def _grammar(self, sampling: Sampling) -> Grammar:
-        end_ids = self._stop_ids(sampling)
-        if end_ids not in self._grammars:
-            assert self.tokenizer is not None
-            self._grammars[end_ids] = Grammars(self.tokenizer, self.model.config.vocab_size, end_ids)
-        return self._grammars[end_ids].make(sampling)
 
     @torch.inference_mode()
     def _step(self) -> list[Event]:

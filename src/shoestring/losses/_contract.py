@@ -13,7 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from shoestring.losses._teacher import Hidden, Spans, Targets
+from shoestring.losses._targets import Targets
+from shoestring.losses._teacher import Hidden, Spans
 from shoestring.losses._tokens import Tokens
 
 N, V, D = 10, 7, 5

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoestring.losses._native import native_form
-from shoestring.losses._teacher import Buffers, Form, Targets, accurate_rows, product
+from shoestring.losses._targets import Buffers, Form, Targets
+from shoestring.losses._teacher import accurate_rows, product
 from shoestring.losses._tokens import Tokens
 from shoestring.nn import elements
 from shoestring.nn.head import add_outer, scaled

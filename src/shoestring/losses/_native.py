@@ -12,7 +12,8 @@ from ctypes import c_int, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from shoestring.losses._teacher import Buffers, Form, Hidden, Targets
+from shoestring.losses._targets import Buffers, Form, Targets
+from shoestring.losses._teacher import Hidden
 from shoestring.nn.elements import SUFFIX, usable
 from shoestring.nn.native import library
 

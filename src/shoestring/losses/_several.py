@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shoestring.losses._teacher import Buffers, Form, Opened, Targets
+from shoestring.losses._targets import Buffers, Form, Opened, Targets
 
 Pool = Literal["probabilities", "logits", "divergences"]
 

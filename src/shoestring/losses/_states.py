@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shoestring.losses._teacher import Buffers, Opened, Targets
+from shoestring.losses._targets import Buffers, Opened, Targets
 
 Measure = Literal["mse", "cosine"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from shoestring.nn.room import Room
 
 if TYPE_CHECKING:
-    from shoestring.losses._teacher import Targets
+    from shoestring.losses._targets import Targets
 
 
 @dataclass(slots=True)

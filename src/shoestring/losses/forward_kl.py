@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shoestring.losses._fused import divergence_loss, softmax
-from shoestring.losses._teacher import Buffers
+from shoestring.losses._targets import Buffers
 from shoestring.losses._tokens import Tokens
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from shoestring.losses._fused import divergence_loss, log_ratio, softmax, through_softmax
-from shoestring.losses._teacher import Buffers
+from shoestring.losses._targets import Buffers
 from shoestring.losses._tokens import Tokens
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shoestring.losses._fused import divergence_loss, log_ratio, softmax, through_softmax
-from shoestring.losses._teacher import Buffers
+from shoestring.losses._targets import Buffers
 from shoestring.losses._tokens import Tokens
 
 LIMIT = 80.0  # |ln(q/p)| beyond which e^x would leave fp32

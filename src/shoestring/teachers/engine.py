@@ -114,7 +114,7 @@ def as_row(message: Message) -> dict[str, Any]:
 
 def teacher(*, model: str, licence: str, name: str | None = None, **options: Any) -> Teacher:
     """Load the checkpoint `model` (a folder or hub id) and answer with it; `options` are EngineTeacher's."""
-    from shoestring.infer.borrowed import generator_of
+    from shoestring.infer.generator import generator_of
     from shoestring.models.checkpoint import load
 
     network, tokenizer = load(model)

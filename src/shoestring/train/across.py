@@ -18,7 +18,8 @@ from shoestring.core.errors import UserError
 from shoestring.core.nouns import Trace
 from shoestring.data.batch import Batch, Example, packed_batches
 from shoestring.losses._several import Several
-from shoestring.losses._teacher import Hidden, Spans, Targets
+from shoestring.losses._targets import Targets
+from shoestring.losses._teacher import Hidden, Spans
 from shoestring.nn.head import token_logprobs
 from shoestring.text.align import Group, align, bytes_of_tokens
 from shoestring.text.tokenizer import Tokenizer

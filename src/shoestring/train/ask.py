@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from shoestring.infer.borrowed import generator_of
+from shoestring.infer.generator import generator_of
 from shoestring.teachers.engine import EngineTeacher
 from shoestring.train.answering import ask_all, curation
 from shoestring.train.configs import AskStage

@@ -17,7 +17,8 @@ from shoestring.core.errors import UserError
 from shoestring.data.batch import Batch, Example
 from shoestring.losses._several import Several
 from shoestring.losses._states import WithStates
-from shoestring.losses._teacher import Hidden, Targets
+from shoestring.losses._targets import Targets
+from shoestring.losses._teacher import Hidden
 from shoestring.nn.head import token_logprobs
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import DistillStage

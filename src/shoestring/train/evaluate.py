@@ -15,7 +15,7 @@ from shoestring.core.atomic import append_line, read_lines, write_json
 from shoestring.core.nouns import Problem
 from shoestring.data.textbook import distinct_problems
 from shoestring.evals.runner import evaluate, summarise, tokens_of
-from shoestring.infer.borrowed import generator_of
+from shoestring.infer.generator import generator_of
 from shoestring.tasks.grading import Grader, check_golds, own_tasks
 from shoestring.train.configs import EvalStage
 from shoestring.train.context import Context, Outcome, derived_seed

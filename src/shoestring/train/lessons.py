@@ -22,7 +22,8 @@ from shoestring.data.batch import Batch, Example
 from shoestring.data.logits import LogitsStore, read_hidden, read_topk, sequence_key, unpack_ids
 from shoestring.losses import next_token, policy
 from shoestring.losses._several import Several
-from shoestring.losses._teacher import Hidden, Sampled, Targets, TopK
+from shoestring.losses._targets import Targets
+from shoestring.losses._teacher import Hidden, Sampled, TopK
 from shoestring.losses._tokens import Tokens
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.beside import Beside

@@ -21,7 +21,7 @@ from shoestring.core.errors import UserError
 from shoestring.core.nouns import Message
 from shoestring.data.batch import Batch, Example, packed_batch
 from shoestring.data.textbook import conversation, problems
-from shoestring.infer.borrowed import generator_of
+from shoestring.infer.generator import generator_of
 from shoestring.text.chat import render
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.beside import Beside

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from shoestring.core.nouns import Trace
-from shoestring.infer.borrowed import generator_of
+from shoestring.infer.generator import generator_of
 from shoestring.teachers.engine import EngineTeacher
 from shoestring.train.answering import ask_all, curation
 from shoestring.train.configs import RejectStage

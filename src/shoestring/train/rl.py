@@ -19,7 +19,7 @@ import torch
 
 from shoestring.data.batch import Batch, Example, packed_batches
 from shoestring.data.textbook import problems
-from shoestring.infer.borrowed import generator_of
+from shoestring.infer.generator import generator_of
 from shoestring.infer.score import score
 from shoestring.losses import policy
 from shoestring.tasks.grading import Grader, check_golds, own_tasks

@@ -1,0 +1,15 @@
+"""Who samples from a model: `core.contracts.Generator` as the stages get it, whatever stands behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shoestring.core.contracts import Generator
+from shoestring.infer.borrowed import BorrowedGenerator
+from shoestring.infer.engine import Engine
+from shoestring.text.tokenizer import Tokenizer
+
+
+def generator_of(model: Any, tokenizer: Tokenizer) -> Generator:
+    """The engine for our own families, `transformers`' generate for theirs."""
+    return BorrowedGenerator(model, tokenizer) if hasattr(model, "hf") else Engine(model, tokenizer)

@@ -4,7 +4,7 @@ import pytest
 
 from shoestring.core.errors import UserError
 from shoestring.cost.chips import all_chips, find_chip, parse_cluster
-from shoestring.cost.export import evaluate, export_status, free_chips, parse_rule
+from shoestring.cost.export import evaluate, export_status, parse_rule
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def test_place_matters():
 
 
 def test_free_on_a_day():
-    free = free_chips("2023-06-01", "China")
-    assert "H800-SXM" in free and "A800-SXM-80" in free and "A100-SXM-80" not in free and "TPU v4" not in free
-    assert parse_rule("2023-06-01:China")[1] == "china"
+    chips = ("H800-SXM", "A800-SXM-80", "A100-SXM-80")
+    day, place = parse_rule("2023-06-01:China")
+    assert [export_status(chip, day, place).free for chip in chips] == [True, True, False] and place == "china"
 
 
 @pytest.mark.parametrize("text", ["__import__('os')", "tpp.real", "(lambda: 1)()", "tpp ** 2"])

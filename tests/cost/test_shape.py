@@ -52,7 +52,7 @@ def test_tiny_v3():
 def test_mtp_counts():
     assert V3.params().mtp == 11_610_068_224
     assert V3.params().mtp + 2 * 129280 * 7168 == 13_463_426_304
-    assert V3.params().total_with_mtp + 2 * 129280 * 7168 == 684_489_845_504
+    assert V3.params().total + V3.params().mtp + 2 * 129280 * 7168 == 684_489_845_504
 
 
 @pytest.mark.parametrize(

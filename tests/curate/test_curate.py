@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from shoestring.cli import main
@@ -17,7 +18,7 @@ from shoestring.core.parts import check
 from shoestring.core.registry import load_part
 from shoestring.curate._contract import example, traces
 from shoestring.curate._sieve import Filter, View, grade_all, keep, run
-from shoestring.data.export import chat_row, export, read_parquet
+from shoestring.data.export import JSON_COLUMNS, chat_row, export
 from shoestring.data.store import Store
 from shoestring.data.traces import TraceStore
 
@@ -385,7 +386,9 @@ def test_grading_fills_in_verdicts(tmp_path: Path) -> None:
 def test_exports(folder: Path, tmp_path: Path) -> None:
     given = list(TraceStore(folder))
     assert export(folder, tmp_path / "all.jsonl") == 69 and TraceStore(tmp_path / "all.jsonl").read() == given
-    assert export(folder, tmp_path / "all.parquet") == 69 and list(read_parquet(tmp_path / "all.parquet")) == given
+    assert export(folder, tmp_path / "all.parquet") == 69
+    columns = pq.read_table(tmp_path / "all.parquet").to_pylist()
+    assert [Trace.from_dict(row | {name: json.loads(row[name]) for name in JSON_COLUMNS}) for row in columns] == given
     assert export(given, tmp_path / "all.chat.jsonl") == 69
     rows = [json.loads(line) for line in (tmp_path / "all.chat.jsonl").read_text().splitlines()]
     assert rows[0] == chat_row(given[0]) and rows[0]["messages"][-1] == {

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from shoestring.core.errors import UserError
 from shoestring.models import checkpoint_files
-from shoestring.models.checkpoint import load, load_state, save, save_state
+from shoestring.models.checkpoint import load, save
 from shoestring.models.dense import Dense, DenseConfig
 from shoestring.nn.fp8 import quantize_weight
 from shoestring.text.tokenizer import Tokenizer
@@ -158,15 +158,6 @@ def test_announced_mtp_without_weights(tmp_path: Path, caplog: pytest.LogCapture
     edit(tmp_path, num_nextn_predict_layers=1)
     again, _ = load(tmp_path)
     assert again.config.num_nextn_predict_layers == 0 and "left out" in caplog.text
-
-
-def test_state_round_trip(tmp_path: Path) -> None:
-    model = sizes.make(NAMED["v3"], 1)
-    other = sizes.make(NAMED["v3"], 2)
-    load_state(other, save_state(model, tmp_path / "model.safetensors"))
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
-    with pytest.raises(UserError, match="do not belong together"):
-        load_state(sizes.make(NAMED["moonlight"]), tmp_path / "model.safetensors")
 
 
 # ---- broken checkpoints

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -215,9 +214,6 @@ def _as_if_it_had_taken_long(root: Path) -> None:
     lines = [json.loads(line) for line in (root / "ledger.jsonl").read_text().splitlines()]
     told = [line | {"seconds": costs[line["run"]]["seconds"]} for line in lines]
     (root / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
-
-
-MakeRoad = Callable[..., tuple[Recipe, dict[str, Run]]]
 
 
 @pytest.fixture(scope="session")

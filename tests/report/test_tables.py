@@ -13,7 +13,7 @@ from shoestring.core.run import Run
 from shoestring.evals.paired import compare
 from shoestring.report.findings import RESAMPLES
 from shoestring.report.spec import read_spec
-from shoestring.report.tables import bill_table, claims, markdown, result_table
+from shoestring.report.tables import bill_table, claims, result_table
 from shoestring.train.configs import Recipe
 
 
@@ -108,16 +108,6 @@ def test_other_runs_in_the_folder_are_in_a_total_of_their_own(road, tmp_path):
     few = {name: runs[name] for name in ("tokenizer", "teacher-pretrain")}
     names = [row["stage"] for row in bill_table(recipe, few, root) if row["kind"] == "total"]
     assert names == ["headline", "everything", "all that was tried in this folder"]
-
-
-def test_markdown_puts_errors_beside_numbers_and_escapes_pipes(road):
-    recipe, runs, _ = road
-    rows = result_table(recipe, runs)
-    rows[0]["label"] = "a|b"
-    lines = markdown(rows).splitlines()
-    assert len(lines) == len(rows) + 2 and "a\\|b" in lines[2]
-    assert "stderr" not in lines[0] and "±" in lines[2] and "%" in lines[2]
-    assert "reached" in markdown(claims(recipe, runs)) and markdown([]) == ""
 
 
 P, Q = {"of": "teacher", "label": "after RL"}, {"of": "teacher", "label": "after SFT"}

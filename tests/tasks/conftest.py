@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,6 @@ from shoestring.tasks.sandbox.layers import missing
 
 LIMITS = Limits(cpu_seconds=4, wall_seconds=15, memory=128 * 2**20, scratch=4 * 2**20)
 HASTY = replace(LIMITS, wall_seconds=0.4)  # for programs that would never end
-Attack = Callable[..., Outcome]
 
 
 def _open(layer: Any) -> Iterator[Sandbox]:

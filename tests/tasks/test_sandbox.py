@@ -20,7 +20,6 @@ from shoestring.tasks.sandbox.program import same, same_output
 from .conftest import HASTY, LIMITS
 
 ADD = Program(source="def f(x): return x + 1", entry="f", tests=(((1,), 2),))
-WHERE = Program(source="import os\ndef f(): return os.getpid()", entry="f", tests=(((), 0),))
 
 
 def test_outcomes_keep_their_order(sandbox: Sandbox) -> None:

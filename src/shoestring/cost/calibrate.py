@@ -163,7 +163,7 @@ class Calibration:
             name=self.host, family="measured", bf16=self.peak, fp8=self.peak, memory_bytes=self.memory_bytes,
             memory_bw=self.bandwidth, link_bw=rate, net_bw=rate,
             node_size=self.exchange.devices, tdp_w=200.0, rent_low=0.05, rent_high=0.2,
-            rent_date="a guess", tpp=None, pd=None, io_gb_s=0.0, datacenter=False, has_fp8=False,
+            rent_date="a guess", datacenter=False, has_fp8=False,
             efficiency=Efficiency(1, 1, 1, 1, 1, 1, "measured"), source="measured", calibrated=True,
             guesses=("rent and power of this machine",),
         )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -56,9 +56,6 @@ class Chip:
     rent_low: float | None
     rent_high: float | None
     rent_date: str
-    tpp: float | None
-    pd: float | None
-    io_gb_s: float
     datacenter: bool
     has_fp8: bool
     efficiency: Efficiency
@@ -112,7 +109,7 @@ def _chip(row: dict[str, str]) -> Chip | None:
         link_bw=values["link"] / 2 * 1e9, net_bw=values["net"] / 8 * 1e9,
         node_size=NODE_SIZES.get(row["chip"], 8), tdp_w=values["tdp"],
         rent_low=number(row, "rent_usd_h_low"), rent_high=number(row, "rent_usd_h_high"), rent_date=row["rent_date"],
-        tpp=number(row, "tpp"), pd=number(row, "pd"), io_gb_s=values["link"], datacenter=row["datacenter"] == "yes",
+        datacenter=row["datacenter"] == "yes",
         has_fp8=fp8 is not None, efficiency=_efficiency(family), source=row["source"], notes=row["notes"],
         guesses=tuple(guesses),
     )  # fmt: skip
@@ -187,8 +184,3 @@ def parse_cluster(text: str) -> Cluster:
     if n != int(n):
         raise UserError(f"number of chips is {count}; it must be a whole number.")
     return Cluster(find_chip(name), int(n))
-
-
-def with_price(chip: Chip, usd_per_hour: float) -> Chip:
-    """The same chip at a rent that was given."""
-    return replace(chip, rent_low=usd_per_hour, rent_high=usd_per_hour, rent_date="given")

@@ -166,12 +166,6 @@ def export_status(chip: str, day: date | str, destination: str = "china") -> Ver
     return Verdict(name, day, place, status, tuple(h[2] for h in hits), tuple(notes))
 
 
-def free_chips(day: date | str, destination: str = "china") -> list[str]:
-    """Names of chips that could be exported there on that day without a licence; Google's are not sold."""
-    rows = shipped_rows("chips")
-    return [r["chip"] for r in rows if r["vendor"] != "Google" and export_status(r["chip"], day, destination).free]
-
-
 def parse_rule(text: str) -> tuple[date, str]:
     """'2023-06-01:China' -> (date, 'china')."""
     day, _, place = text.partition(":")

@@ -9,7 +9,7 @@ step model slowed by what published runs lost beside it (`shoestring.cost.residu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
 from math import log, sqrt
@@ -52,7 +52,6 @@ class Plan:
     usd_per_hour: Interval
     guesses: tuple[str, ...]
     frontier: tuple[dict[str, Any], ...] = ()
-    runners_up: tuple[Found, ...] = field(default=(), repr=False)
 
     @property
     def steady_hours(self) -> float:
@@ -139,18 +138,17 @@ def plan(
     if fixed.get("precision") == "fp8" and not cluster.chip.has_fp8:
         raise UserError(f"{cluster.chip.name} has no FP8 products; use --precision bf16, or another chip.")
     if calibration is not None:
-        found = [calibration.found(shape, seq_len, global_batch, cluster.n)]
-        check_fits(found[0].memory, cluster.chip, f"{name} on {cluster.chip.name}")
+        best = calibration.found(shape, seq_len, global_batch, cluster.n)
+        check_fits(best.memory, cluster.chip, f"{name} on {cluster.chip.name}")
     else:
-        found = choose(shape, cluster, seq_len, global_batch, fixed, guesses)
-    best = found[0]
-    return _answer(name, shape, cluster, tokens, seq_len, global_batch, best, found, guesses, usd_per_hour,
+        best = choose(shape, cluster, seq_len, global_batch, fixed, guesses)
+    return _answer(name, shape, cluster, tokens, seq_len, global_batch, best, guesses, usd_per_hour,
                    with_frontier=frontier, calibration=calibration)  # fmt: skip
 
 
 def _answer(
     name: str, shape: ModelShape, cluster: Cluster, tokens: float, seq_len: int, batch: float, best: Found,
-    found: list[Found], guesses: list[str], usd_per_hour: float | None, *, with_frontier: bool, calibration: Any,
+    guesses: list[str], usd_per_hour: float | None, *, with_frontier: bool, calibration: Any,
 ) -> Plan:  # fmt: skip
     rate = best.step.tokens_per_chip(cluster.n)
     steady = tokens / rate / 3600
@@ -164,7 +162,7 @@ def _answer(
         else ()
     )
     return Plan(name, shape, cluster, tokens, seq_len, batch, best.layout, best.step, best.memory, hours,
-                hours.scaled(1 / cluster.n / 24), usd, rent, tuple(guesses), line, tuple(found[1:6]))  # fmt: skip
+                hours.scaled(1 / cluster.n / 24), usd, rent, tuple(guesses), line)  # fmt: skip
 
 
 def slowed(
@@ -194,8 +192,8 @@ def _product(hours: Interval, rent: Interval) -> Interval:
 
 def choose(
     shape: ModelShape, cluster: Cluster, seq_len: int, batch: float, fixed: dict[str, Any], guesses: list[str]
-) -> list[Found]:  # fmt: skip
-    """Layouts that fit, fastest first; what `fixed` leaves open is searched."""
+) -> Found:  # fmt: skip
+    """The fastest layout that fits; what `fixed` leaves open is searched."""
     if fixed.get("schedule") == "interleaved" and "pp" in fixed:
         fixed.setdefault("virtual", even_chunks(shape.layers, fixed["pp"]))
     if {"tp", "pp", "dp"} <= set(fixed):
@@ -203,7 +201,7 @@ def choose(
         check_layout(shape, whole, cluster.n)
         check_batch(whole, batch)
     if {"pp", "micro_batch", "recompute", "precision", "ep", "tp", "schedule"} <= set(fixed):
-        return [one_layout(shape, cluster, seq_len, batch, complete(fixed, cluster.n))]
+        return one_layout(shape, cluster, seq_len, batch, complete(fixed, cluster.n))
     if not fixed.keys() - {"precision"}:
         guesses.append("layout: the fastest that fits")
     options = [fixed["precision"]] if "precision" in fixed else ["bf16", "fp8"] if cluster.chip.has_fp8 else ["bf16"]
@@ -217,7 +215,7 @@ def choose(
             failure = error
     if not found:
         raise failure or UserError("no layout fits.")
-    return sorted(found, key=lambda f: f.step.seconds / f.step.tokens)
+    return min(found, key=lambda f: f.step.seconds / f.step.tokens)
 
 
 def one_layout(shape: ModelShape, cluster: Cluster, seq_len: int, batch: float, layout: Layout) -> Found:

@@ -41,7 +41,6 @@ class Run:
     hardware_flops: bool  # tflops_chip counts recomputation
     steady: bool  # a throughput measurement rather than a whole run
     metered: bool  # hours as spent; False where they are a measured rate times tokens, so without restarts
-    year: float | None
     documented: bool  # the fabric between the chips is stated
     moe: bool
     half: bool  # FP16, so with loss scaling
@@ -100,7 +99,7 @@ def read_run(row: Mapping[str, str]) -> Run:
         tokens=tokens,
         quantity=quantity, truth=truth, hardware_flops=_counts_recomputation(notes),
         steady=_cell(row, "kind") == "throughput" or quantity != "gpu_hours",
-        metered=quantity == "gpu_hours" and not _rate_times_tokens(notes), year=year,
+        metered=quantity == "gpu_hours" and not _rate_times_tokens(notes),
         documented=bool(_cell(row, "interconnect")), moe=bool(shape.n_routed),
         half="fp16" in _cell(row, "precision").lower(), model=_cell(row, "model"),
         guesses=tuple(guesses),

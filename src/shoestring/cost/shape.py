@@ -40,10 +40,6 @@ class ParamCount:
         ffn = self.dense_ffn + self.experts + self.shared + self.router
         return self.embedding + self.attention + ffn + self.norms + self.head + self.extra
 
-    @property
-    def total_with_mtp(self) -> int:
-        return self.total + self.mtp
-
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -82,13 +82,3 @@ def _parquet(traces: Iterable[Trace], path: Path) -> int:
             writer.write_table(pa.Table.from_pylist(rows, schema))
             count += len(group)
     return count
-
-
-def read_parquet(path: str | Path) -> Iterator[Trace]:
-    """The traces of an export."""
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(GROUP):
-            for row in batch.to_pylist():
-                yield Trace.from_dict(row | {name: json.loads(row[name]) for name in JSON_COLUMNS})

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -391,7 +391,3 @@ class PgStore:
         """The problems (JSON) behind those of `questions` that have one."""
         statement = "SELECT id, problem FROM questions WHERE problem IS NOT NULL AND id = ANY(%s)"
         return dict(self._leased(statement, (list(questions),)))
-
-    def rows_in_doubt(self) -> Iterable[tuple[str, int]]:
-        """(trace id, how often) of every row that was perhaps billed without an answer."""
-        return self._all("SELECT trace, doubts FROM rows WHERE doubts > 0 ORDER BY id")

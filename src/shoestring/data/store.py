@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -303,10 +303,6 @@ class Store:
             (wanted,),
         )
         return dict(found.fetchall())
-
-    def rows_in_doubt(self) -> Iterable[tuple[str, int]]:
-        """(trace id, how often) of every row that was perhaps billed without an answer."""
-        return self.base.execute("SELECT trace, doubts FROM rows WHERE doubts > 0 ORDER BY id").fetchall()
 
     @contextmanager
     def planning(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ from shoestring.core.atomic import write_json
 from shoestring.core.errors import UserError, did_you_mean
 from shoestring.core.hub import checkpoint_folder
 from shoestring.core.registry import list_parts, load_part
-from shoestring.models.checkpoint_files import Files, open_safetensors, read_json, write_shards, write_tensors
+from shoestring.models.checkpoint_files import Files, read_json, write_shards
 from shoestring.models.checkpoint_names import disk_tensors, has_mtp, is_needless, mtp_copies
 from shoestring.nn.decoder import Decoder
 from shoestring.nn.fp8 import BLOCK, dequantize
@@ -110,25 +110,6 @@ def _generation(given: dict[str, Any], raw: dict[str, Any], tokenizer: Tokenizer
     if tokenizer.end_id is not None and tokenizer.end_id not in told:
         ids["eos_token_id"] = [tokenizer.end_id, *told] if told else tokenizer.end_id
     return ids
-
-
-def save_state(model: Decoder, path: str | Path) -> Path:
-    """One safetensors file of every tensor, in its own dtype, for going on exactly where training stopped."""
-    write_tensors(disk_tensors(model), Path(path))
-    return Path(path)
-
-
-@torch.no_grad()
-def load_state(model: Decoder, path: str | Path) -> None:
-    """Put back what `save_state` wrote, bit by bit. Raises UserError when the file is of another model."""
-    path = Path(path)
-    wanted = disk_tensors(model)
-    file = open_safetensors(path)
-    _compare(wanted, file.keys(), path)
-    for name, target in wanted.items():
-        tensor = file.get_tensor(name)
-        _same_shape(name, tensor.shape, target, path)
-        target.copy_(tensor)
 
 
 def _other(model_type: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from shoestring.report import words
 from shoestring.report.roles import Role, css_of
-from shoestring.report.tables import TASK, cell
+from shoestring.report.tables import TASK
 
 Row = Mapping[str, Any]
 
@@ -86,7 +86,7 @@ def claims_html(rows: Sequence[Row]) -> str:
     told = [f'<b class="{css}">{mark}</b>' for css, mark in (marks[row["reached"]] for row in rows)]
     body = "".join(
         f'<tr><th scope="row">{words.text(row["text"])}</th><td class="found">{_claim_value(row)}</td>'
-        f'<td class="target">{words.text(cell(row, "target"))}</td><td>{row["seeds"] or words.NONE}</td>'
+        f'<td class="target">{words.text(_claim_target(row))}</td><td>{row["seeds"] or words.NONE}</td>'
         f"<td>{mark}</td></tr>"
         for row, mark in zip(rows, told, strict=True)
     )
@@ -95,6 +95,11 @@ def claims_html(rows: Sequence[Row]) -> str:
         '<th scope="col">Target</th><th scope="col">Seeds</th><th scope="col"></th></tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _claim_target(row: Row) -> str:
+    bound = "at least" if row["sense"] == ">=" else "at most"
+    return f"{bound} {words.in_unit(row['target'], row['unit'], sign=False)}"
 
 
 def _claim_value(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""The tables of a report as plain rows, for the page, the terminal and the docs.
+"""The tables of a report as plain rows, for the page and for `RoadResult`.
 
 `Recipe.report` is a mapping (validated by `report/spec.py`; every key is optional):
 
@@ -37,8 +37,7 @@ from typing import Any
 
 from shoestring.core import ledger
 from shoestring.core.run import Run, totals
-from shoestring.report import words
-from shoestring.report.findings import claims as claims  # one of the four tables, from here too
+from shoestring.report.findings import claims as claims  # one of the three tables, from here too
 from shoestring.report.results import Row, results_of, rows_of, summary_estimate, train_flops, why_missing
 from shoestring.report.spec import read_spec
 from shoestring.train.configs import Recipe
@@ -130,43 +129,3 @@ def _total(name: str, spent: Mapping[str, float], peak: float) -> dict[str, Any]
         **{key: spent[key] for key in ("seconds", "tokens", "sampled_tokens", "flops")},
         "peak_share": share, "usd": spent["usd"], "headline": name == "headline",
     }  # fmt: skip
-
-
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table: errors beside their numbers, columns that say nothing left out."""
-    if not rows:
-        return ""
-    keys = [key for key in rows[0] if not key.endswith("stderr") and key not in ("sense", "unit")]
-    columns = [key for key in keys if any(row[key] not in (None, "", False) for row in rows)]
-    lines = [[cell(row, key) for key in columns] for row in rows]
-    titles = [key.removeprefix(TASK).replace("_", " ") for key in columns]
-    marks = ["---:" if any(_is_number(row[key]) for row in rows) else "---" for key in columns]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [titles, marks, *lines])
-
-
-def cell(row: Mapping[str, Any], key: str) -> str:
-    """One number with its unit and its error, as text."""
-    value = row[key]
-    if key in ("value", "target"):
-        told = words.in_unit(value, row["unit"], sign=key == "value")
-        return f"{'at least ' if row['sense'] == '>=' else 'at most '}{told}" if key == "target" else _with(told, row)
-    if key == "reached":
-        return {True: "reached", False: "missed", None: "not decided"}[value]
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if value is None or isinstance(value, str):
-        return words.NONE if value is None else value.replace("|", "\\|").replace("\n", " ")
-    if key.startswith((TASK, "pass@", "cons@")) or key == "peak_share":
-        return f"{words.percent(value)} {words.plus_minus(row.get(f'{key} stderr'))}".strip()
-    if key == "mean_tokens":
-        return f"{value:.1f} {words.plus_minus(row.get(f'{key} stderr'), 'tokens')}".strip()
-    shown = {"seconds": words.seconds, "usd": words.usd, "flops": words.flops, "train flops": words.flops}
-    return shown.get(key, words.count)(value)
-
-
-def _with(told: str, row: Mapping[str, Any]) -> str:
-    return f"{told} {words.plus_minus(row['stderr'], row['unit'])}".strip()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -39,7 +39,6 @@ class Pace:
         self.in_flight = 0
         self.cuts = 0
         self._clock = clock
-        self._started = clock()
         self._slow_start = True
         self._last_cut = -1.0
         self._until = 0.0  # nothing is sent before

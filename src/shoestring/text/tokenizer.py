@@ -125,15 +125,6 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             raise UserError(_NOT_TEXT) from error
 
-    def encode_batch(self, texts: Sequence[str], specials: bool = False) -> list[list[int]]:
-        """`encode` of many texts at once (several threads)."""
-        matcher = self._full if specials else self._plain
-        try:
-            encodings = matcher.encode_batch_fast(list(texts), add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError) as error:
-            raise UserError(_NOT_TEXT) from error
-        return [encoding.ids for encoding in encodings]
-
     def decode(self, ids: Sequence[int], specials: bool = True) -> str:
         """Text of `ids`; with `specials=False` special tokens are left out (thinking tags stay)."""
         return self.decode_batch([ids], specials=specials)[0]

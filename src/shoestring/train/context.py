@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from shoestring.core.errors import UserError
 from shoestring.core.progress import Progress
 from shoestring.core.run import Run
-from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.machine import Machine
 
 
@@ -40,7 +39,6 @@ class Context:
     machine: Machine
     usd_per_hour: float
     quiet: bool = False
-    _tokenizers: dict[str, Tokenizer] = field(default_factory=dict)
 
     def progress(self, total: int | float, unit: str = "steps") -> Progress:
         return Progress(total, title=self.run.name, unit=unit, usd_per_hour=self.usd_per_hour, quiet=self.quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -122,6 +123,20 @@ def test_fused_is_plain_for_any_chunking(part, options, kind: str, chunk: int) -
     plain = plain_divergence_sum(hidden, table, tokens, partial(part.plain, **options), temperature=1.5)
     torch.testing.assert_close(fused, plain)
     torch.testing.assert_close(torch.autograd.grad(fused, (hidden, table)), torch.autograd.grad(plain, (hidden, table)))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(0.8, 0.0), (0.0, 0.8), (2.0, 0.8)])
+@pytest.mark.parametrize(("part", "options"), FORMS, ids=NAMES)
+def test_fused_is_plain_behind_softcaps(part, options, ours: float, theirs: float) -> None:  # type: ignore[no-untyped-def]
+    hidden, table, weight = _case()
+    teacher = replace(_teachers()["hidden"], softcap=theirs)  # type: ignore[type-var]
+    tokens = Tokens(torch.zeros(N).long(), weight, teacher=teacher, softcap=ours)
+    fused, _ = part.loss(hidden, table, tokens, temperature=1.5, chunk=4, **options)
+    plain = plain_divergence_sum(hidden, table, tokens, partial(part.plain, **options), temperature=1.5)
+    torch.testing.assert_close(fused, plain)
+    torch.testing.assert_close(torch.autograd.grad(fused, (hidden, table)), torch.autograd.grad(plain, (hidden, table)))
+    bare = replace(tokens, softcap=0.0, teacher=_teachers()["hidden"])
+    assert not torch.allclose(fused, part.loss(hidden, table, bare, temperature=1.5, **options)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

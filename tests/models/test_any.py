@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from shoestring.core.errors import UserError
+from shoestring.infer.score import score
+from shoestring.losses import forward_kl
+from shoestring.losses._teacher import Hidden
+from shoestring.losses._tokens import Tokens
 from shoestring.models import checkpoint
 from shoestring.models.any import AnyModel
 from shoestring.nn.kernels import Kernels
@@ -38,15 +43,42 @@ def test_logits_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     assert model.config.shape().params().total == sum(p.numel() for p in theirs.parameters())
 
 
-def test_packed_examples_do_not_see_each_other(tmp_path: Path) -> None:
-    model, _ = checkpoint.load(_made(tmp_path))
-    one, other = torch.randint(0, 64, (1, 5)), torch.randint(0, 64, (1, 7))
-    packed = model(
-        torch.cat([one, other], dim=1), positions_BT=torch.tensor([[*range(5), *range(7)]]),
-        segments_BT=torch.tensor([[0] * 5 + [1] * 7]), logits=False,
-    ).hidden_BTD  # fmt: skip
-    torch.testing.assert_close(packed[:, :5], model(one).hidden_BTD, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(packed[:, 5:], model(other).hidden_BTD, rtol=1e-4, atol=1e-5)
+TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("olmo2", {}),
+        ("mistral", {"sliding_window": 4}),
+        ("gemma3_text", {"sliding_window": 4, **TWO_KINDS}),
+        ("cohere2", {"sliding_window": 4, **TWO_KINDS}),  # and a scale on its logits
+        ("granite", {"logits_scaling": 3.0}),
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.5}),  # positions from a mask of its own
+        ("bloom", {}),  # ALiBi
+        ("mamba", {"state_size": 4}),
+    ],
+)
+def test_packed_examples_do_not_see_each_other(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Logits of packed sequences are those of transformers for each alone, and so are gradients."""
+    model, _ = checkpoint.load(_made(tmp_path, kind, **changes))
+    model.train()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    lengths = [5, 9, 7]
+    alone = [torch.randint(3, 64, (1, length)) for length in lengths]
+    filler = torch.zeros(1, 3, dtype=torch.int64)
+    positions, segments = [i for n in lengths for i in range(n)], [s for s, n in enumerate(lengths) for _ in range(n)]
+    logits = model(
+        torch.cat([*alone, filler], dim=1), positions_BT=torch.tensor([[*positions, 0, 0, 0]]),
+        segments_BT=torch.tensor([[*segments, -1, -1, -1]]),
+    ).logits[0, :-3]  # fmt: skip
+    wanted = torch.cat([theirs(ids, use_cache=False).logits[0] for ids in alone])
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+    for said in (logits, wanted):
+        torch.log_softmax(said, dim=-1)[:, 3].sum().backward()
+    for ours, other in zip(model.hf.parameters(), theirs.parameters(), strict=True):
+        assert ours.grad is not None and other.grad is not None
+        torch.testing.assert_close(ours.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_round_trip_and_bf16(tmp_path: Path) -> None:
@@ -61,9 +93,34 @@ def test_round_trip_and_bf16(tmp_path: Path) -> None:
     torch.testing.assert_close(hidden.float(), model(ids).hidden_BTD, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "nanochat"])
+def test_a_softcap_is_part_of_logits_and_losses(kind: str, tmp_path: Path) -> None:
+    """Of student and teacher, in value and gradient, at a temperature; and of what is scored."""
+    model, _ = checkpoint.load(_made(tmp_path, kind, final_logit_softcapping=0.5))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.randint(3, 64, (2, 9))
+    wanted = theirs(ids).logits
+    torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+    logp = torch.log_softmax(wanted / 1.5, dim=-1)[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
+    torch.testing.assert_close(torch.tensor(score(model, ids.tolist(), temperature=1.5)), logp, rtol=1e-4, atol=1e-5)
+    hidden = model(ids, logits=False).hidden_BTD.flatten(0, 1)
+    told = Hidden(hidden.detach().flip(0), model.head_weight.detach(), 64, 0.5)
+    tokens = Tokens(ids.flatten(), torch.ones(18), teacher=told, softcap=0.5)
+    forward_kl.loss(hidden, model.head_weight, tokens, temperature=1.5, vocab=64)[0].backward()
+    flat = wanted.flatten(0, 1)
+    p, logq = torch.softmax(flat.detach().flip(0) / 1.5, dim=-1), torch.log_softmax(flat / 1.5, dim=-1)
+    (p * (p.log() - logq)).sum().backward()
+    for ours, other in zip(model.hf.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, other.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_what_the_losses_do_not_follow_is_refused(tmp_path: Path) -> None:
+    made = _made(tmp_path, "phi")
+    model = transformers.AutoModelForCausalLM.from_pretrained(made)
+    torch.nn.init.normal_(model.lm_head.bias)
+    model.save_pretrained(made)
     with pytest.raises(UserError, match="more than one product"):
-        checkpoint.load(_made(tmp_path, "gemma2", final_logit_softcapping=0.5))
+        checkpoint.load(made)
 
 
 def test_damage_is_said(tmp_path: Path) -> None:

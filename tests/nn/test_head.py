@@ -44,6 +44,21 @@ def test_token_logprobs_equal_their_plain_twin(chunk: int, temperature: float) -
     torch.testing.assert_close(entropy, -(p * p.log()).sum(-1).detach())
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_behind_a_softcap_they_equal_their_plain_twins(temperature: float) -> None:
+    hidden, table, ids, weight = _case()
+    plain = head.plain_token_logprobs(hidden, table, ids, temperature=temperature, softcap=0.7)
+    wanted = _grads((plain * weight).sum(), hidden, table)
+    how = {"temperature": temperature, "chunk": 5, "softcap": 0.7}
+    logp, _ = head.token_logprobs(hidden, table, ids, **how)
+    torch.testing.assert_close((logp, _grads((logp * weight).sum(), hidden, table)), (plain, wanted))
+    total, _, _ = head.terms_sum(hidden, table, ids, lambda logp_n, rows: logp_n * weight[rows], **how)
+    torch.testing.assert_close((total, _grads(total, hidden, table)), ((plain * weight).sum(), wanted))
+    if temperature == 1.0:
+        nll, _ = head.cross_entropy_sum(hidden, table, ids, weight, chunk=5, softcap=0.7)
+        torch.testing.assert_close((nll, _grads(-nll, hidden, table)), (-(plain * weight).sum(), wanted))
+
+
 def test_logits_never_exist_for_all_tokens() -> None:
     """Nothing as large as [N, V] is ever allocated: the largest new tensor is one chunk of rows."""
     hidden, table, ids, weight = _case(torch.float32, n=512, d=16, vocab=4096)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shoestring.core.errors import UserError
 from shoestring.infer.check import check_ids
-from shoestring.nn.head import CHUNK_ELEMENTS
+from shoestring.nn.head import CHUNK_ELEMENTS, bend_
 
 SCORE_TOKENS = 1 << 14  # tokens in one forward pass
 
@@ -67,7 +67,7 @@ def score(
     for rows in packed([len(ids) for ids in token_ids]):
         for index, state_TD in _forward(model, token_ids, rows):
             next_T = torch.tensor(token_ids[index][1:], device=state_TD.device)
-            found[index] = _read(state_TD, model.head_weight, next_T, temperature, top_k)
+            found[index] = _read(state_TD, model.head_weight, next_T, temperature, top_k, model.softcap)
             found[index].hidden_TD = state_TD if hidden else None
     return found if top_k or hidden else [scored.logprobs_T.tolist() for scored in found]
 
@@ -121,14 +121,15 @@ def _forward(model: Any, token_ids: Sequence[Sequence[int]], rows: list[list[int
         yield index, hidden_BTD[row, start : start + len(token_ids[index]) - 1]
 
 
-def _read(state_TD: Tensor, head_VD: Tensor, next_T: Tensor, temperature: float, top_k: int) -> Scored:
+def _read(state_TD: Tensor, head_VD: Tensor, next_T: Tensor, temperature: float, top_k: int, softcap: float) -> Scored:
     """Logits of a chunk of positions at a time."""
     V = len(head_VD)
     table_VD, K = head_VD.to(state_TD.dtype), min(top_k, V)
     logprobs, ids, best, tails = [], [], [], []
     chunk = max(16, CHUNK_ELEMENTS // V)
     for start in range(0, len(state_TD), chunk):
-        logits_tV = F.linear(state_TD[start : start + chunk], table_VD).float() / temperature
+        logits_tV = F.linear(state_TD[start : start + chunk], table_VD).float()
+        logits_tV = (bend_(logits_tV, softcap) if softcap else logits_tV) / temperature
         mass_t1 = logits_tV.logsumexp(-1, keepdim=True)
         logprobs.append((logits_tV.gather(1, next_T[start : start + chunk, None]) - mass_t1).squeeze(1))
         if top_k:

@@ -25,7 +25,7 @@ from shoestring.losses._targets import Buffers, Form, Targets
 from shoestring.losses._teacher import accurate_rows, product
 from shoestring.losses._tokens import Tokens
 from shoestring.nn import elements
-from shoestring.nn.head import add_outer, scaled
+from shoestring.nn.head import add_outer, bend_, scaled
 from shoestring.nn.room import Room, cast, empty
 
 CHUNK_ELEMENTS = 1 << 22  # logits of one model alive at a time, in the dtype of products
@@ -47,7 +47,7 @@ class _DivergenceSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, weight_N: Tensor, targets: Targets, form: Form,
-        temperature: float, vocab: int, chunk: int, native: bool, room: Room | None,
+        temperature: float, vocab: int, chunk: int, native: bool, room: Room | None, softcap: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         N, dtype = hidden_ND.shape[0], hidden_ND.dtype
         accurate = torch.promote_types(dtype, torch.float32)
@@ -58,17 +58,24 @@ class _DivergenceSum(torch.autograd.Function):
         grad_VD = empty(room, weight_VD) if ctx.needs_input_grad[1] else None
         if grad_VD is not None:
             grad_VD[vocab if N else 0 :].zero_()  # the rest is written by the first chunk
-        buffers, quick = Buffers(room), native_form(form, hidden_ND, vocab, targets) if native else None
+        buffers, quick = Buffers(room), None
+        if native and not softcap:
+            quick = native_form(form, hidden_ND, vocab, targets)
         block = chunk if quick is not None else block_rows(targets.width(vocab))
         for start in range(0, N, chunk):
             rows = slice(start, min(start + chunk, N))
-            hidden_nD = hidden_ND[rows] if temperature == 1 else hidden_ND[rows] / temperature
+            hidden_nD = hidden_ND[rows] if temperature == 1 or softcap else hidden_ND[rows] / temperature
             z_nV = product("student chunk", hidden_nD, table_VD, buffers)
             divergence = targets.open(rows, temperature, buffers)
             for first in range(0, len(z_nV), block):
                 some = slice(first, min(first + block, len(z_nV)))
                 z_bV = z_nV if quick is not None else accurate_rows("student", z_nV, some, buffers)
+                bend_bV = buffers.get("bend", z_bV) if softcap else None
+                if bend_bV is not None:
+                    bend_(z_bV, softcap, temperature, bend_bV)
                 value_N[start + some.start : start + some.stop] = divergence(some, z_bV, quick or form)
+                if bend_bV is not None:
+                    z_bV.mul_(bend_bV)
                 if z_bV.dtype != dtype:
                     z_nV[some] = z_bV
             if grad_ND is not None:
@@ -85,7 +92,7 @@ class _DivergenceSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         grad_ND, grad_VD = (scaled(g, grad) for g in ctx.saved_tensors)
-        return grad_ND, grad_VD, *[None] * 8
+        return grad_ND, grad_VD, *[None] * 9
 
 
 def divergence_sum(
@@ -101,7 +108,17 @@ def divergence_sum(
     vocab = weight_VD.shape[0] if vocab is None else vocab
     rows = chunk or min(chunk_rows(targets.width(vocab)), max(1, len(tokens.ids_N)))
     total, value_N = _DivergenceSum.apply(
-        hidden_ND, weight_VD, tokens.weight_N, targets, form, temperature, vocab, rows, tokens.native, tokens.room
+        hidden_ND,
+        weight_VD,
+        tokens.weight_N,
+        targets,
+        form,
+        temperature,
+        vocab,
+        rows,
+        tokens.native,
+        tokens.room,
+        tokens.softcap,
     )
     return total, value_N
 
@@ -120,7 +137,10 @@ def plain_divergence_sum(
 ) -> Tensor:  # fmt: skip
     """The plain twin: `value(log p [N, V], log q [N, V]) -> [N]` under autograd."""
     logits_NV = F.linear(hidden_ND, weight_VD[:vocab].to(hidden_ND.dtype))
-    logq_NV = torch.log_softmax(logits_NV.to(torch.promote_types(hidden_ND.dtype, torch.float32)) / temperature, dim=-1)
+    logits_NV = logits_NV.to(torch.promote_types(hidden_ND.dtype, torch.float32))
+    if tokens.softcap:
+        logits_NV = tokens.softcap * torch.tanh(logits_NV / tokens.softcap)
+    logq_NV = torch.log_softmax(logits_NV / temperature, dim=-1)
     return (_teacher(tokens).plain(logq_NV, value, temperature) * tokens.weight_N).sum()
 
 

@@ -21,7 +21,12 @@ from shoestring.nn.native import library
 def native_form(form: Form, hidden_ND: Tensor, vocab: int, targets: Targets) -> Form | None:
     """The form over whole chunks of logits in the dtype of products, or None where the plain one must do."""
     name = getattr(form, "native", None)
-    if name is None or not isinstance(targets, Hidden) or not usable(True, hidden_ND, targets.hidden_NC):
+    if (
+        name is None
+        or not isinstance(targets, Hidden)
+        or targets.softcap
+        or not usable(True, hidden_ND, targets.hidden_NC)
+    ):
         return None
     theirs = targets.head_VC.shape[0] if targets.vocab is None else targets.vocab
     if theirs != vocab:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoestring.losses._targets import Buffers, Form, Opened
+from shoestring.nn.head import bend_
 
 
 def product(name: str, hidden_nD: Tensor, head_VD: Tensor, buffers: Buffers) -> Tensor:
@@ -61,6 +62,7 @@ class Hidden(_Rows):
     hidden_NC: Tensor
     head_VC: Tensor
     vocab: int | None = None
+    softcap: float = 0.0  # c of logits c tanh(U h / c); 0: they are U h
 
     def width(self, vocab: int) -> int:
         return max(vocab, self.vocab or self.head_VC.shape[0])
@@ -69,19 +71,22 @@ class Hidden(_Rows):
         return self.head_VC[: self.vocab].to(self.hidden_NC.dtype)
 
     def open(self, chunk: slice, temperature: float, buffers: Buffers) -> Opened:
-        hidden_nC = self.hidden_NC[chunk] if temperature == 1 else self.hidden_NC[chunk] / temperature
+        plain = temperature == 1 or bool(self.softcap)
+        hidden_nC = self.hidden_NC[chunk] if plain else self.hidden_NC[chunk] / temperature
         logits_nV = product("teacher chunk", hidden_nC, buffers.once("head", self._head), buffers)
 
         def divergence(rows: slice, z_nV: Tensor, form: Form) -> Tensor:
-            if z_nV.dtype == logits_nV.dtype:
-                return form(z_nV, logits_nV[rows], buffers)
-            return form(z_nV, accurate_rows("teacher", logits_nV, rows, buffers).to(z_nV.dtype), buffers)
+            t_nV = logits_nV[rows]
+            if z_nV.dtype != logits_nV.dtype:
+                t_nV = accurate_rows("teacher", logits_nV, rows, buffers).to(z_nV.dtype)
+            return form(z_nV, bend_(t_nV, self.softcap, temperature) if self.softcap else t_nV, buffers)
 
         return divergence
 
     def plain(self, logq_NV: Tensor, value: Callable[[Tensor, Tensor], Tensor], temperature: float) -> Tensor:
-        logits_NV = F.linear(self.hidden_NC, self._head()).to(logq_NV.dtype) / temperature
-        return value(torch.log_softmax(logits_NV, dim=-1), logq_NV)
+        logits_NV = F.linear(self.hidden_NC, self._head()).to(logq_NV.dtype)
+        logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap) if self.softcap else logits_NV
+        return value(torch.log_softmax(logits_NV / temperature, dim=-1), logq_NV)
 
 
 @dataclass(slots=True)

@@ -26,4 +26,5 @@ class Tokens:
     teacher: Targets | None = None  # the teacher's side, row n beside token n
     place_N: Tensor | None = None  # where each stands in the batch, flat: for who reads other layers than the last
     native: bool = False  # whether the vocabulary is read in C (Kernels.native)
+    softcap: float = 0.0  # c of the student's logits c tanh(U h / c); 0: they are U h
     room: Room | None = None  # where large tensors of the step lie

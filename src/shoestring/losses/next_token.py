@@ -14,6 +14,12 @@ from shoestring.nn.head import cross_entropy_sum
 def loss(hidden_ND: Tensor, weight_VD: Tensor, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over tokens in nats; the metric "nll" is the same sum, detached."""
     total, _ = cross_entropy_sum(
-        hidden_ND, weight_VD, tokens.ids_N, tokens.weight_N, native=tokens.native, room=tokens.room
+        hidden_ND,
+        weight_VD,
+        tokens.ids_N,
+        tokens.weight_N,
+        native=tokens.native,
+        room=tokens.room,
+        softcap=tokens.softcap,
     )
     return total, {"nll": total.detach()}

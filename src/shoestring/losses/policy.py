@@ -42,7 +42,14 @@ def loss(
         return term_N * tokens.weight_N[rows]
 
     value, logp_N, entropy_N = terms_sum(
-        hidden_ND, weight_VD, tokens.ids_N, terms, temperature=temperature, native=tokens.native, room=tokens.room
+        hidden_ND,
+        weight_VD,
+        tokens.ids_N,
+        terms,
+        temperature=temperature,
+        native=tokens.native,
+        room=tokens.room,
+        softcap=tokens.softcap,
     )
     on_N, everything = tokens.weight_N.detach(), slice(None)
     _, metrics = _parts(logp_N, tokens, everything, clip_low, clip_high, kl_beta)

@@ -26,7 +26,9 @@ def loss(
     if not isinstance(tokens.teacher, Spans):
         raise ValueError("span_likelihood needs the teacher's log-probability of every span (tokens.teacher: Spans)")
     spans: Spans = tokens.teacher
-    logp_N, _ = token_logprobs(hidden_ND, weight_VD[:vocab], tokens.ids_N, temperature=temperature)
+    logp_N, _ = token_logprobs(
+        hidden_ND, weight_VD[:vocab], tokens.ids_N, temperature=temperature, softcap=tokens.softcap
+    )
     _, span_N = torch.unique(spans.span_N, return_inverse=True)
     weight_N = tokens.weight_N.to(logp_N.dtype)
     count = int(span_N.max()) + 1 if len(span_N) else 0

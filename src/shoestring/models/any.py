@@ -1,9 +1,14 @@
 """Any causal language model of `transformers`, as a student or a teacher, behind the interface of our own families.
 
-For architectures that `models/` does not have itself; loading, saving and key names are theirs. A model whose logits
-are more than one product with its head (softcaps, scales, biases) is refused when loaded: losses see the head alone.
-`trust_remote_code` stays off. Our engine keeps caches of its own and does not run them: they are sampled by their own
-`generate` (infer/borrowed.py).
+For architectures that `models/` does not have itself; loading, saving and key names are theirs. Losses see the states
+and the head: a scale of the logits (Cohere, Granite) goes onto the states, a softcap (Gemma 2) is told to the losses,
+and anything else between the two (a bias) is refused.
+
+Sequences packed into a row are told apart by their positions, which begin anew with each: from them transformers makes
+the masks of every layer, sliding windows too (a mask of ours would stand in for those). Where that does not keep them
+apart (models with a state, with ALiBi) each sequence has a row of its own; which it is, is tried when one is loaded.
+There is never dropout: a run must repeat. `trust_remote_code` stays off. Our engine keeps caches of its own and does
+not run them: they are sampled by their own `generate` (infer/borrowed.py).
 """
 
 from __future__ import annotations
@@ -19,10 +24,11 @@ from torch import Tensor, nn
 from shoestring.core.errors import UserError
 from shoestring.cost.hf import shape_from_hf
 from shoestring.cost.shape import ModelShape
-from shoestring.nn.attention import segment_bias
 from shoestring.nn.decoder import Output
+from shoestring.nn.head import bend_
 from shoestring.nn.kernels import FP32, Kernels
 
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # what configs call it
 MODEL_TYPES = ()  # whatever no other family claims, when transformers knows it
 
 
@@ -38,6 +44,7 @@ class AnyConfig:
         self.max_position_embeddings: int = getattr(text, "max_position_embeddings", 1 << 20)
         self.tie_word_embeddings: bool = bool(getattr(theirs, "tie_word_embeddings", False))
         self.eos_token_id = text.eos_token_id
+        self.softcap = float(next(filter(None, (getattr(text, name, None) for name in SOFTCAPS)), 0.0))
 
     def shape(self) -> ModelShape:
         return shape_from_hf(self.to_hf())
@@ -57,6 +64,15 @@ class AnyModel(nn.Module):
         self.hf = theirs
         self.config = AnyConfig(theirs.config)
         self.kernels: Kernels = FP32
+        self.scale = 1.0  # of the logits, beyond the product with the head
+        self.packs = True  # whether it keeps the sequences of a row apart by their positions
+        self.hf.eval()
+
+    def train(self, mode: bool = True) -> AnyModel:
+        """The mode, but their modules stay without dropout."""
+        super().train(mode)
+        self.hf.eval()
+        return self
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -76,31 +92,58 @@ class AnyModel(nn.Module):
         return weight
 
     @property
+    def softcap(self) -> float:
+        """The c of logits c tanh(U h / c); 0 where they are U h."""
+        return self.config.softcap
+
+    @property
     def embedding(self) -> Tensor:
         """[V, D] of the input."""
         weight: Tensor = self.hf.get_input_embeddings().weight
         return weight
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+        logits = F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+        return bend_(logits, self.softcap) if self.softcap else logits
 
     def forward(
         self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None, segments_BT: Tensor | None = None,
         cache: Any = None, logits: bool = True, mtp: bool = False, balance: bool = False, routing: Any = None,
     ) -> Output:  # fmt: skip
-        """One pass over tokens [B, T]; `segments_BT` keeps attention inside runs of equal ids."""
+        """One pass over tokens [B, T]. With `segments_BT` attention and states stay inside runs of equal ids, each of
+        which begins at position 0."""
         if cache is not None or mtp or routing is not None:
             raise ValueError("a model of transformers has no cache, MTP or routing of ours")
-        B, T = tokens_BT.shape
-        positions = torch.arange(T, device=tokens_BT.device).expand(B, T) if positions_BT is None else positions_BT
-        mask = None if segments_BT is None else segment_bias(segments_BT, next(self.parameters()).dtype)
         dtype = self.kernels.torch_dtype
         with torch.autocast(tokens_BT.device.type, dtype, enabled=dtype != torch.float32):
-            out = self.hf.get_decoder()(
-                input_ids=tokens_BT, position_ids=positions, attention_mask=mask, use_cache=False
-            )
-        hidden_BTD = out.last_hidden_state.to(dtype)
+            if segments_BT is None:
+                last_BTD = self._last(tokens_BT, positions_BT)
+            elif self.packs:
+                last_BTD = self._last(tokens_BT, _places(segments_BT))
+            else:
+                last_BTD = self._alone(tokens_BT, segments_BT)
+        hidden_BTD = last_BTD.to(dtype) if self.scale == 1.0 else last_BTD.to(dtype) * self.scale
         return Output(hidden_BTD, self.unembed(hidden_BTD) if logits else None)
+
+    def _last(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
+        """What is before the head [B, T, D], unscaled."""
+        given = {} if positions_BT is None else {"position_ids": positions_BT}
+        found: Tensor = self.hf.get_decoder()(input_ids=tokens_BT, use_cache=False, **given).last_hidden_state
+        return found
+
+    def _alone(self, tokens_BT: Tensor, segments_BT: Tensor) -> Tensor:
+        """The same with every sequence in a row of its own, what fills the rows up behind it; zero where no sequence is
+        (negative segments)."""
+        place_BT = _places(segments_BT)
+        keep_N = (segments_BT >= 0).flatten()
+        number_N = ((place_BT == 0) & (segments_BT >= 0)).flatten().cumsum(0)[keep_N] - 1
+        place_N = place_BT.flatten()[keep_N]
+        rows_ST = tokens_BT.new_zeros(int(number_N[-1]) + 1, int(place_N.max()) + 1)
+        rows_ST[number_N, place_N] = tokens_BT.flatten()[keep_N]
+        last_ND = self._last(rows_ST, None)[number_N, place_N]
+        whole_ND = last_ND.new_zeros(len(keep_N), last_ND.shape[1])
+        whole_ND[keep_N] = last_ND
+        return whole_ND.unflatten(0, tokens_BT.shape)
 
     def new_cache(self, batch: int, capacity: int) -> Any:
         raise UserError(
@@ -141,21 +184,41 @@ def load(folder: Path, *, dtype: torch.dtype, device: str | torch.device | None)
             raise UserError(f"{folder}: {name} holds NaN or infinite values; this checkpoint is broken.")
     model = AnyModel(theirs.to(device or "cpu"))
     _check_head(model, folder)
+    model.packs = _packs(model)
     return model
+
+
+def _places(segments_BT: Tensor) -> Tensor:
+    """The place of each token in its segment: [0, 1, 2, 0, 1] of [5, 5, 5, 6, 6]."""
+    at_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
+    begins_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    return at_T - torch.where(begins_BT, at_T, 0).cummax(dim=1).values
 
 
 @torch.no_grad()
 def _check_head(model: AnyModel, folder: Path) -> None:
-    """Four tokens, twice: their logits and ours."""
+    """Four tokens, twice: their logits and ours, which may differ by a factor."""
     tokens_BT = torch.arange(4, device=model.head_weight.device)[None] % model.config.vocab_size
-    model.hf.eval()
-    theirs = model.hf(input_ids=tokens_BT, use_cache=False).logits.float()
-    ours = model.unembed(model.hf.get_decoder()(input_ids=tokens_BT, use_cache=False).last_hidden_state)
-    model.hf.train()
-    if not torch.allclose(theirs, ours, rtol=1e-2, atol=1e-3 * float(theirs.abs().max())):
+    theirs = model.hf(input_ids=tokens_BT, use_cache=False).logits.double()
+    ours = model.unembed(model(tokens_BT, logits=False).hidden_BTD).double()
+    scale = float((theirs * ours).sum() / ours.square().sum().clamp_min(1e-300))
+    near = 1e-5 if model.head_weight.dtype == torch.float32 else 1e-2
+    if abs(scale - 1) > near and not model.softcap:
+        model.scale = scale
+    if not torch.allclose(theirs, model.scale * ours, rtol=near, atol=near * float(theirs.abs().max())):
         raise UserError(
-            f"{folder}: logits of {model.config.theirs.model_type} are more than one product with its head (a softcap, "
-            "scale or bias), which the losses here do not follow; train it with other software."
+            f"{folder}: logits of {model.config.theirs.model_type} are more than one product with its head (a bias?), "
+            "which the losses here do not follow; train it with other software."
         )
-    if any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules()):
-        model.hf.eval()  # a run must repeat: no dropout
+
+
+@torch.no_grad()
+def _packs(model: AnyModel) -> bool:
+    """Whether the second of two sequences in a row is what it is alone."""
+    tokens_BT = torch.arange(9, device=model.head_weight.device)[None] % model.config.vocab_size
+    segments_BT = torch.tensor([[0] * 5 + [1] * 4], device=tokens_BT.device)
+    packed = model(tokens_BT, segments_BT=segments_BT, logits=False).hidden_BTD[:, 5:].float()
+    alone = model(tokens_BT[:, 5:], logits=False).hidden_BTD.float()
+    near = 1e-4 if model.head_weight.dtype == torch.float32 else 2e-2
+    return float((packed - alone).abs().max()) <= near * float(alone.abs().max())

@@ -102,6 +102,7 @@ class Decoder(nn.Module):
     """A family builds its blocks and hands them over; this class runs them."""
 
     config: Any  # the family's: names and meanings of Hugging Face's config.json
+    softcap = 0.0  # behind the head: none in our families (models/any.py has some)
 
     def __init__(
         self, blocks: Iterable[Block], *, vocab: int, d_model: int, eps: float, tied: bool, rope: Rope,

@@ -68,6 +68,17 @@ def add_outer(
             part_vD.add_(product_vD)
 
 
+def bend_(z_nV: Tensor, softcap: float, temperature: float = 1.0, slope_nV: Tensor | None = None) -> Tensor:
+    """In place the logits that a softcap makes of products z: c tanh(z / c), at the temperature.
+
+    `slope_nV` receives the derivative of c tanh(z / c). Source: Gemma 2 (arXiv 2408.00118) section 2.
+    """
+    z_nV.div_(softcap).tanh_()
+    if slope_nV is not None:
+        torch.square(z_nV, out=slope_nV).neg_().add_(1)
+    return z_nV.mul_(softcap / temperature)
+
+
 def _unwritten(weight_VD: Tensor, hidden_ND: Tensor, room: Room | None) -> Tensor:
     """The table's gradient before the first chunk is written to it; zero when there will be none."""
     return empty(room, weight_VD) if len(hidden_ND) else torch.zeros_like(weight_VD)
@@ -96,13 +107,18 @@ class _Rows:
         self.narrow_nV = self.wide_nV if same else empty(room, hidden_ND, (chunk, len(weight_VD)))
         self.slices = [slice(start, start + chunk) for start in range(0, len(hidden_ND), chunk)] if chunk else []
 
-    def logits(self, rows: slice) -> Tensor:
-        """The chunk's logits at the temperature, in the accurate dtype."""
+    def product(self, rows: slice) -> Tensor:
+        """The chunk times the table, in the accurate dtype."""
         hidden_nD = self.hidden_ND[rows]
         narrow_nV, wide_nV = self.narrow_nV[: len(hidden_nD)], self.wide_nV[: len(hidden_nD)]
         torch.mm(hidden_nD, self.table_VD.t(), out=narrow_nV)
         if self.narrow_nV is not self.wide_nV:
             wide_nV.copy_(narrow_nV)
+        return wide_nV
+
+    def logits(self, rows: slice) -> Tensor:
+        """The same at the temperature."""
+        wide_nV = self.product(rows)
         return wide_nV if self.temperature == 1.0 else wide_nV.div_(self.temperature)
 
     def slopes(self, rows: slice) -> tuple[Tensor, Tensor]:
@@ -198,10 +214,28 @@ class _NativeRows(_Rows):
         return *self._read(rows, entropy_n, True), entropy_n
 
 
+class _BentRows(_Rows):
+    """The same behind a softcap."""
+
+    softcap = 0.0
+
+    def logits(self, rows: slice) -> Tensor:
+        wide_nV = self.product(rows)
+        self.bend_nV = torch.empty_like(wide_nV)
+        return bend_(wide_nV, self.softcap, self.temperature, self.bend_nV)
+
+    def slope(self, p_nV: Tensor, logp_n: Tensor, rows: slice) -> Tensor:
+        return super().slope(p_nV, logp_n, rows).mul_(self.bend_nV)
+
+
 def _rows(
     hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int, native: bool,
-    room: Room | None,
+    room: Room | None, softcap: float,
 ) -> _Rows:  # fmt: skip
+    if softcap:
+        bent = _BentRows(hidden_ND, weight_VD, ids_N, temperature, chunk, room)
+        bent.softcap = softcap
+        return bent
     way = _NativeRows if elements.usable(native, hidden_ND) else _Rows
     return way(hidden_ND, weight_VD, ids_N, temperature, chunk, room)
 
@@ -217,8 +251,9 @@ class _CrossEntropySum(torch.autograd.Function):
         chunk: int,
         native: bool,
         room: Room | None,
+        softcap: float,
     ) -> tuple[Tensor, Tensor]:
-        chunks = _rows(hidden_ND, weight_VD, ids_N, 1.0, chunk, native, room)
+        chunks = _rows(hidden_ND, weight_VD, ids_N, 1.0, chunk, native, room, softcap)
         weight_N = weight_N.to(_accurate(hidden_ND.dtype))
         logp_N = torch.empty_like(weight_N)
         want_hidden, want_table = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
@@ -235,16 +270,16 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         grad_ND, grad_VD = (scaled(g, grad) for g in ctx.saved_tensors)
-        return grad_ND, grad_VD, None, None, None, None, None
+        return grad_ND, grad_VD, *[None] * 6
 
 
 def cross_entropy_sum(
     hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, weight_N: Tensor, *, chunk: int | None = None,
-    native: bool = False, room: Room | None = None,
+    native: bool = False, room: Room | None = None, softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(Σ_n weight_n · -log p(ids_n), the detached logprobs [N] in fp32). Rows of weight 0 cost no gradient."""
     rows = chunk or _chunk_rows(hidden_ND, weight_VD.shape[0], native)
-    loss, logp_N = _CrossEntropySum.apply(hidden_ND, weight_VD, ids_N, weight_N, rows, native, room)
+    loss, logp_N = _CrossEntropySum.apply(hidden_ND, weight_VD, ids_N, weight_N, rows, native, room, softcap)
     return loss, logp_N
 
 
@@ -259,36 +294,37 @@ class _TokenLogprobs(torch.autograd.Function):
         chunk: int,
         native: bool,
         room: Room | None,
+        softcap: float,
     ) -> tuple[Tensor, Tensor]:
-        chunks = _rows(hidden_ND, weight_VD, ids_N, temperature, chunk, native, room)
+        chunks = _rows(hidden_ND, weight_VD, ids_N, temperature, chunk, native, room, softcap)
         logp_N = hidden_ND.new_empty(len(hidden_ND), dtype=_accurate(hidden_ND.dtype))
         entropy_N = torch.empty_like(logp_N)
         for rows in chunks.slices:
             logp_N[rows], entropy_N[rows] = chunks.logprobs(rows)
         ctx.save_for_backward(hidden_ND, weight_VD, ids_N)
-        ctx.temperature, ctx.chunk, ctx.native, ctx.room = temperature, chunk, native, room
+        ctx.temperature, ctx.chunk, ctx.native, ctx.room, ctx.softcap = temperature, chunk, native, room, softcap
         ctx.mark_non_differentiable(entropy_N)
         return logp_N, entropy_N
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, ids_N = ctx.saved_tensors
-        chunks = _rows(hidden_ND, weight_VD, ids_N, ctx.temperature, ctx.chunk, ctx.native, ctx.room)
+        chunks = _rows(hidden_ND, weight_VD, ids_N, ctx.temperature, ctx.chunk, ctx.native, ctx.room, ctx.softcap)
         grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_VD = _unwritten(weight_VD, hidden_ND, ctx.room) if ctx.needs_input_grad[1] else None
         factor_N = grad_N / -ctx.temperature  # dlogp/dlogits = (onehot - softmax) / temperature
         for rows in chunks.slices:
             chunks.add_gradients(chunks.slopes(rows)[0], factor_N[rows], rows, grad_ND, grad_VD)
-        return grad_ND, grad_VD, None, None, None, None, None
+        return grad_ND, grad_VD, *[None] * 6
 
 
 def token_logprobs(
     hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, *, temperature: float = 1.0, chunk: int | None = None,
-    native: bool = False, room: Room | None = None,
+    native: bool = False, room: Room | None = None, softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(log p(ids_n) [N] with gradient, the detached entropy [N] in nats), both at `temperature`, in fp32."""
     rows = chunk or _chunk_rows(hidden_ND, weight_VD.shape[0], native)
-    logp_N, entropy_N = _TokenLogprobs.apply(hidden_ND, weight_VD, ids_N, temperature, rows, native, room)
+    logp_N, entropy_N = _TokenLogprobs.apply(hidden_ND, weight_VD, ids_N, temperature, rows, native, room, softcap)
     return logp_N, entropy_N
 
 
@@ -296,9 +332,9 @@ class _TermsSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, terms: Terms, temperature: float, chunk: int,
-        native: bool, room: Room | None,
+        native: bool, room: Room | None, softcap: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        chunks = _rows(hidden_ND, weight_VD, ids_N, temperature, chunk, native, room)
+        chunks = _rows(hidden_ND, weight_VD, ids_N, temperature, chunk, native, room, softcap)
         logp_N = hidden_ND.new_empty(len(hidden_ND), dtype=_accurate(hidden_ND.dtype))
         entropy_N, total = torch.empty_like(logp_N), logp_N.new_zeros(())
         want_hidden, want_table = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
@@ -320,12 +356,12 @@ class _TermsSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad_ND, grad_VD = (scaled(g, grad) for g in ctx.saved_tensors)
-        return grad_ND, grad_VD, None, None, None, None, None, None
+        return grad_ND, grad_VD, *[None] * 7
 
 
 def terms_sum(
     hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, terms: Terms, *, temperature: float = 1.0,
-    chunk: int | None = None, native: bool = False, room: Room | None = None,
+    chunk: int | None = None, native: bool = False, room: Room | None = None, softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(Σ_n terms(log p(ids_n)), the detached log p [N] and entropy [N]): as `token_logprobs` with the terms behind it,
     but where a token's term needs no other token its gradient is made in the forward pass, from logits made once.
@@ -334,15 +370,18 @@ def terms_sum(
     """
     rows = chunk or _chunk_rows(hidden_ND, weight_VD.shape[0], native)
     found: tuple[Tensor, Tensor, Tensor] = _TermsSum.apply(
-        hidden_ND, weight_VD, ids_N, terms, temperature, rows, native, room
+        hidden_ND, weight_VD, ids_N, terms, temperature, rows, native, room, softcap
     )
     return found
 
 
-def plain_token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, *, temperature: float = 1.0) -> Tensor:
+def plain_token_logprobs(
+    hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, *, temperature: float = 1.0, softcap: float = 0.0
+) -> Tensor:
     """The plain twin of `token_logprobs`: all logits at once."""
-    logits_NV = F.linear(hidden_ND, weight_VD.to(hidden_ND.dtype)).to(_accurate(hidden_ND.dtype)) / temperature
-    return torch.log_softmax(logits_NV, dim=-1).gather(1, ids_N[:, None]).squeeze(1)
+    logits_NV = F.linear(hidden_ND, weight_VD.to(hidden_ND.dtype)).to(_accurate(hidden_ND.dtype))
+    logits_NV = softcap * torch.tanh(logits_NV / softcap) if softcap else logits_NV
+    return torch.log_softmax(logits_NV / temperature, dim=-1).gather(1, ids_N[:, None]).squeeze(1)
 
 
 def plain_cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, weight_N: Tensor) -> Tensor:

@@ -63,7 +63,10 @@ class _Teacher:
             assert batch.entry_BT is not None
             entry_N = batch.entry_BT.flatten()[keep_N]
             if whole:
-                logp_N, _ = token_logprobs(hidden_NC, self.head_VC, tokens.ids_N, temperature=self.stage.temperature)
+                logp_N, _ = token_logprobs(
+                    hidden_NC, self.head_VC, tokens.ids_N, temperature=self.stage.temperature,
+                    softcap=self.model.softcap,
+                )  # fmt: skip
                 table.index_add_(0, entry_N.cpu(), logp_N.cpu().float())
             else:
                 table[entry_N.cpu()] = hidden_NC.cpu()
@@ -111,7 +114,7 @@ class AcrossLesson:
             batch.teacher = Spans(entry_N, said_N)
             return
         said: list[Targets] = [
-            Hidden(table[entry_N], t.model.head_weight, t.tokenizer.vocab_size)
+            Hidden(table[entry_N], t.model.head_weight, t.tokenizer.vocab_size, t.model.softcap)
             for t, table in zip(self.teachers, self.tables, strict=True)
         ]
         batch.teacher = said[0] if len(said) == 1 else Several(said, shares, "divergences")

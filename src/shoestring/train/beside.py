@@ -72,7 +72,9 @@ class Beside:
 
     def teach(self, batch: Batch) -> None:
         """Fill `batch.teacher` with what they say of its target tokens that carry weight."""
-        said: list[Targets] = [Hidden(r.hidden(batch), r.model.head_weight, r.vocab) for r in self.readers]
+        said: list[Targets] = [
+            Hidden(r.hidden(batch), r.model.head_weight, r.vocab, r.model.softcap) for r in self.readers
+        ]
         stage = self.stage
         batch.teacher = said[0] if len(said) == 1 else Several(said, stage.shares, stage.teacher_pool)
         if self.taps is not None:
@@ -86,7 +88,10 @@ class Beside:
         for reader in self.readers:
             head_VC = reader.model.head_weight[: reader.vocab]
             ids_N = flat_tokens(batch)[0].ids_N.to(head_VC.device)
-            said.append(token_logprobs(reader.hidden(batch), head_VC, ids_N, temperature=self.stage.temperature)[0])
+            logp_N, _ = token_logprobs(
+                reader.hidden(batch), head_VC, ids_N, temperature=self.stage.temperature, softcap=reader.model.softcap
+            )
+            said.append(logp_N)
         logs = [math.log(share) for share in self.stage.shares]
         return said[0] if len(said) == 1 else torch.logsumexp(
             torch.stack([logp_N + log for logp_N, log in zip(said, logs, strict=True)]), dim=0

@@ -45,7 +45,7 @@ def run(stage: CaptureStage, ctx: Context) -> Outcome:
     folder = ctx.run.path / "store"
     writer = LogitsWriter(folder, spec, shard_tokens=stage.shard_tokens)
     if stage.kind == "hidden" and not (folder / "head.safetensors").exists():
-        _save_head(model.head_weight[:vocab], folder)
+        _save_head(model.head_weight[:vocab], model.softcap, folder)
     done = writer.sequences
     with ctx.progress(len(examples), unit="traces") as bar:
         for number, batch in _batches(examples, done, stage, ctx):
@@ -115,7 +115,10 @@ def _of_logits(model: Any, hidden_nC: Tensor, spec: Spec, generator: torch.Gener
     return topk_records(spec, ids_nK.cpu().numpy(), logp_nK.cpu().numpy(), tail_n.cpu().numpy())
 
 
-def _save_head(head_VC: Tensor, folder: Any) -> None:
+def _save_head(head_VC: Tensor, softcap: float, folder: Any) -> None:
     from safetensors.torch import save
 
-    write_bytes(folder / "head.safetensors", save({"head": head_VC.detach().cpu().contiguous().clone()}))
+    kept = {"head": head_VC.detach().cpu().contiguous().clone()}
+    if softcap:
+        kept["softcap"] = torch.tensor([softcap], dtype=torch.float64)
+    write_bytes(folder / "head.safetensors", save(kept))

@@ -104,7 +104,7 @@ class _Kept:
             raise UserError(
                 f"sampled logits are unbiased for forward_kl only, not for {stage.loss}; capture kind=topk."
             )
-        self.head_VC = load_head(folder) if self.store.spec.kind == "hidden" else None
+        self.head = load_head(folder) if self.store.spec.kind == "hidden" else None
         self._rows, self._count = [np.empty(0, np.int64)], 0
 
     def find(self, example: Example) -> tuple[int, int]:
@@ -132,8 +132,9 @@ class _Kept:
             return TopK(ids, logp, tail)
         if spec.kind == "sampled":
             return sampled_targets(spec, records)
-        assert self.head_VC is not None
-        return Hidden(torch.from_numpy(read_hidden(spec, records)), self.head_VC, spec.vocab)
+        assert self.head is not None
+        head_VC, softcap = self.head
+        return Hidden(torch.from_numpy(read_hidden(spec, records)), head_VC, spec.vocab, softcap)
 
 
 def sampled_targets(spec: Any, records: np.ndarray) -> Sampled:
@@ -142,11 +143,12 @@ def sampled_targets(spec: Any, records: np.ndarray) -> Sampled:
     return Sampled(ids_NK, torch.full(ids_NK.shape, 1 / spec.k))
 
 
-def load_head(folder: Any) -> Tensor:
-    """The teacher's head that lies beside stored hidden states."""
+def load_head(folder: Any) -> tuple[Tensor, float]:
+    """The teacher's head that lies beside stored hidden states, and the softcap behind it (0: none)."""
     from safetensors.torch import load_file
 
-    return load_file(folder / "head.safetensors")["head"]
+    kept = load_file(folder / "head.safetensors")
+    return kept["head"], float(kept.get("softcap", 0.0))
 
 
 def make_lesson(stage: DistillStage, ctx: Context, student: Any, tokenizer: Tokenizer) -> Any:

@@ -114,7 +114,7 @@ def accumulate(
             logits=False, mtp=with_mtp, balance=balance_alpha > 0,
         )  # fmt: skip
         targets, keep_N = flat_tokens(batch)
-        targets.native, targets.room = model.kernels.native, room
+        targets.native, targets.room, targets.softcap = model.kernels.native, room, model.softcap
         targets.weight_N = targets.weight_N / weight  # not the sum: the head's gradient is then made as it is needed
         head_VD = model.head_weight if out.head_VD is None else out.head_VD
         loss, metrics = objective(out.hidden_BTD.flatten(0, 1)[keep_N], head_VD, targets)

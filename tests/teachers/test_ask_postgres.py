@@ -336,9 +336,10 @@ def again(call: Callable[[], subprocess.CompletedProcess[str]]) -> subprocess.Co
 
 
 def reach(url: str, wanted: int, processes: list[subprocess.Popen[Any]]) -> None:
-    """Wait until so many are answered."""
+    """Wait until so many are answered, or a process has ended."""
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
+    while all(process.poll() is None for process in processes):
+        assert time.monotonic() < deadline
         try:
             if state(url)[0]["answered"] >= wanted:
                 return

@@ -122,9 +122,8 @@ def test_gsm8k_through_restarts_and_kills(model: Path, tmp_path: Path, count: in
             serving.start()
     report = json.loads(client.communicate(timeout=300)[0])
     assert client.returncode == 0
-    time.sleep(0.5)  # the last lines of the audit log
+    serving.stop(signal.SIGTERM)  # which writes the last lines of the audit log
     billed = serving.answered()
-    serving.stop(signal.SIGTERM)
     assert report["answered"] == count and report["failed"] == report["planned"] == report["sent"] == 0
     traces = TraceStore(out).read()
     assert len(traces) == len({trace.messages[-1]["content"] for trace in traces}) == count

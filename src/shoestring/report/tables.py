@@ -1,4 +1,4 @@
-"""The tables of a report as plain rows, for the page and for `RoadResult`.
+"""The tables of a report as plain rows: for the page, `RoadResult` and the docs.
 
 `Recipe.report` is a mapping (validated by `report/spec.py`; every key is optional):
 

@@ -16,6 +16,7 @@ from shoestring.core.errors import UserError
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "cancelled"]
 TRACE_SCHEMA = 1
+MOST = 1e9  # penalties and biases: beyond it, fp32 logits would not stay finite whatever the temperature
 
 
 @dataclass(slots=True, frozen=True)
@@ -91,9 +92,14 @@ class Sampling:
             if wrong:
                 raise UserError(f"sampling.{sentence}")
 
+    @property
+    def guided(self) -> bool:
+        """Whether a grammar says what may be written."""
+        return self.json_schema is not None or self.regex is not None
+
     def _complaints(self) -> Iterator[tuple[bool, str]]:
         """(does it apply, the sentence): ranges first, then contradictions. Written so that NaN is out of range."""
-        inf = float("inf")
+        inf, most = float("inf"), MOST
         yield self.n < 1, f"n is {self.n}; it must be at least 1."
         in_range = 0.0 <= self.temperature < inf
         yield not in_range, f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number."
@@ -103,19 +109,20 @@ class Sampling:
         yield self.max_new_tokens < 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1."
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
-            yield not -inf < value < inf, f"{name} is {value}; it must be a finite number."
-        repetition = self.repetition_penalty
-        yield not 0.0 < repetition < inf, f"repetition_penalty is {repetition}; it must be positive (1 is off)."
+            yield not -most <= value <= most, f"{name} is {value}; it must be between -{most:g} and {most:g}."
+        repetition, fits = self.repetition_penalty, 1 / most <= self.repetition_penalty <= most
+        yield not fits, f"repetition_penalty is {repetition}; it must be between {1 / most:g} and {most:g} (1 is off)."
         for name in ("min_new_tokens", "top_logprobs", "prompt_logprobs", "thinking_budget"):
             value = getattr(self, name)
             yield value is not None and value < 0, f"{name} is {value}; it must not be negative."
         for token, bias in (self.logit_bias or {}).items():
-            yield not -inf <= bias < inf, f"logit_bias[{token}] is {bias}; it must be a number (-inf bans the token)."
+            fits = -most <= bias <= most or bias == -inf
+            yield not fits, f"logit_bias[{token}] is {bias}; it must be between -{most:g} and {most:g}, or -inf to ban."
         yield isinstance(self.stop, str), "stop is one string; write a tuple of strings, (text,)."
         yield "" in self.stop, "stop holds an empty string, which would stop at once; remove it."
         shorter = self.min_new_tokens > self.max_new_tokens
         yield shorter, f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}."
-        grammar = self.json_schema is not None or self.regex is not None
+        grammar = self.guided
         yield self.json_schema is not None and self.regex is not None, "json_schema and regex exclude each other."
         yield grammar and self.ignore_eos, "ignore_eos excludes json_schema and regex, which end by the end token."
         yield grammar and self.min_new_tokens > 0, "min_new_tokens excludes json_schema and regex, which say the end."
@@ -149,7 +156,7 @@ class Event:
 
     `text` is what may be shown now: characters that are still incomplete, and what could become a stop string, wait.
     The first event of a sample has `prompt_logprobs` where they were asked for, the last one `finish_reason` and the
-    whole `completion`.
+    whole `completion`. `error` says why a sample that nobody cancelled ends so: it could not be gone on with.
     """
 
     request_id: str
@@ -162,6 +169,7 @@ class Event:
     completion: Completion | None = None
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    error: str | None = None
 
 
 @dataclass(slots=True)

@@ -83,7 +83,8 @@ class BorrowedGenerator:
                 )
         for index, prompt in enumerate(prompts):
             check_ids(self.model.config, prompt, f"prompt {index}", sampling.max_new_tokens)
-        check_sampling(sampling, self.model.config, has_tokenizer=self.tokenizer is not None, routes=False)
+        has = self.tokenizer is not None
+        check_sampling(sampling, self.model.config, self._stop_ids(sampling), tokenizer=has, routes=False)
 
     def _stop_ids(self, sampling: Sampling) -> tuple[int, ...]:
         end = None if self.tokenizer is None or sampling.ignore_eos else self.tokenizer.end_id

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from shoestring.core.errors import UserError
@@ -24,7 +24,7 @@ def check_ids(config: Any, ids: Sequence[int], what: str, new_tokens: int) -> No
         raise UserError(f"{what} has {len(ids)} tokens{more}, but the model has {positions} positions; shorten it.")
 
 
-def check_sampling(sampling: Sampling, config: Any, *, has_tokenizer: bool, routes: bool) -> None:
+def check_sampling(sampling: Sampling, config: Any, stop_ids: Collection[int], *, tokenizer: bool, routes: bool) -> None:
     """Raise UserError for options that this model, or an engine without a tokenizer, cannot follow."""
     vocab = config.vocab_size
     if outside := [t for t in (*sampling.stop_ids, *(sampling.logit_bias or {})) if not 0 <= t < vocab]:
@@ -32,11 +32,11 @@ def check_sampling(sampling: Sampling, config: Any, *, has_tokenizer: bool, rout
     banned = {token for token, bias in (sampling.logit_bias or {}).items() if bias == float("-inf")}
     if len(banned) == vocab:
         raise UserError("sampling.logit_bias bans every token; leave at least one.")
-    if sampling.min_new_tokens and len(banned.union(sampling.stop_ids)) == vocab:
+    if sampling.min_new_tokens and len(banned.union(stop_ids)) == vocab:
         raise UserError("sampling.min_new_tokens leaves no token that does not stop; give fewer stop_ids.")
     if sampling.routed_experts and not routes:
         raise UserError("sampling.routed_experts is on, but the model has no routed experts; turn it off.")
-    if not has_tokenizer:
+    if not tokenizer:
         for name in ("stop", "thinking_budget", "json_schema", "regex"):
             if getattr(sampling, name) not in (None, ()):
                 raise UserError(f"sampling.{name} needs a tokenizer; give the engine one.")

@@ -205,7 +205,8 @@ class Engine:
         equal prompts get different samples. A completion ends at a stop id (`sampling.stop_ids`, or the tokenizer's
         end token when none are given), which is its last id, at a stop string, or after `max_new_tokens`.
         `routed_experts` covers every token that was fed: the prompt, then the completion without its last token.
-        Raises UserError as `add` does, before anything is computed, and FloatingPointError for NaN logits.
+        Raises UserError as `add` does, before anything is computed; on the way UserError for a grammar that grows too
+        large and FloatingPointError for NaN logits.
         """
         self._refresh()
         shared = isinstance(sampling, Sampling)
@@ -229,6 +230,8 @@ class Engine:
             for request in requests:
                 if self._requests.pop(request.id, None) is not None:
                     self._scheduler.drop([s for s in request.samples if s.finish_reason is None])
+        if wrong := [sample.error for request in requests for sample in request.samples if sample.error]:
+            raise UserError(wrong[0])
         return self._completions(requests)
 
     @overload

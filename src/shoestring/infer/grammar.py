@@ -16,6 +16,8 @@ from torch import Tensor
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Sampling
 
+FUEL = 200_000  # of a matcher's lexer; an expression that needs more would hold up everybody's step for seconds
+
 if TYPE_CHECKING:
     from shoestring.infer.sequence import Sequence
     from shoestring.text.tokenizer import Tokenizer
@@ -44,8 +46,9 @@ class Grammars:
         wrong, messages = matcher.validate_grammar_with_warnings(source, self._tokenizer)
         if wrong:
             raise UserError(f"sampling.{what} cannot be followed: {_first_line(messages)}.")
-        made = matcher(self._tokenizer, source)
-        grammar = Grammar(made, self._tokenizer.vocab_size)
+        limits = self._library.LLParserLimits(initial_lexer_fuel=FUEL)
+        made = matcher(self._tokenizer, source, limits=limits, log_level=0)
+        grammar = Grammar(made, self._tokenizer.vocab_size, what)
         if made.is_error() or not grammar.any_allowed():
             raise UserError(
                 f"sampling.{what} cannot be satisfied: {_first_line([made.get_error() or 'no text fits'])}."
@@ -54,10 +57,18 @@ class Grammars:
 
 
 class Grammar:
-    """One sequence's place in its grammar. What it has accepted survives a preemption, being outside the cache."""
+    """One sequence's place in its grammar. What it has accepted survives a preemption, being outside the cache.
 
-    def __init__(self, matcher: Any, vocab: int):
-        self._matcher, self._vocab = matcher, vocab
+    `error` says why it cannot be followed further (an expression that grows too large as it goes on).
+    """
+
+    def __init__(self, matcher: Any, vocab: int, what: str):
+        self._matcher, self._vocab, self._what = matcher, vocab, what
+        self.error: str | None = None
+
+    def copy(self) -> Grammar:
+        """For another sample, from the same place."""
+        return Grammar(self._matcher.deep_copy(), self._vocab, self._what)
 
     def _allowed(self) -> Tensor:
         """One bit a token, as bool [V]."""
@@ -80,6 +91,9 @@ class Grammar:
         """Move on by a sampled token."""
         if not self._matcher.consume_token(token) and not self._matcher.is_stopped():
             raise RuntimeError(f"the grammar refuses a token that its own mask allowed: {self._matcher.get_error()}")
+        if self._matcher.is_error():
+            reason = _first_line([self._matcher.get_error()])
+            self.error = f"sampling.{self._what} cannot be followed to its end: {reason}; make it simpler."
 
 
 def mask_row(logits_V: Tensor, sequence: Sequence) -> None:
@@ -96,7 +110,7 @@ def _schema_text(schema: str | dict[str, Any] | None) -> str:
         return json.dumps(schema)
     try:
         json.loads(schema)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"sampling.json_schema is not JSON ({error}); pass a JSON schema.") from error
     return schema
 

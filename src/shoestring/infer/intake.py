@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from shoestring.text.tokenizer import Tokenizer
 
 
+KEPT = 8  # vocabularies laid out for grammars, by the tokens that end an answer: whoever asks chooses those
+
+
 class Intake:
     """Requests for one architecture and tokenizer. `room`: positions of the whole cache."""
 
@@ -27,7 +30,8 @@ class Intake:
     def check(self, prompt_ids: Seq[int], sampling: Sampling, what: str) -> None:
         """Raise UserError for what can never be answered; `what` names the prompt."""
         check_ids(self._config, prompt_ids, what, sampling.max_new_tokens)
-        check_sampling(sampling, self._config, has_tokenizer=self._tokenizer is not None, routes=self._routes)
+        has, stop_ids = self._tokenizer is not None, self._stop_ids(sampling)
+        check_sampling(sampling, self._config, stop_ids, tokenizer=has, routes=self._routes)
         wanted = len(prompt_ids) + sampling.max_new_tokens
         if wanted > self._room:
             raise UserError(
@@ -42,6 +46,10 @@ class Intake:
         """A checked request with its samples. Raises UserError for a grammar that cannot be followed."""
         request = Request(name, list(prompt_ids), sampling, self._stop_ids(sampling), salt, stream, silent)
         request.samples = [self._sequence(request, index) for index in range(sampling.n)]
+        if sampling.guided and self._tokenizer is not None:
+            grammar = self._grammar(self._tokenizer, request)  # compiled once
+            for sequence in request.samples:
+                sequence.grammar = grammar.copy()
         return request
 
     def _stop_ids(self, sampling: Sampling) -> frozenset[int]:
@@ -55,14 +63,14 @@ class Intake:
         if sampling.stop or not request.silent:
             sequence.stream = TextStream(tokenizer)
             sequence.stops = StopStrings(sampling.stop) if sampling.stop else None
-        if sampling.json_schema is not None or sampling.regex is not None:
-            sequence.grammar = self._grammar(tokenizer, request)
-        if sampling.thinking_budget is not None or sequence.grammar is not None:
+        if sampling.thinking_budget is not None or sampling.guided:
             sequence.thinking = Thinking.of(tokenizer, request.prompt_ids)
         return sequence
 
     def _grammar(self, tokenizer: Tokenizer, request: Request) -> Grammar:
-        """Compiled once for all requests that end at the same tokens."""
+        """The vocabulary is laid out once for all requests that end at the same tokens, and kept for the last few."""
         if request.stop_ids not in self._grammars:
+            if len(self._grammars) == KEPT:
+                del self._grammars[next(iter(self._grammars))]
             self._grammars[request.stop_ids] = Grammars(tokenizer, self._config.vocab_size, request.stop_ids)
         return self._grammars[request.stop_ids].make(request.sampling)

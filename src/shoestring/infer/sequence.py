@@ -83,6 +83,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: str | None = None  # why it cannot go on
     key: int = 0
     text: str = ""
     stream: TextStream | None = None
@@ -104,7 +105,7 @@ class Sequence:
         self.ids = list(request.prompt_ids)
         self.key = draw_key(request.seed, request.stream, self.sample)
         s = request.sampling
-        looks = s.stop or s.thinking_budget is not None or s.json_schema is not None or s.regex is not None
+        looks = s.stop or s.thinking_budget is not None or s.guided
         self._plain = request.silent and not looks and not s.top_logprobs and not s.min_new_tokens
 
     @property
@@ -166,6 +167,7 @@ class Sequence:
         sampling = self.sampling
         if self.grammar is not None and (self.thinking is None or not self.thinking.concerns(token)):
             self.grammar.accept(token)
+            self.error = self.grammar.error
         if self.thinking is not None:
             self.thinking.see(token)
         self.ids.append(token)
@@ -179,6 +181,8 @@ class Sequence:
             text = self._release([token])
             if self.finish_reason is None and self.produced >= sampling.max_new_tokens:
                 self.finish_reason = "length"
+        if self.error is not None:  # what has been written is not what was asked for
+            self.finish_reason = "cancelled"
         if self.finish_reason is not None:
             text += self._rest()
         return self._event([token], text, [logprob], [top or []] if sampling.top_logprobs else None)
@@ -194,6 +198,7 @@ class Sequence:
         return Event(
             self.request.id, self.sample, token_ids, text, logprobs, top, self.finish_reason,
             self.completion() if done else None, self.cached_tokens, self.request.prompt_logprobs if first else None,
+            self.error,
         )  # fmt: skip
 
     def _release(self, ids: list[int]) -> str:

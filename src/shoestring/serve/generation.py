@@ -98,6 +98,8 @@ class Generation:
                 told = now
                 batch = []
                 for index, event in found:
+                    if event.error is not None:
+                        raise ApiError(400, event.error.replace("sampling.", ""), code="invalid_value")
                     choice = index * self._parts[index].sampling.n + event.sample
                     self.tally.note(len(event.token_ids), now)
                     cached[index] = max(cached.get(index, 0), event.cached_tokens)

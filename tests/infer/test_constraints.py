@@ -72,6 +72,43 @@ def test_penalties(model: Any) -> None:
     assert one(engine, repetition_penalty=1.7).token_ids == greedy_by_hand(model, 12, repetition)
 
 
+@pytest.mark.parametrize("more", [{}, {"top_k": 5}, {"top_logprobs": 3}, {"logit_bias": {9: float("-inf"), 8: -1e9}}])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40, 1e-7, 1e38, 1e300])
+def test_temperatures_at_the_ends_of_the_numbers(model: Any, temperature: float, more: dict[str, Any]) -> None:
+    """As cold as that is greedy, as hot is one draw as good as another; and both have a logprob that is a number."""
+    engine = Engine(model)
+    found = one(engine, temperature=temperature, seed=4, prompt_logprobs=1, **more)
+    values = [*found.logprobs, *(value for pairs in found.prompt_logprobs[1:] for _, value in pairs)]
+    assert not torch.tensor(values).isnan().any()
+    assert "logit_bias" not in more or 9 not in found.token_ids
+    if temperature < 1:
+        greedy = one(engine, **{name: value for name, value in more.items() if name == "logit_bias"})
+        assert found.token_ids == greedy.token_ids and found.logprobs == [0.0] * 12
+    assert not torch.tensor(engine.score([PROMPT], temperature=temperature)).isnan().any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1e-9}, {"repetition_penalty": 1e9},
+        {"presence_penalty": -1e9, "frequency_penalty": -1e9},
+        {"presence_penalty": 1e9, "logit_bias": {3: 1e9}, "repetition_penalty": 1e-9},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1.0])
+def test_penalties_at_their_ends(model: Any, options: dict[str, Any], temperature: float) -> None:
+    found = one(Engine(model), temperature=temperature, seed=1, **options)
+    assert len(found.token_ids) == 12 and all(logprob <= 1e-6 for logprob in found.logprobs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("repetition_penalty", 1e-300), ("presence_penalty", 1e39), ("logit_bias", {1: 1e39})]
+)
+def test_numbers_that_leave_no_distribution_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=name):
+        Sampling(**{name: value})
+
+
 def test_no_stop_before_the_least_length(model: Any) -> None:
     engine = Engine(model)
     stops = tuple(range(0, V, 3))
@@ -195,3 +232,38 @@ def test_a_grammar_refused_leaves_the_other_prompts_unqueued(model: Any, words: 
     with pytest.raises(UserError, match="regex cannot be"):
         engine.generate([PROMPT, PROMPT], [Sampling(max_new_tokens=4), Sampling(max_new_tokens=4, regex="([")])
     assert not engine.has_work and engine.stats()["waiting"] == 0
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"minimum": NaN, "type": "integer"}'])
+def test_a_schema_in_text_that_is_no_json(words: Tokenizer, text: str) -> None:
+    pytest.importorskip("llguidance")
+    with pytest.raises(UserError, match="json_schema"):
+        Engine(deepseek(), words).add(PROMPT, Sampling(max_new_tokens=8, json_schema=text))
+
+
+def test_a_grammar_that_grows_too_large_ends_its_own_request_alone(model: Any, words: Tokenizer) -> None:
+    """It compiles, and fails while it is followed: never an answer that looks whole, and no other request is harmed."""
+    pytest.importorskip("llguidance")
+    engine = Engine(model, words)
+    ban = {words.specials["<think>"]: float("-inf")}
+    bomb = Sampling(max_new_tokens=8, regex="(a?){5000}a{5000}", temperature=0.0, n=2, logit_bias=ban)
+    alone = one(engine, max_new_tokens=6)
+    engine.add(PROMPT, bomb, request_id="bomb")
+    engine.add(PROMPT, Sampling(max_new_tokens=6, temperature=0.0), request_id="other")
+    events = drain(engine)
+    ends = [event for event in events if event.request_id == "bomb" and event.finish_reason is not None]
+    assert len(ends) == 2 and all(e.finish_reason == "cancelled" and "too many" in str(e.error) for e in ends)
+    assert finished(events)["other", 0].token_ids == alone.token_ids and not engine.has_work
+    with pytest.raises(UserError, match="regex cannot be followed to its end"):
+        engine.generate([PROMPT], bomb)
+    assert not engine.has_work and engine.stats()["kv_used"] == 0
+
+
+def test_a_grammar_goes_before_bans_that_leave_it_nothing(model: Any, words: Tokenizer) -> None:
+    pytest.importorskip("llguidance")
+    engine = Engine(model, words)
+    banned = {index: float("-inf") for index in range(words.vocab_size) if index != words.specials["<think>"]}
+    banned |= {words.specials["<think>"]: -50.0}
+    found = one(engine, regex="[0-9]{3}", logit_bias=banned, thinking_budget=0)
+    assert re.fullmatch("(<think></think>)?[0-9]{3}", found.text) and found.finish_reason == "stop"
+    assert all(logprob <= 0.0 for logprob in found.logprobs)

@@ -51,6 +51,12 @@ CASES = [  # (path, body, param, words)
     (CHAT, chat(max_tokens=0), "max_tokens", "at least 1"),
     (CHAT, chat(max_tokens=5000), "messages", "maximum context length is 2048 tokens"),
     (CHAT, chat(messages=[{"role": "user", "content": "3 " * 100_000}]), "messages", "shorten"),
+    (CHAT, chat(logit_bias={"9" * 5000: 1}), "logit_bias", "token ids"),
+    (CHAT, chat(structured_outputs={"choice": []}), "structured_outputs.choice", "at least one"),
+    (CHAT, chat(structured_outputs={"json": "[" * 100_000}), None, "not JSON"),
+    (CHAT, chat(structured_outputs={"json": {"type": "odd"}}), None, "json_schema cannot be"),
+    (TEXT, text(structured_outputs={"regex": "(a?){5000}a{5000}"}, logit_bias={"5": -100, "6": -100}), None, "simpler"),
+    (TEXT, text(repetition_penalty=1e-300), None, "repetition_penalty is 1e-300"),
     (TEXT, text(prompt=""), "prompt", "empty"),
     (TEXT, text(prompt=[]), "prompt", "0 prompts"),
     (TEXT, text(prompt=["a"] * 200), "prompt", "1 to 128"),
@@ -63,6 +69,8 @@ CASES = [  # (path, body, param, words)
     (TEXT, text(suffix="x"), "suffix", "not supported"),
     (RESPONSES, {"model": "tiny", "input": "a", "previous_response_id": "r"}, "previous_response_id", "conversation"),
     (RESPONSES, {"model": "tiny", "input": [{"type": "image_generation_call"}]}, "input.0.type", "not supported"),
+    (RESPONSES, {"model": "tiny", "input": [{"type": "reasoning", "content": 5}]}, "input.0.content", "list of parts"),
+    (RESPONSES, {"model": "tiny", "input": [{"type": "reasoning", "content": [{"text": 5}]}]}, None, "with a text"),
     (RESPONSES, {"model": "tiny", "input": "a", "tools": [{"type": "web_search"}]}, "tools", "only functions"),
     ("/tokenize", {"model": "tiny"}, "prompt", "either"),
     ("/tokenize", {"model": "tiny", "messages": []}, "messages", "at least 1"),
@@ -84,6 +92,35 @@ def test_nan_is_named(server: Any):
     answer = httpx.post(server.url + CHAT, verify=False, content=body)
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "temperature"
     assert "NaN or infinite" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "9" * 400 + ".5"])
+def test_a_number_that_no_answer_could_repeat_is_refused_wherever_it_stands(server: Any, number: str):
+    body = '{"model": "tiny", "input": "a", "max_output_tokens": 2, "metadata": {"a": [1, {"b": ' + number + "}]}}"
+    answer = httpx.post(server.url + RESPONSES, verify=False, content=body.encode())
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "metadata.a.1.b"
+
+
+@pytest.mark.parametrize(
+    "name", ["turns", "tokenizer", "source", "specials", "ask", "continue_final", "self", "variables"]
+)
+def test_a_template_s_variables_may_have_any_name(server: Any, name: str):
+    assert server.chat(temperature=0, chat_template_kwargs={name: 1}).json()["choices"] == server.chat(
+        temperature=0
+    ).json()["choices"]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 1e-300}, {"temperature": 1e-40, "top_k": 3}])
+def test_as_cold_as_can_be_is_greedy(server: Any, fields: dict[str, Any]):
+    cold, greedy = (server.post(TEXT, text(max_tokens=8) | more).json() for more in (fields, {"temperature": 0}))
+    assert cold["choices"][0]["text"] == greedy["choices"][0]["text"]
+
+
+def test_arguments_of_a_call_that_are_no_json(server: Any):
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "[" * 1500}}
+    turns = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    answer = server.post(CHAT, chat(messages=[*turns, {"role": "tool", "tool_call_id": "a", "content": "3"}]))
+    assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize(

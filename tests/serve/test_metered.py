@@ -88,6 +88,7 @@ def test_flags_and_models(metered: Any, new_key: NewKey):
     key = new_key(flags={"logprobs": False, "max_n": 2}, models=["other"])
     assert error(metered.chat(key=key)) == (403, "model_forbidden")
     assert metered.get("/v1/models", headers={"authorization": f"Bearer {key}"}).json()["data"] == []
+    assert metered.get("/v1/models/tiny", headers={"authorization": f"Bearer {key}"}).status_code == 404
     key = new_key(flags={"logprobs": False, "max_n": 2})
     assert metered.chat(key=key, logprobs=True).status_code == 403
     assert metered.chat(key=key, n=3).status_code == 403 and metered.chat(key=key, n=2).status_code == 200
@@ -108,6 +109,16 @@ def test_the_same_request_twice_is_billed_once(metered: Any, new_key: NewKey):
     other = metered.chat("another question", key=key, headers=headers)
     assert error(other) == (409, "idempotency_conflict")
     assert metered.chat(key=new_key(), headers=headers, temperature=1.5).headers.get("idempotency-replayed") is None
+
+
+def test_keys_of_requests_are_compared_whole(metered: Any, new_key: NewKey):
+    """Of the largest length there may be, and not one that is empty: that would make all requests the same."""
+    key = new_key()
+    long = "k" * 254
+    first, second = (metered.chat(key=key, headers={"idempotency-key": long + end}) for end in "ab")
+    assert first.status_code == second.status_code == 200 and "idempotency-replayed" not in second.headers
+    for wrong in ("", long + "ab"):
+        assert error(metered.chat(key=key, headers={"idempotency-key": wrong})) == (400, "invalid_idempotency_key")
 
 
 def test_a_client_that_left_finds_its_answer(metered: Any, new_key: NewKey):

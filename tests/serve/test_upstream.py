@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,44 @@ class Odd(BaseHTTPRequestHandler):
     def _mistaken(self, asked: dict[str, Any]) -> None:
         self._json(400, {"error": {"message": "top_k is odd", "code": "odd"}})
 
+    def _moved(self, asked: dict[str, Any]) -> None:
+        self._json(302, b"", location="http://127.0.0.1:9/")
+
+    def _empty(self, asked: dict[str, Any]) -> None:
+        self.send_response(204)
+        self.end_headers()
+
+    def _later(self, asked: dict[str, Any]) -> None:
+        self._json(503, {"error": "full"}, retry_after=formatdate(time.time() + 50, usegmt=True))
+
+    def _deep(self, asked: dict[str, Any]) -> None:
+        self._odd_shape(asked, b"[" * 100_000)
+
+    def _counts(self, asked: dict[str, Any]) -> None:
+        usage = b'{"prompt_tokens": -5000000, "completion_tokens": Infinity, "prompt_tokens_details": "all"}'
+        self._odd_shape(asked, b'{"choices": [{"index": null, "finish_reason": "stop"}], "usage": %s}' % usage)
+
+    def _parts(self, asked: dict[str, Any]) -> None:
+        said = b'{"index": null, "message": "hi", "delta": ["a"], "finish_reason": "stop"}'
+        self._odd_shape(asked, b'{"choices": [%s]}' % said)
+
+    def _odd_shape(self, asked: dict[str, Any], data: bytes) -> None:
+        if not asked.get("stream"):
+            self._json(200, data)
+            return
+        self._begin()
+        self._say("all ")
+        self.wfile.write(b"data: " + data + b"\n\ndata: [DONE]\n\n")
+
+    def _uncounted(self, asked: dict[str, Any]) -> None:
+        message = {"role": "assistant", "content": "thirty characters are ten of t", "reasoning_content": None}
+        if not asked.get("stream"):
+            self._json(200, {"model": "odd", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
+            return
+        self._begin()
+        self._say(message["content"] or "")
+        self.wfile.write(b"data: [DONE]\n\n")
+
     def _silent(self, asked: dict[str, Any]) -> None:
         self.woken.wait(60)
 
@@ -175,6 +214,8 @@ def events(text: str) -> list[Any]:
 def test_models_are_those_of_the_upstream(front: Any, ask: Any):
     answer = front.get("/v1/models", headers={"authorization": f"Bearer {ask.secret}"})
     assert [card["id"] for card in answer.json()["data"]] == ["odd"]
+    one = front.get("/v1/models/odd", headers={"authorization": f"Bearer {ask.secret}"})
+    assert one.status_code == 200 and one.json()["id"] == "odd"
     assert ask("fine", model2=1).status_code == 200
     assert Odd.seen[-1]["key"] == "Bearer sk-upstream" and Odd.seen[-1]["model2"] == 1
 
@@ -218,6 +259,31 @@ def test_refusals(ask: Any, text: str, status: int, words: str, stream: bool):
     assert answer.status_code == status and words in answer.json()["error"]["message"]
     assert "sk-upstream" not in answer.text
     assert (answer.headers.get("retry-after") == "7") is (text == "busy")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("text", ["moved", "empty", "deep", "counts", "parts"])
+def test_what_is_no_answer_is_502_whatever_it_is(ask: Any, text: str, stream: bool):
+    """A redirect, nothing at all, JSON of another shape: and nobody's credit grows by it."""
+    answer = ask(text, stream=stream)
+    if stream and text not in ("moved", "empty"):
+        found = events(answer.text)
+        assert found[0]["choices"][0]["delta"]["content"] == "all "
+        assert found[1]["error"]["type"] == "upstream_error" and found[2:] == ["[DONE]"]
+    else:
+        assert answer.status_code == 502 and answer.json()["error"]["type"] == "upstream_error"
+    assert ask.spent() >= 0
+
+
+def test_an_upstream_s_date_to_come_back_is_passed_on(ask: Any):
+    answer = ask("later")
+    assert answer.status_code == 503 and 30 <= int(answer.headers["retry-after"]) <= 50
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_without_usage_is_not_free(ask: Any, stream: bool):
+    assert ask("uncounted", stream=stream).status_code == 200
+    assert eventually(lambda: ask.spent() > 10 * 10e-6)  # ten tokens of answer, and some of prompt
 
 
 def test_an_upstream_that_says_nothing(start: Any, odd: str, tmp_path: Path):

@@ -1,6 +1,7 @@
 """What changes logits before the draw: bias, penalties, the least length, a grammar, the thinking budget.
 
-In this order, each row by itself; a grammar goes before bans that leave it no token. Penalties as in vLLM and CTRL (arXiv 1909.05858, section 4.1 for repetition):
+In this order, each row by itself; a grammar goes before bans that leave it no token.
+Penalties as in vLLM and CTRL (arXiv 1909.05858, section 4.1 for repetition):
 
     presence, frequency: logit -= presence · [count > 0] + frequency · count      tokens sampled so far
     repetition: logit = logit / r if logit > 0 else logit · r                     prompt and sampled tokens

@@ -24,7 +24,9 @@ def check_ids(config: Any, ids: Sequence[int], what: str, new_tokens: int) -> No
         raise UserError(f"{what} has {len(ids)} tokens{more}, but the model has {positions} positions; shorten it.")
 
 
-def check_sampling(sampling: Sampling, config: Any, stop_ids: Collection[int], *, tokenizer: bool, routes: bool) -> None:
+def check_sampling(
+    sampling: Sampling, config: Any, stop_ids: Collection[int], *, tokenizer: bool, routes: bool
+) -> None:
     """Raise UserError for options that this model, or an engine without a tokenizer, cannot follow."""
     vocab = config.vocab_size
     if outside := [t for t in (*sampling.stop_ids, *(sampling.logit_bias or {})) if not 0 <= t < vocab]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Sampling
 
-FUEL = 200_000  # of a matcher's lexer; an expression that needs more would hold up everybody's step for seconds
+FUEL = 500_000  # of a matcher's lexer; an expression that needs more would hold up everybody's step for seconds
 
 if TYPE_CHECKING:
     from shoestring.infer.sequence import Sequence

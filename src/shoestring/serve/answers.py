@@ -172,10 +172,13 @@ class Remembered:
         self._recordings: OrderedDict[tuple[str, str], Recording] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def reply(self, key_id: str, name: str, body: bytes, work: Callable[[], Awaitable[Reply]]) -> Reply:
-        """The answer to this request, made now or before. Raises ApiError 409 for another request of this name."""
-        if not 0 < len(name) <= 255:
+    async def reply(
+        self, key_id: str, path: str, key: str, body: bytes, work: Callable[[], Awaitable[Reply]]
+    ) -> Reply:  # fmt: skip
+        """The answer to this request, made now or before. Raises ApiError 409 for another request of this key."""
+        if not 0 < len(key) <= 255:
             raise ApiError(400, "an Idempotency-Key has 1 to 255 characters.", code="invalid_idempotency_key")
+        name = f"{path}:{hashlib.sha256(key.encode()).hexdigest()}"
         digest, place = hashlib.sha256(body).hexdigest(), (key_id, name)
         recording = self._recordings.get(place)
         if recording is None and self._store is not None:

@@ -7,6 +7,7 @@ clients expect OpenAI's errors.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import re
 import secrets
@@ -28,7 +29,7 @@ from shoestring.serve.exchange import GONE, SSE, Reply
 from shoestring.serve.openapi import described, document
 from shoestring.serve.prompt import chat_prompt
 from shoestring.serve.protocol import ChatRequest, DetokenizeRequest, TokenizeRequest, parse_json, read
-from shoestring.serve.service import Asked, Service
+from shoestring.serve.service import Asked, Service, unknown_model
 from shoestring.serve.settings import ServeConfig
 
 BODY_SECONDS = 60.0  # in which a body must have come
@@ -85,8 +86,8 @@ def _endpoint(service: Service, path: str) -> Callable[[Request], Any]:
         if key is None:
             reply = await unless_gone(request, service.complete(path, asked))
         else:
-            owner = account.key.id if account else f"open:{client}"
-            kept = service.remembered.reply(owner, f"{path}:{key}"[:255], body, lambda: service.complete(path, asked))
+            owner = account.key.id if account else f"open:{hashlib.sha256(client.encode()).hexdigest()[:16]}"
+            kept = service.remembered.reply(owner, path, key, body, lambda: service.complete(path, asked))
             reply = await unless_gone(request, kept)
         extra = account.headers() if account else {}
         return await _answer(reply, extra, service.config.reader_seconds)
@@ -150,19 +151,25 @@ def _tokens(app: FastAPI, service: Service) -> None:
 
 
 def _state(app: FastAPI, service: Service) -> None:
+    async def cards(request: Request) -> list[dict[str, Any]]:
+        """The models that this request's key may use."""
+        account = await service.meter.authenticate(request.headers.get("authorization"))
+        found = [served.card() for served in service.models.values()]
+        if service.upstream is not None:
+            found += await service.upstream.listed()
+        allowed = account.key.models if account else None
+        return [card for card in found if allowed is None or card["id"] in allowed]
+
     @app.get("/v1/models", **described("/v1/models"))
     async def models(request: Request) -> Response:
-        account = await service.meter.authenticate(request.headers.get("authorization"))
-        cards = [served.card() for served in service.models.values()]
-        if service.upstream is not None:
-            cards += service.upstream.models
-        allowed = account.key.models if account else None
-        return JSONResponse({"object": "list", "data": [c for c in cards if allowed is None or c["id"] in allowed]})
+        return JSONResponse({"object": "list", "data": await cards(request)})
 
     @app.get("/v1/models/{name:path}", **described("/v1/models/{name}"))
     async def model(request: Request, name: str) -> Response:
-        await service.meter.authenticate(request.headers.get("authorization"))
-        return JSONResponse(service.find(name).card())
+        known = {card["id"]: card for card in await cards(request)}
+        if name not in known:
+            raise unknown_model(name, known)
+        return JSONResponse(known[name])
 
     @app.get("/health", **described("/health"))
     @app.get("/ping", include_in_schema=False)

@@ -39,6 +39,8 @@ class CompletionWriter:
 
     def feed(self, index: int, event: Event, tally: Tally) -> list[dict[str, Any]]:
         text = "" if self.silent else event.text
+        if self.silent:  # the engine reads prompts by going one token on; nobody asked for that
+            tally.completion -= len(event.token_ids)
         self._text[index].append(text)
         if event.finish_reason is not None:
             self._done[index] = event.completion

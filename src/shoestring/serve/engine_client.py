@@ -149,7 +149,9 @@ class EngineClient:
         elif kind == "stats":
             self.stats = message[1]
         elif kind == "refused" and message[1] in self._streams:
-            self._streams.pop(message[1])[0].fail(ApiError(400, message[2]))
+            self._streams.pop(message[1])[0].fail(
+                ApiError(400, message[2].replace("sampling.", ""), code="invalid_value")
+            )
         elif kind == "ready":
             self.facts = message[1]
             self._become("ready")

@@ -126,7 +126,7 @@ def _arguments(text: str) -> Any:
     """Templates read arguments as an object; what is not one stays a string."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -142,10 +142,8 @@ def _render(
     known = {"messages", "add_generation_prompt"} & set(variables)
     if known or any(not name.isidentifier() for name in variables):
         raise bad("`chat_template_kwargs` holds names that a template cannot be given.", "chat_template_kwargs")
-    for ours in ("continue_final", "ask"):
-        variables.pop(ours, None)
     try:
-        return render_turns(turns, tokenizer, continue_final=going_on, ask=asks, **variables)
+        return render_turns(turns, tokenizer, variables, continue_final=going_on, ask=asks)
     except UserError as error:
         raise bad(str(error), "messages", "template_error") from None
 

@@ -7,6 +7,8 @@ null means not given. Field by field the meaning is that of OpenAI's reference; 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
@@ -16,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from shoestring.core.errors import did_you_mean
 from shoestring.serve.errors import ApiError, bad
 
+_MAY_BE_INFINITE = re.compile(rb"NaN|Infinity|[eE]\+?\d{3}|\d{300}")
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 # Known, wanted by somebody, and not honoured here: an answer that looked right would be wrong.
@@ -206,14 +209,25 @@ class DetokenizeRequest(Fields):
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body; NaN passes here, so that the field that holds it can be named."""
+    """The JSON object in a body. Raises ApiError 400 for what is none, and for a number that is none by its place."""
     try:
         found = pydantic_core.from_json(body)
     except ValueError as error:
         raise bad(f"the body is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(found, dict):
         raise bad("the body must be a JSON object.", code="invalid_json")
+    if _MAY_BE_INFINITE.search(body) and (where := _infinite(found)):
+        raise bad(f"`{where}` is NaN or infinite: input should be a finite number.", where, "invalid_value")
     return found
+
+
+def _infinite(value: Any, where: str = "") -> str | None:
+    """The path of a number that JSON has no way to write, which an answer that repeats it could not be read for."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else where
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = (_infinite(item, f"{where}.{name}".removeprefix(".")) for name, item in items)
+    return next((path for path in found if path is not None), None)
 
 
 def read(kind: type[Model], raw: Mapping[str, Any]) -> Model:

@@ -112,7 +112,7 @@ def _messages(asked: ResponsesRequest) -> Iterator[dict[str, Any]]:
                 message["reasoning_content"], thought = thought, None
             yield message
         elif kind == "reasoning":
-            thought = "".join(part.get("text", "") for part in item.get("content") or [] if isinstance(part, dict))
+            thought = _thought(item.get("content"), f"input.{place}.content")
         elif kind == "function_call":
             function = {"name": item.get("name"), "arguments": item.get("arguments", "")}
             yield {
@@ -126,6 +126,13 @@ def _messages(asked: ResponsesRequest) -> Iterator[dict[str, Any]]:
             yield {"role": "tool", "tool_call_id": item.get("call_id"), "content": text}
         else:
             raise bad(f'input items of type "{kind}" are not supported.', f"input.{place}.type")
+
+
+def _thought(content: Any, where: str) -> str:
+    parts = content or []
+    if not isinstance(parts, list) or not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
+        raise bad("the content of a reasoning item is a list of parts with a text.", where)
+    return "".join(part["text"] for part in parts)
 
 
 class _Item:

@@ -96,6 +96,8 @@ def grammar_of(fields: SamplingFields) -> dict[str, Any]:
             raise bad(
                 "give one of `response_format` and structured_outputs' json, regex, choice.", "structured_outputs"
             )
+        if other.choice == []:
+            raise bad("`structured_outputs.choice` is empty; give at least one text.", "structured_outputs.choice")
         if other.choice is not None:
             found["regex"] = "|".join(f"({_literal(text)})" for text in other.choice)
         elif other.regex is not None:
@@ -125,8 +127,8 @@ def _bias(given: dict[str, float] | None, vocab_size: int) -> dict[int, float] |
         return None
     found = {}
     for key, value in given.items():
-        if not key.isdecimal() or not key.isascii():
-            raise bad(f'`logit_bias` has the key "{key}"; keys are token ids.', "logit_bias")
+        if not key.isdecimal() or not key.isascii() or len(key) > 10:
+            raise bad(f'`logit_bias` has the key "{key[:40]}"; keys are token ids.', "logit_bias")
         if not -100 <= value <= 100 or math.isnan(value):
             raise bad(f"`logit_bias.{key}` is {value}; it must be between -100 and 100.", "logit_bias")
         _known(int(key), vocab_size, "logit_bias")

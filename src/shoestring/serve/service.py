@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,9 +132,7 @@ class Service:
         if name is None and len(self.models) == 1:
             return next(iter(self.models.values()))
         if name is None or name not in self.models:
-            known = ", ".join(self.models) or "none here"
-            message = f'the model "{name}" does not exist; there are: {known}.'
-            raise ApiError(404, message, param="model", code="model_not_found", retry=False)
+            raise unknown_model(name, self.models)
         return self.models[name]
 
     def tokens_of(self, name: str | None) -> Served:
@@ -295,6 +293,12 @@ def _budget(request: ChatRequest, prompt: ChatPrompt, new: int) -> int | None:
     if request.thinking_token_budget is not None:
         return request.thinking_token_budget
     return None if prompt.budget_share is None else int(prompt.budget_share * new)
+
+
+def unknown_model(name: str | None, known: Iterable[str]) -> ApiError:
+    """404, with the names there are."""
+    message = f'the model "{name}" does not exist; there are: {", ".join(known) or "none here"}.'
+    return ApiError(404, message, param="model", code="model_not_found", retry=False)
 
 
 def _name(kind: str) -> str:

@@ -171,7 +171,7 @@ class CallParser:
             call = json.loads(whole)
             name = call["name"]
             arguments = call.get("arguments", call.get("parameters", {}))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False
         if not isinstance(name, str):
             return False

@@ -14,6 +14,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 CHARACTERS = 3.0  # of a token, at least about so many; for reservations only
 GUESS = 1024  # tokens of an answer without a limit, for the same
 LIST_SECONDS = 60.0
-PASSED = ("retry-after", "retry-after-ms", "x-should-retry")
+LARGEST, LARGEST_EVENT = 64 << 20, 8 << 20  # bytes of an answer, and of one event of a stream
+LONGEST_WAIT = 86400.0
+UNREADABLE = (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)  # of JSON of another shape
 _log = logging.getLogger("shoestring.serve")
 
 
@@ -66,9 +69,15 @@ class Upstream:
 
     async def has(self, name: str) -> bool:
         """Whether it serves a model of that name, asking again now and then."""
-        if not self._knows(name) and time.monotonic() - self._asked > (1.0 if not self.models else LIST_SECONDS):
-            await self.refresh()
+        if not self._knows(name):
+            await self.listed()
         return self._knows(name) or not self.models
+
+    async def listed(self) -> list[dict[str, Any]]:
+        """Its models, asked for again where the list is old."""
+        if time.monotonic() - self._asked > (1.0 if not self.models else LIST_SECONDS):
+            await self.refresh()
+        return self.models
 
     def _knows(self, name: str) -> bool:
         return any(row["id"] == name for row in self.models)
@@ -98,8 +107,8 @@ class Upstream:
         self.running += 1
         streaming = False
         try:
+            guess = int(len(json.dumps(body)) / CHARACTERS)
             if account is not None:
-                guess = int(len(json.dumps(body)) / CHARACTERS)
                 new = call.max_tokens * call.n
                 held = account.reserve(guess + new, self._usd(guess, 0, new))
             await self._meter.hooks.before(call)
@@ -115,7 +124,7 @@ class Upstream:
                 status = response.status_code
                 raise await _refusal(response)
             if not call.stream:
-                return await self._whole(response, call, held)
+                return await self._whole(response, call, held, guess)
             streaming = True
         except httpx.HTTPError as error:
             status = 502
@@ -130,27 +139,26 @@ class Upstream:
             raise
         finally:
             self.running -= not streaming
-        return Reply(SSE, self._frames(response, call, held, shown), dict(STREAM_HEADERS))
+        return Reply(SSE, self._frames(response, call, held, shown, guess), dict(STREAM_HEADERS))
 
-    async def _whole(self, response: httpx.Response, call: Call, held: Reservation | None) -> Reply:
-        try:
-            data = await response.aread()
-        finally:
-            await response.aclose()
+    async def _whole(self, response: httpx.Response, call: Call, held: Reservation | None, guess: int) -> Reply:
+        data = await _read(response)
         try:
             document = json.loads(data)
             _count(call, document)
-        except (ValueError, TypeError, AttributeError):
+            texts = _texts(document)
+        except UNREADABLE:
             message = "the upstream's answer is not whole JSON; try again."
             raise ApiError(502, message, code="upstream_broken", retry_after=1) from None
+        _guess(call, guess, "".join(texts))
         usd = self._cost(call)
         if isinstance(document.get("usage"), dict):
             document["usage"]["cost_usd"] = round(usd, 10)
-        await self._meter.finish(call, 200, usd, held, _texts(document))
+        await self._meter.finish(call, 200, usd, held, texts)
         return Reply(JSON, _one(json.dumps(document, ensure_ascii=False).encode()))
 
     async def _frames(
-        self, response: httpx.Response, call: Call, held: Reservation | None, shown: bool
+        self, response: httpx.Response, call: Call, held: Reservation | None, shown: bool, guess: int
     ) -> AsyncIterator[bytes]:
         """The upstream's events, one by one; it ends well only with [DONE] or a finished response."""
         status, done, texts = GONE, False, [""]
@@ -179,7 +187,7 @@ class Upstream:
                 raise ApiError(502, "the upstream broke off in the middle of its answer.", code="upstream_broken")
             status = 200
             yield DONE if "responses" not in call.endpoint else b""
-        except (httpx.HTTPError, ValueError, AttributeError) as error:
+        except (httpx.HTTPError, *UNREADABLE) as error:
             status = 502
             yield frame(_unreachable(error).body()) + DONE
         except ApiError as error:
@@ -189,8 +197,8 @@ class Upstream:
             self.running -= 1
             with contextlib.suppress(Exception, asyncio.CancelledError):
                 await response.aclose()
-            if not call.tally.completion:  # it never said: what was seen is what is billed
-                call.tally.completion = int(len(texts[0]) / CHARACTERS)
+            if texts[0]:
+                _guess(call, guess, texts[0])
             usd = self._cost(call)
             await self._meter.finish(call, status, usd, held, (texts[0],))
 
@@ -199,9 +207,7 @@ class Upstream:
         now = time.monotonic()
         for choice in document.get("choices") or []:
             delta = choice.get("delta") or choice
-            said = (delta.get("reasoning_content") or delta.get("reasoning") or "") + (
-                delta.get("content") or delta.get("text") or ""
-            )
+            said = _words(delta, "reasoning_content", "reasoning") + _words(delta, "content", "text")
             if said:
                 texts[0] += said
                 call.tally.first = call.tally.first or now
@@ -209,7 +215,7 @@ class Upstream:
                     call.tally.gaps.append(now - call.tally.last)
                 call.tally.last = now
             if choice.get("finish_reason"):
-                call.tally.finish[int(choice.get("index", 0))] = str(choice["finish_reason"])
+                call.tally.finish[_number(choice.get("index"))] = str(choice["finish_reason"])
         if document.get("type") == "response.output_text.delta":
             texts[0] += str(document.get("delta") or "")
         source = document.get("response") if isinstance(document.get("response"), dict) else document
@@ -222,23 +228,58 @@ class Upstream:
 def _count(call: Call, document: Mapping[str, Any]) -> None:
     usage = document.get("usage") or {}
     tally = call.tally
-    tally.prompt = int(usage.get("prompt_tokens", usage.get("input_tokens", 0)) or 0)
-    tally.completion = int(usage.get("completion_tokens", usage.get("output_tokens", 0)) or 0)
+    tally.prompt = _number(usage.get("prompt_tokens", usage.get("input_tokens")))
+    tally.completion = _number(usage.get("completion_tokens", usage.get("output_tokens")))
     prompt = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
     answer = usage.get("completion_tokens_details") or usage.get("output_tokens_details") or {}
-    tally.cached = int(prompt.get("cached_tokens") or usage.get("prompt_cache_hit_tokens") or 0)
-    tally.reasoning = int(answer.get("reasoning_tokens") or 0)
+    tally.cached = min(_number(prompt.get("cached_tokens") or usage.get("prompt_cache_hit_tokens")), tally.prompt)
+    tally.reasoning = _number(answer.get("reasoning_tokens"))
     for choice in document.get("choices") or []:
         if choice.get("finish_reason"):
-            tally.finish[int(choice.get("index", 0))] = str(choice["finish_reason"])
+            tally.finish[_number(choice.get("index"))] = str(choice["finish_reason"])
+
+
+def _number(value: Any) -> int:
+    """A count as somebody else gives it; what is none is 0."""
+    return int(value) if isinstance(value, int | float) and 0 <= value < 1e15 else 0
+
+
+def _guess(call: Call, prompt: int, text: str) -> None:
+    """What the upstream did not count is billed by its characters: an answer without usage is not free."""
+    call.tally.prompt = call.tally.prompt or prompt
+    call.tally.completion = call.tally.completion or int(len(text) / CHARACTERS)
+
+
+def _words(said: Mapping[str, Any], *names: str) -> str:
+    """The first of these fields that holds text."""
+    return next((value for name in names if isinstance(value := said.get(name), str) and value), "")
 
 
 def _texts(document: Mapping[str, Any]) -> tuple[str, ...]:
     found = []
     for choice in document.get("choices") or []:
         message = choice.get("message") or {}
-        found.append((message.get("reasoning_content") or "") + (message.get("content") or choice.get("text") or ""))
+        said = _words(message, "content") or _words(choice, "text")
+        found.append(_words(message, "reasoning_content", "reasoning") + said)
     return tuple(found)
+
+
+async def _read(response: httpx.Response) -> bytes:
+    """A whole body, of bounded size. Raises ApiError 502."""
+    pieces, size = [], 0
+    try:
+        async for piece in response.aiter_bytes():
+            size += len(piece)
+            if size > LARGEST:
+                raise _endless(LARGEST)
+            pieces.append(piece)
+    finally:
+        await response.aclose()
+    return b"".join(pieces)
+
+
+def _endless(limit: int) -> ApiError:
+    return ApiError(502, f"the upstream's answer is larger than {limit} bytes.", code="upstream_broken", retry=False)
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
@@ -250,14 +291,15 @@ async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
             event, buffer = buffer[:place], buffer[place + 2 :]
             if event:
                 yield event
+        if len(buffer) > LARGEST_EVENT:
+            raise _endless(LARGEST_EVENT)
 
 
 async def _refusal(response: httpx.Response) -> ApiError:
     """What the upstream said, in our shape; its own faults are 502, its being busy stays 429 or 503."""
-    data = await response.aread()
-    await response.aclose()
+    data = await _read(response)
     message, code = f"the upstream answered {response.status_code}.", None
-    with contextlib.suppress(ValueError, AttributeError):
+    with contextlib.suppress(*UNREADABLE):
         said = json.loads(data)
         inner = said.get("error", said)
         message = str(inner.get("message") or message) if isinstance(inner, dict) else str(inner)
@@ -266,11 +308,18 @@ async def _refusal(response: httpx.Response) -> ApiError:
     if status in (401, 402, 403):  # our key there, not the client's key here
         _log.error("the upstream refuses the key it was given: %s", message)
         return ApiError(502, "the upstream refuses this server's key or credit.", code="upstream_refused", retry=False)
-    kept = status if status < 500 or status == 503 else 502
-    wait = response.headers.get("retry-after", "")
-    return ApiError(
-        kept, message, code=str(code) if code else None, retry_after=float(wait) if wait.isdecimal() else None
-    )
+    kept = status if 400 <= status < 500 or status == 503 else 502  # a redirect is not followed: it is no answer
+    return ApiError(kept, message, code=str(code) if code else None, retry_after=_wait(response.headers))
+
+
+def _wait(headers: httpx.Headers) -> float | None:
+    """Seconds of Retry-After, in either of its forms."""
+    said = headers.get("retry-after", "")
+    try:
+        seconds = float(said) if said[:1].isdecimal() else parsedate_to_datetime(said).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return min(max(seconds, 0.0), LONGEST_WAIT)
 
 
 def _unreachable(error: Exception) -> ApiError:

@@ -108,8 +108,8 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, *, generation_prom
 
 
 def render_turns(
-    turns: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, continue_final: bool = False, ask: bool = True,
-    **variables: Any,
+    turns: Sequence[dict[str, Any]], tokenizer: Tokenizer, variables: dict[str, Any] | None = None, *,
+    continue_final: bool = False, ask: bool = True,
 ) -> list[int]:  # fmt: skip
     """Ids of turns as templates see them (role, content, reasoning_content, tool_calls, ...), for the next to speak.
 
@@ -122,10 +122,11 @@ def render_turns(
         raise UserError("no messages to render; pass at least one.")
     if tokenizer.chat_template is None:
         raise UserError("the tokenizer has no chat template; add chat_template.jinja beside its tokenizer.json.")
+    variables = variables or {}
     mark = _free_character({char for text in _strings([list(turns), variables]) for char in text})
     broken = _broken(list(turns), tokenizer, mark)
     given = _broken(variables, tokenizer, mark)
-    text = _fill(tokenizer.chat_template, broken, tokenizer.special_tokens, ask and not continue_final, **given)
+    text = _fill(tokenizer.chat_template, broken, tokenizer.special_tokens, ask and not continue_final, given)
     if continue_final:
         last = str(broken[-1].get("content") or "").rstrip()
         place = text.rfind(last)
@@ -243,9 +244,10 @@ def _pattern(specials: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _fill(
-    source: str, turns: list[dict[str, Any]], specials: dict[str, str], generation_prompt: bool, **variables: Any
-) -> str:
-    given = {**variables, **specials, "messages": turns, "add_generation_prompt": generation_prompt}
+    source: str, turns: list[dict[str, Any]], specials: dict[str, str], generation_prompt: bool,
+    variables: dict[str, Any] | None = None,
+) -> str:  # fmt: skip
+    given = {**(variables or {}), **specials, "messages": turns, "add_generation_prompt": generation_prompt}
     try:
         return _compiled(source).render(given)
     except (jinja2.TemplateError, TypeError, AttributeError, LookupError, ValueError) as error:

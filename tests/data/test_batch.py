@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from shoestring.core.errors import UserError
-from shoestring.data.batch import PADDING, Example, pack, packed_batches, stream_batch, total_weight
+from shoestring.data.batch import BRANCH, PADDING, Example, pack, packed_batches, stream_batch, total_weight
 
 
 @given(st.lists(st.integers(1, 30), max_size=60))
@@ -47,6 +48,58 @@ def test_targets_are_the_next_tokens_of_the_same_example(lengths: list[int], per
         assert (batch.positions_BT[real] == batch.tokens_BT[real] % 100).all()
         seen += batch.tokens_BT[real].tolist()
     assert sorted(seen) == sorted(t for e in examples for t in e.ids)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(2, 12), min_size=1, max_size=5)), min_size=1,
+             max_size=8),
+    st.integers(24, 64), st.integers(16, 64), st.sampled_from([1, 2]),
+)  # fmt: skip
+def test_samples_of_one_prompt_share_it(
+    groups: list[tuple[int, list[int]]], row_tokens: int, per: int, again: int
+) -> None:
+    """Every sampled token is a target once, told by the token before it; a stem stands once in a row."""
+    examples = [
+        Example(
+            [*range(g * 1000, g * 1000 + prompt), *range(g * 1000 + 100 * (i + 1), g * 1000 + 100 * (i + 1) + own)],
+            [0.0] * prompt + [1.0] * own, advantage=float(g), old=[0.0] * prompt + [float(i)] * own,
+            stem=max(0, prompt - again),
+        )
+        for g, (prompt, owns) in enumerate(groups) for i, own in enumerate(owns)
+    ]  # fmt: skip
+    batches = packed_batches(examples, row_tokens=row_tokens, tokens_per_microbatch=per, pad_id=7)
+    assert total_weight(batches) == sum(sum(owns) for _, owns in groups)
+    told = []
+    for batch in batches:
+        assert batch.advantage_BT is not None and batch.old_BT is not None and batch.segments_BT is not None
+        assert batch.positions_BT is not None
+        for b, t in (batch.weight_BT > 0).nonzero().tolist():
+            target, segment = int(batch.target_BT[b, t]), int(batch.segments_BT[b, t])
+            group, i = target // 1000, target % 1000 // 100 - 1
+            assert batch.advantage_BT[b, t] == group and batch.old_BT[b, t] == i
+            seen = segments_seen(batch.segments_BT[b, : t + 1], segment)
+            stem = groups[group][0]
+            whole = [*range(group * 1000, group * 1000 + stem), *range(target - target % 100, target)]
+            assert batch.tokens_BT[b, : t + 1][seen].tolist() == whole
+            assert batch.positions_BT[b, : t + 1][seen].tolist() == list(range(len(whole)))
+            told.append(target)
+        two = batch.weight2_BT > 0
+        assert again == 1 or float(batch.weight2_BT[two].sum()) == float(two.sum())
+    assert sorted(told) == sorted(t for e in examples for t, w in zip(e.ids, e.weight, strict=True) if w)
+    if again == 2:  # two ahead, each sampled token is told as well, but for the second of all
+        further = sum(int((batch.weight2_BT > 0).sum()) for batch in batches)
+        assert further == sum(own for prompt, owns in groups for own in owns) - sum(
+            len(owns) for prompt, owns in groups if prompt == 1
+        )
+    alone = sum(len(e.ids) for e in examples)
+    shared = sum(max(0, prompt - again) * (len(owns) - 1) for prompt, owns in groups)
+    assert alone - shared <= sum(batch.tokens for batch in batches) <= alone
+    if row_tokens >= alone:
+        assert sum(batch.tokens for batch in batches) == alone - shared
+
+
+def segments_seen(segments_T: Tensor, segment: int) -> Tensor:
+    return (segments_T == segment) | (segments_T == segment % BRANCH)
 
 
 def test_a_stream_predicts_everything_but_what_it_has_not_got() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoestring.data.batch import BRANCH
 from shoestring.nn import native
 from shoestring.nn.attention import Pass, attend_plain, cache_bias, segment_bias
 from shoestring.nn.kernels import Kernels
@@ -111,4 +112,9 @@ def test_masks() -> None:
     assert segment_bias(torch.tensor([[3, 3, 4]]), torch.float32).tolist() == [
         [[[0, inf, inf], [0, 0, inf], [inf, inf, 0]]]
     ]
+    branches = torch.tensor([[0, 0 + BRANCH, 0 + 2 * BRANCH, 1, 1 + BRANCH, -1]])
+    assert (segment_bias(branches, torch.float32) == 0)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]  # fmt: skip
     assert cache_bias(torch.tensor([[1, 2]]), 4, torch.float32).tolist() == [[[[0, 0, inf, inf], [0, 0, 0, inf]]]]

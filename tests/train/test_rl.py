@@ -128,7 +128,8 @@ def test_the_reference_is_paid_for(folder: Path, tmp_path: Path) -> None:
     plain, pulled = (road(stage(folder, steps=1, kl_beta=beta), tmp_path / str(beta)) for beta in (0.0, 1e-9))
     more = pulled.manifest["cost"]["train_flops"] - plain.manifest["cost"]["train_flops"]
     trained = plain.manifest["cost"]["tokens"] - plain.manifest["cost"]["sampled_tokens"]
-    assert 0.2 < more / plain.manifest["cost"]["train_flops"] < 0.34  # one forward pass, beside about four
+    # one forward pass over whole samples, beside about four in which a prompt counts once for all its samples
+    assert 0.25 < more / plain.manifest["cost"]["train_flops"] < 0.45
     assert trained == pulled.manifest["cost"]["tokens"] - pulled.manifest["cost"]["sampled_tokens"]
 
 

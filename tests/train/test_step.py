@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from itertools import islice
 from typing import Literal
@@ -15,6 +16,7 @@ from shoestring.data.textbook import problems
 from shoestring.infer.engine import Engine
 from shoestring.losses import next_token, policy
 from shoestring.models.deepseek import Deepseek
+from shoestring.nn import attention_native
 from shoestring.nn.kernels import Kernels
 from shoestring.optim.make import optimizers
 from shoestring.recipes import quickstart
@@ -101,6 +103,35 @@ def test_sampler_and_trainer_agree(model: Deepseek, tokenizer: Tokenizer, dtype:
     _, metrics, _ = accumulate(model, batches, partial(policy.loss), mtp_lambda=0.0, balance_alpha=0.0)
     assert 0 <= metrics["ratio_error"] < bound
     assert metrics["clipped"] == 0
+
+
+@pytest.mark.parametrize("mtp_lambda", [0.0, 0.3])
+@pytest.mark.parametrize("attention", ["plain", "fused", "blocks", "native"])
+def test_samples_that_share_their_prompt_give_the_same_gradient(
+    model: Deepseek, tokenizer: Tokenizer, attention: str, mtp_lambda: float
+) -> None:
+    """As when each is read with a prompt of its own: losses, gradients of all parameters, metrics."""
+    if attention == "native" and attention_native.why_not(torch.float32, torch.device("cpu")):
+        pytest.skip("no native attention here")
+    model.kernels = Kernels(attention=attention)  # type: ignore[arg-type]
+    asked = list(islice(problems(quickstart.EXAM, 1), 6))
+    sampling = Sampling(n=4, temperature=1.0, max_new_tokens=24, seed=1, stop_ids=(tokenizer.end,))
+    groups = answer_groups(Engine(model, tokenizer), tokenizer, asked, sampling)
+    examples = [rollout_example(r, mtp=mtp_lambda > 0) for group in groups for r in group]
+    for i, example in enumerate(examples):
+        example.advantage = 1.0 - i % 3
+    found, tokens = [], []
+    for shared in (True, False):
+        given = examples if shared else [dataclasses.replace(example, stem=0) for example in examples]
+        batches = packed_batches(given, row_tokens=256, tokens_per_microbatch=600, pad_id=tokenizer.pad)
+        model.zero_grad()
+        loss, metrics, _ = accumulate(model, batches, policy.loss, mtp_lambda=mtp_lambda, balance_alpha=0.0)
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        found[-1].append(torch.tensor([loss, *metrics.values()]))
+        tokens.append(sum(batch.tokens for batch in batches))
+    assert tokens[0] < 0.75 * tokens[1]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
 def test_every_example_comes_once_an_epoch() -> None:

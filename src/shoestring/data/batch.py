@@ -3,11 +3,16 @@
 Rows are packed best-fit decreasing (V3 section 5.1 packs SFT data with isolation): each row holds whole examples,
 told apart by `segments_BT`, with positions that start again at 0. Pretraining rows are cut from one stream and
 carry no segments (V3 section 4.1 packs without a cross-sample mask).
+
+Examples of one row that begin alike (the samples of one prompt) may share that beginning, their stem: it stands in the
+row once and they follow it as branches, each blind to the others. The numbers are those of whole examples, since
+nothing before a token has changed for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,6 +23,7 @@ from torch import Tensor
 from shoestring.core.errors import UserError
 
 PADDING = -1  # segment id of padding
+BRANCH = 1 << 20  # segment s + j * BRANCH, j > 0, is a branch of segment s: it sees s and itself
 
 
 @dataclass(slots=True)
@@ -30,6 +36,12 @@ class Example:
     old: Sequence[float] | None = None
     ref: Sequence[float] | None = None
     entry: Sequence[int] | None = None  # where a store, or whoever fills `Batch.teacher`, keeps what it needs
+    stem: int = 0  # so many first ids may be shared; weight must be 0 on them and on the one that they predict
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """The ids it may share."""
+        return tuple(self.ids[: self.stem])
 
 
 @dataclass(slots=True)
@@ -89,23 +101,34 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def packed_batch(examples: Sequence[Example], rows: Sequence[Sequence[int]], capacity: int, pad_id: int) -> Batch:
-    """The batch whose row b holds the examples `rows[b]`, one segment each."""
+    """The batch whose row b holds the examples `rows[b]`, one segment each; neighbours of one stem share it."""
     shape = (len(rows), capacity)
     tokens, segments = np.full(shape, pad_id, np.int64), np.full(shape, PADDING, np.int64)
     positions, weight = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
     has = {name: any(getattr(examples[i], name) is not None for row in rows for i in row) for name in _ALIGNED}
     aligned = {name: np.zeros(shape, _ALIGNED[name]) for name, present in has.items() if present}
     for b, row in enumerate(rows):
-        start = 0
-        for segment, index in enumerate(row):
-            example = examples[index]
-            span = slice(start, start + len(example.ids))
-            tokens[b, span], weight[b, span] = example.ids, example.weight
-            segments[b, span], positions[b, span] = segment, np.arange(len(example.ids))
+        end = 0
+        for index, part, segment in _parts(examples, row):
+            example, here = examples[index], slice(end, end + part.stop - part.start)
+            tokens[b, here], weight[b, here] = example.ids[part], example.weight[part]
+            segments[b, here], positions[b, here] = segment, np.arange(part.start, part.stop)
             for name, array in aligned.items():
-                array[b, span] = getattr(example, name)
-            start = span.stop
+                value = getattr(example, name)
+                array[b, here] = value if isinstance(value, int | float) else value[part]
+            end = here.stop
     return _shifted(tokens, weight, segments, positions, aligned)
+
+
+def _parts(examples: Sequence[Example], row: Sequence[int]) -> Iterator[tuple[int, slice, int]]:
+    """(example, a part of it, its segment) in the order of the row."""
+    alike = itertools.groupby(row, key=lambda i: examples[i].start or i)
+    for segment, members in enumerate(list(group) for _, group in alike):
+        stem = examples[members[0]].stem if len(members) > 1 else 0
+        if stem:
+            yield members[0], slice(0, stem), segment
+        for branch, index in enumerate(members, start=1):
+            yield index, slice(stem, len(examples[index].ids)), segment + branch * BRANCH * (stem > 0)
 
 
 _ALIGNED = {"advantage": np.float32, "old": np.float32, "ref": np.float32, "entry": np.int64}
@@ -151,15 +174,30 @@ def packed_batches(
 
     Rows are `row_tokens` long, or shorter when the longest example allows (in steps of 8, to keep shapes few).
     """
-    lengths = [len(e.ids) for e in examples]
-    if not lengths:
+    if not examples:
         return []
+    longest = max(len(e.ids) for e in examples)
+    bundles = _bundles(examples, max(row_tokens, longest))
+    lengths = [sum(part.stop - part.start for _, part, _ in _parts(examples, bundle)) for bundle in bundles]
     capacity = row_tokens
     if sum(lengths) < row_tokens:
-        capacity = max(-(-max(lengths) // 8) * 8, min(row_tokens, -(-sum(lengths) // 8) * 8))
-    rows = pack(lengths, capacity)
+        capacity = max(-(-longest // 8) * 8, min(row_tokens, -(-sum(lengths) // 8) * 8))
+    rows = [[i for bundle in row for i in bundles[bundle]] for row in pack(lengths, capacity)]
     per = max(1, tokens_per_microbatch // capacity)
     return [packed_batch(examples, rows[i : i + per], capacity, pad_id) for i in range(0, len(rows), per)]
+
+
+def _bundles(examples: Sequence[Example], capacity: int) -> list[list[int]]:
+    """Examples of one stem together, as many as fit a row; all others alone."""
+    alike: dict[Any, list[int]] = {}
+    for index, example in enumerate(examples):
+        alike.setdefault(example.start or index, []).append(index)
+    found = []
+    for members in alike.values():
+        stem = examples[members[0]].stem if len(members) > 1 else 0
+        for row in pack([len(examples[i].ids) - stem for i in members], capacity - stem):
+            found.append([members[i] for i in row])
+    return found
 
 
 def stream_batch(rows_BT: np.ndarray) -> Batch:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shoestring.data.batch import BRANCH
 from shoestring.nn.attention_blocks import attend_blocks
 from shoestring.nn.attention_native import attend_native, seen_by
 from shoestring.nn.cache import Cache
@@ -29,9 +30,11 @@ def cache_bias(positions_BT: Tensor, n_keys: int, dtype: torch.dtype) -> Tensor:
 
 
 def segment_bias(segments_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Causal, and only inside runs of equal segment ids."""
-    T = segments_BT.shape[1]
-    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    """Causal, and only inside runs of equal segment ids; a branch (data/batch.py) sees its stem too."""
+    T, keys_B1T = segments_BT.shape[1], segments_BT[:, None, :]
+    same_BTT = segments_BT[:, :, None] == keys_B1T
+    if bool((segments_BT >= BRANCH).any()):
+        same_BTT |= (segments_BT % BRANCH)[:, :, None] == keys_B1T
     return _as_bias(same_BTT & torch.ones(T, T, dtype=torch.bool, device=segments_BT.device).tril(), dtype)
 
 

@@ -84,7 +84,7 @@ def _update(
 ) -> StepStats:
     """`minibatches` optimiser updates on the rollouts; returns the last one's stats (all but the first are
     off-policy). The step counter advances by one whatever `minibatches` is."""
-    examples = [rollout_example(rollout) for group in groups for rollout in group]
+    examples = [rollout_example(rollout, mtp=stage.mtp_lambda > 0) for group in groups for rollout in group]
     if state.reference is not None:
         _fill_reference(examples, state.reference, stage)
         state.flops += scoring_flops(state.reference, (len(example.ids) for example in examples))

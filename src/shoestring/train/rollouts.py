@@ -103,8 +103,11 @@ def measure(groups: Sequence[Group], kept: int) -> dict[str, float]:
     return out
 
 
-def rollout_example(rollout: Rollout) -> Example:
-    """The sampled ids with the sampler's logprobs; weight 1 on every sampled token, <|end|> included."""
+def rollout_example(rollout: Rollout, *, mtp: bool = False) -> Example:
+    """The sampled ids with the sampler's logprobs; weight 1 on every sampled token, <|end|> included.
+
+    Samples of one prompt may share it but for the tokens that predict sampled ones: the last, and with `mtp` the last
+    two."""
     prompt, completion = rollout.prompt_ids, rollout.completion
     nothing = [0.0] * len(prompt)
     return Example(
@@ -112,6 +115,7 @@ def rollout_example(rollout: Rollout) -> Example:
         weight=nothing + [1.0] * len(completion.token_ids),
         advantage=rollout.advantage,
         old=nothing + completion.logprobs,
+        stem=max(0, len(prompt) - 1 - mtp),
     )
 
 

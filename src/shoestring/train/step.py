@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shoestring.data.batch import Batch, total_weight
+from shoestring.data.batch import BRANCH, PADDING, Batch, total_weight
 from shoestring.losses import next_token
 from shoestring.losses._tokens import Tokens
 from shoestring.nn.moe import update_router_bias
@@ -177,9 +177,12 @@ def max_violation(load_LE: Tensor) -> float:
 
 
 def mean_length(batch: Batch) -> float:
-    """Mean length of what attends to itself: whole rows of a stream, segments of a packed batch."""
+    """Mean length of what attends to itself: whole rows of a stream, segments of a packed batch; where samples share a
+    stem, the length whose tokens see as many keys in the mean."""
     if batch.segments_BT is None:
         return float(batch.tokens_BT.shape[1])
+    if batch.positions_BT is not None and bool((batch.segments_BT >= BRANCH).any()):
+        return 2.0 * float(batch.positions_BT[batch.segments_BT != PADDING].double().mean()) + 1.0
     segments = int((batch.segments_BT.amax(1) + 1).sum())
     return batch.tokens / max(1, segments)
 

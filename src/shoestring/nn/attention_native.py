@@ -63,11 +63,12 @@ def _rows(x_BHTK: Tensor) -> Tensor:
 
 
 def seen_by(bias_B1TT: Tensor) -> Tensor:
-    """The mask in bits [B, T/16, T rounded up to 16]: bit i of [b, j, s] says whether query 16 j + i sees key s."""
+    """The mask in bits [B, T/16, T rounded up to 16, and T/16]: bit i of [b, j, s] says whether query 16 j + i sees key
+    s; what follows, whether these queries see nothing (0), something (1) or all (2) of each 16 keys."""
     B, _, T, _ = bias_B1TT.shape
     bias = bias_B1TT if bias_B1TT[0, 0].is_contiguous() else bias_B1TT.contiguous()
     steps = -(-T // STEP)
-    seen = torch.empty(B, steps, steps * STEP, dtype=torch.int16)
+    seen = torch.empty(B, steps, steps * (STEP + 1), dtype=torch.int16)
     fill = getattr(library(), f"shoestring_attention_seen_{SUFFIX[bias.dtype]}")
     apart = bias.stride(0) * bias.element_size()
     fill(

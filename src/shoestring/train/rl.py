@@ -22,6 +22,7 @@ from shoestring.data.textbook import problems
 from shoestring.infer.generator import generator_of
 from shoestring.infer.score import score
 from shoestring.losses import policy
+from shoestring.nn.kernels import Kernels
 from shoestring.tasks.grading import Grader, check_golds, own_tasks
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import RlStage
@@ -39,6 +40,8 @@ from shoestring.train.rollouts import (
 )
 from shoestring.train.state import load_model, save_training, start_or_resume, use_kernels
 from shoestring.train.step import StepStats, TrainState, sampling_flops, scoring_flops, train_step
+
+LONGEST_ROW = 1280  # for the sake of sharing prompts: masks grow with its square
 
 
 def run(stage: RlStage, ctx: Context) -> Outcome:
@@ -96,7 +99,7 @@ def _update(
     step, share, on_policy = state.step, -(-len(examples) // stage.minibatches), 0.0
     for start in range(0, len(examples), share):
         chosen = [examples[i] for i in sorted(order[start : start + share])]
-        batches: list[Batch] = packed_batches(chosen, row_tokens=stage.row_tokens,
+        batches: list[Batch] = packed_batches(chosen, row_tokens=row_tokens(stage, state.model.kernels, groups),
                                               tokens_per_microbatch=stage.tokens_per_microbatch,
                                               pad_id=tokenizer.pad)  # fmt: skip
         state.step = step
@@ -105,6 +108,14 @@ def _update(
         on_policy = stats.metrics["ratio_error"] if start == 0 else on_policy
     stats.metrics["ratio_error"] = on_policy
     return stats
+
+
+def row_tokens(stage: RlStage, kernels: Kernels, groups: Sequence[Group]) -> int:
+    """Rows for the largest group, so that its prompt is read once: where the keys that a mask hides cost nothing."""
+    if kernels.attention != "native":
+        return stage.row_tokens
+    whole = max(len(group[0].prompt_ids) + sum(len(r.completion.token_ids) + 2 for r in group) for group in groups)
+    return max(stage.row_tokens, min(-(-whole // 16) * 16, LONGEST_ROW))
 
 
 def _refresh_reference(stage: RlStage, state: TrainState) -> None:

@@ -37,7 +37,8 @@ typedef struct {
 typedef struct {
     int64_t B, H, G, T, K, W, threads;
     float scale;
-    const uint16_t *seen; /* [B, T/16, T to 16]: for 16 queries and a key, whether each sees it. Null: causal */
+    const uint16_t *seen; /* [B, T/16, T to 16 + T/16]: for 16 queries and a key, whether each sees it; then for the
+                             queries and 16 keys, how they meet. Null: causal */
     Tensor q, k, v, o, dout, dq, dk, dv; /* dk and dv: of the groups */
     float *top;           /* L: [B, H, T] */
     char *work;           /* as large as shoestring_attention_work says */
@@ -53,10 +54,24 @@ INLINE void fetch(const char *at, int64_t apart, int64_t bytes) {
         for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + t * apart + i, 0, 2);
 }
 
+/* What a mask says of the queries t .. t + 16. */
+INLINE const uint16_t *said(const Attention *x, int64_t b, int64_t t) {
+    const int64_t steps = up(x->T, STEP) / STEP;
+    return x->seen + (b * steps + t / STEP) * (STEP + 1) * steps;
+}
+
 /* Which of the queries t .. t + 16 see key s. */
 INLINE uint32_t seers(const Attention *x, int64_t b, int64_t t, int64_t s) {
-    if (x->seen) return x->seen[(b * (up(x->T, STEP) / STEP) + t / STEP) * up(x->T, STEP) + s];
+    if (x->seen) return said(x, b, t)[s];
     return s <= t ? 0xffff : s >= t + STEP ? 0 : 0xffff & (0xffffu << (s - t));
+}
+
+enum { NOBODY, SOME, EVERYBODY };
+
+/* Who of the queries t .. t + 16 sees which of the keys s .. s + 16: NOBODY any, EVERYBODY all. */
+INLINE int meeting(const Attention *x, int64_t b, int64_t t, int64_t s) {
+    if (x->seen) return said(x, b, t)[up(x->T, STEP) + s / STEP];
+    return s >= t + STEP ? NOBODY : s + STEP <= t + 1 ? EVERYBODY : SOME;
 }
 
 #define HIDDEN -1e34f /* a score that nobody sees: finite, since -inf less anything rounded is no number */
@@ -82,19 +97,15 @@ static Run next_run(const Attention *x, int64_t b, int64_t t0, int64_t columns, 
     Run run = {s, s, 0, 0, 0};
     if (!x->seen && s < t0) return (Run){s, least(end, t0), 0, columns, 0};
     for (; s < end; s += STEP) {
-        const int64_t to = least(s + STEP, end);
-        int64_t left = columns, right = 0;
-        uint32_t all[BLOCK / STEP], everywhere = 0xffff;
+        Run next = {run.from, least(s + STEP, end), columns, 0, 0};
+        int meet[BLOCK / STEP];
         for (int64_t c = 0; c < columns; c += STEP) {
-            uint32_t any = 0, every = 0xffff;
-            for (int64_t i = s; i < to; i++) any |= seers(x, b, t0 + c, i), every &= seers(x, b, t0 + c, i);
-            if (any) left = least(left, c), right = c + STEP;
-            all[c / STEP] = every;
+            meet[c / STEP] = meeting(x, b, t0 + c, s);
+            if (meet[c / STEP] != NOBODY) next.left = least(next.left, c), next.right = c + STEP;
         }
-        if (right == 0) left = 0;
-        for (int64_t c = left; c < right; c += STEP) everywhere &= all[c / STEP];
-        const Run next = {run.from, to, left, right, everywhere != 0xffff};
-        if (s > run.from && (left != run.left || right != run.right || next.hidden != run.hidden)) break;
+        if (next.right == 0) next.left = 0;
+        for (int64_t c = next.left; c < next.right; c += STEP) next.hidden |= meet[c / STEP] != EVERYBODY;
+        if (s > run.from && (next.left != run.left || next.right != run.right || next.hidden != run.hidden)) break;
         run = next;
     }
     return run;
@@ -141,11 +152,11 @@ static Run next_run(const Attention *x, int64_t b, int64_t t0, int64_t columns, 
 
 int shoestring_attention_lanes(void) { return LANES; } /* numbers in a vector */
 
-/* Which queries see which keys: of a mask that is 0 where they do, [B, T, T] with sequences `apart` bytes apart. */
+/* `seen`, of a mask that is 0 where a query sees a key, [B, T, T] with sequences `apart` bytes apart. */
 #define SEEN(name, type)                                                                                              \
     void shoestring_attention_seen_##name(const type *mask, int64_t apart, int64_t B, int64_t T, int64_t threads,     \
                                           uint16_t *seen) {                                                           \
-        const int64_t steps = up(T, STEP) / STEP, wide = up(T, STEP);                                                 \
+        const int64_t steps = up(T, STEP) / STEP, wide = (STEP + 1) * steps;                                          \
         _Pragma("omp parallel for collapse(2) schedule(static) num_threads(threads)")                                \
         for (int64_t b = 0; b < B; b++)                                                                               \
             for (int64_t i = 0; i < steps; i++) {                                                                     \
@@ -154,6 +165,11 @@ int shoestring_attention_lanes(void) { return LANES; } /* numbers in a vector */
                 for (int64_t t = i * STEP; t < least((i + 1) * STEP, T); t++) {                                       \
                     const type *from = (const type *)((const char *)mask + b * apart) + t * T;                        \
                     for (int64_t s = 0; s < T; s++) to[s] |= (from[s] == 0) << (t - i * STEP);                        \
+                }                                                                                                     \
+                for (int64_t s = 0; s < T; s += STEP) {                                                               \
+                    uint32_t any = 0, every = 0xffff;                                                                 \
+                    for (int64_t j = s; j < least(s + STEP, T); j++) any |= to[j], every &= to[j];                    \
+                    to[STEP * steps + s / STEP] = !any ? NOBODY : every == 0xffff ? EVERYBODY : SOME;                 \
                 }                                                                                                     \
             }                                                                                                         \
     }

@@ -54,7 +54,7 @@ def serve_ours(options: dict[str, Any]) -> None:
     from shoestring.train.advantage import advantages
     from shoestring.train.configs import Optim, RlStage
     from shoestring.train.machine import keep_freed_memory
-    from shoestring.train.rl import row_tokens
+    from shoestring.train.rl import own_tokens, row_tokens
     from shoestring.train.rollouts import answer_groups, prompt_ids, rollout_example
     from shoestring.train.step import TrainState, train_step
 
@@ -85,7 +85,8 @@ def serve_ours(options: dict[str, Any]) -> None:
         clock.append(time.perf_counter())
         rollouts = [rollout for group in groups for rollout in group]
         batches = packed_batches(
-            [rollout_example(rollout) for rollout in rollouts], row_tokens=row_tokens(stage, model.kernels, groups),
+            [rollout_example(rollout, own=own_tokens(stage, model)) for rollout in rollouts],
+            row_tokens=row_tokens(stage, model, groups),
             tokens_per_microbatch=stage.tokens_per_microbatch, pad_id=tokenizer.pad,
         )  # fmt: skip
         stats = train_step(state, batches, objective, stage, progress=0.0)

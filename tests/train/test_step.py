@@ -117,7 +117,7 @@ def test_samples_that_share_their_prompt_give_the_same_gradient(
     asked = list(islice(problems(quickstart.EXAM, 1), 6))
     sampling = Sampling(n=4, temperature=1.0, max_new_tokens=24, seed=1, stop_ids=(tokenizer.end,))
     groups = answer_groups(Engine(model, tokenizer), tokenizer, asked, sampling)
-    examples = [rollout_example(r, mtp=mtp_lambda > 0) for group in groups for r in group]
+    examples = [rollout_example(r, own=2 if mtp_lambda else 1) for group in groups for r in group]
     for i, example in enumerate(examples):
         example.advantage = 1.0 - i % 3
     found, tokens = [], []

@@ -22,7 +22,7 @@ from shoestring.data.textbook import problems
 from shoestring.infer.generator import generator_of
 from shoestring.infer.score import score
 from shoestring.losses import policy
-from shoestring.nn.kernels import Kernels
+from shoestring.nn.decoder import Decoder
 from shoestring.tasks.grading import Grader, check_golds, own_tasks
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import RlStage
@@ -87,7 +87,8 @@ def _update(
 ) -> StepStats:
     """`minibatches` optimiser updates on the rollouts; returns the last one's stats (all but the first are
     off-policy). The step counter advances by one whatever `minibatches` is."""
-    examples = [rollout_example(rollout, mtp=stage.mtp_lambda > 0) for group in groups for rollout in group]
+    own = own_tokens(stage, state.model)
+    examples = [rollout_example(rollout, own=own) for group in groups for rollout in group]
     if state.reference is not None:
         _fill_reference(examples, state.reference, stage)
         state.flops += scoring_flops(state.reference, (len(example.ids) for example in examples))
@@ -99,7 +100,7 @@ def _update(
     step, share, on_policy = state.step, -(-len(examples) // stage.minibatches), 0.0
     for start in range(0, len(examples), share):
         chosen = [examples[i] for i in sorted(order[start : start + share])]
-        batches: list[Batch] = packed_batches(chosen, row_tokens=row_tokens(stage, state.model.kernels, groups),
+        batches: list[Batch] = packed_batches(chosen, row_tokens=row_tokens(stage, state.model, groups),
                                               tokens_per_microbatch=stage.tokens_per_microbatch,
                                               pad_id=tokenizer.pad)  # fmt: skip
         state.step = step
@@ -110,9 +111,16 @@ def _update(
     return stats
 
 
-def row_tokens(stage: RlStage, kernels: Kernels, groups: Sequence[Group]) -> int:
+def own_tokens(stage: RlStage, model: Any) -> int | None:
+    """How many of a prompt's last tokens each of its samples has to itself in an update (see rollout_example)."""
+    if not isinstance(model, Decoder):
+        return None  # the masks of `transformers` know no branches
+    return 2 if stage.mtp_lambda > 0 else 1
+
+
+def row_tokens(stage: RlStage, model: Any, groups: Sequence[Group]) -> int:
     """Rows for the largest group, so that its prompt is read once: where the keys that a mask hides cost nothing."""
-    if kernels.attention != "native":
+    if not isinstance(model, Decoder) or model.kernels.attention != "native":
         return stage.row_tokens
     whole = max(len(group[0].prompt_ids) + sum(len(r.completion.token_ids) + 2 for r in group) for group in groups)
     return max(stage.row_tokens, min(-(-whole // 16) * 16, LONGEST_ROW))

@@ -103,11 +103,11 @@ def measure(groups: Sequence[Group], kept: int) -> dict[str, float]:
     return out
 
 
-def rollout_example(rollout: Rollout, *, mtp: bool = False) -> Example:
+def rollout_example(rollout: Rollout, *, own: int | None = None) -> Example:
     """The sampled ids with the sampler's logprobs; weight 1 on every sampled token, <|end|> included.
 
-    Samples of one prompt may share it but for the tokens that predict sampled ones: the last, and with `mtp` the last
-    two."""
+    Samples of one prompt may share it but for its last `own` tokens: those that predict sampled ones. None: all of it.
+    """
     prompt, completion = rollout.prompt_ids, rollout.completion
     nothing = [0.0] * len(prompt)
     return Example(
@@ -115,7 +115,7 @@ def rollout_example(rollout: Rollout, *, mtp: bool = False) -> Example:
         weight=nothing + [1.0] * len(completion.token_ids),
         advantage=rollout.advantage,
         old=nothing + completion.logprobs,
-        stem=max(0, len(prompt) - 1 - mtp),
+        stem=0 if own is None else max(0, len(prompt) - own),
     )
 
 

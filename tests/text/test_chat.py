@@ -176,11 +176,12 @@ def test_a_template_without_a_usable_mask_is_refused(tokenizer: Tokenizer) -> No
     with pytest.raises(UserError, match="no chat template"):
         render(TALK[:2], other)
     other.chat_template = (
-        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|user|>{% endif %}"
     )
-    assert render([TALK[1]], other, generation_prompt=True).ids[-1] == tokenizer.id_of("<think>")
+    assert render([TALK[1]], other, generation_prompt=True).ids[-1] == tokenizer.id_of("<|user|>")
     with pytest.raises(UserError, match="no loss mask"):
-        render(TALK[1:3], other)
+        render([Message("assistant", "1")], other)
+    assert not any(render([Message("assistant", "1"), Message("user", "2")], other).mask)  # context, without loss
 
 
 @pytest.mark.parametrize(
@@ -224,3 +225,44 @@ def test_no_messages(tokenizer: Tokenizer) -> None:
 )
 def test_split_thinking(text: str, thinking: str | None, answer: str) -> None:
     assert split_thinking(text) == (thinking, answer)
+
+
+BARE = (
+    "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}"
+    "{{ m.content | trim + '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+R1 = (  # thinking opened by the prompt, and taken out of what was answered
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% else %}<|assistant|>"
+    "{{ m.content.split('</think>')[-1] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "thinking", "told"),
+    [
+        (BARE, "3 + 8 1", "<think>\n3 + 8 1\n</think>\n\n1<|end|>\n"),
+        (BARE, "1", "<think>\n1\n</think>\n\n1<|end|>\n"),  # the thinking is the answer
+        (BARE, None, "1<|end|>\n"),
+        (R1, "3 + 8 1", "3 + 8 1\n</think>\n\n1<|end|>"),
+        (R1, None, "\n</think>\n\n1<|end|>"),
+    ],
+)
+def test_thinking_is_part_of_the_answer_whatever_the_template_knows(
+    tokenizer: Tokenizer, template: str, thinking: str | None, told: str
+) -> None:
+    other = Tokenizer(tokenizer._full, config=tokenizer.config, chat_template=template)
+    talk = [
+        *TALK[:1],
+        Message("assistant", "9", thinking="old"),
+        *TALK[:1],
+        Message("assistant", "1", thinking=thinking),
+    ]
+    rendered = render(talk, other)
+    before = render(talk[:3], other, generation_prompt=True).ids
+    assert rendered.ids[: len(before)] == before and "old" not in other.decode(before)
+    assert other.decode(rendered.ids[len(before) :]) == told and all(rendered.mask[len(before) :])
+    if thinking is not None:
+        assert rendered.ids.count(tokenizer.id_of("</think>")) == 1
+    cut = render(talk, other, unfinished=True)
+    assert other.decode(cut.ids[len(before) :]) == told[: told.rindex("1") + 1]

@@ -32,6 +32,7 @@ from shoestring.core.nouns import Message
 if TYPE_CHECKING:
     from shoestring.text.tokenizer import Tokenizer
 
+_OPEN, _CLOSE = "<think>", "</think>"
 DEFAULT_TEMPLATE = """\
 {#- <|begin|><|system|>...<|user|>...<|assistant|><think>...</think>...<|end|> -#}
 {%- set last = namespace(user=-1) -%}
@@ -71,11 +72,18 @@ class Rendered:
     mask: list[int]
 
 
-def render(messages: Sequence[Message], tokenizer: Tokenizer, *, generation_prompt: bool = False) -> Rendered:
+def render(
+    messages: Sequence[Message], tokenizer: Tokenizer, *, generation_prompt: bool = False, unfinished: bool = False
+) -> Rendered:
     """Ids and loss mask of a conversation; `generation_prompt` ends it where the assistant is to speak.
 
+    Thinking of the last turn is always part of it: where the template does not write it (most know no thinking), or
+    opens it in its generation prompt (R1's), it stands in R1's form, <think>, the thinking and </think> on lines of
+    their own, before the answer. `unfinished`: the last turn was cut off, so nothing stands behind its text. Earlier
+    turns that the template writes differently from how it asks for them are context, without loss.
+
     Raises UserError for an empty conversation, a tokenizer without a template, or a template that fails, or that
-    writes an assistant turn differently from how it asks for one (its loss mask would be wrong).
+    writes the last turn differently from how it asks for one (its loss mask would be wrong).
     """
     if not messages:
         raise UserError("no messages to render; pass at least one.")
@@ -88,14 +96,21 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, *, generation_prom
     def text(count: int, prompt: bool) -> str:
         return _fill(tokenizer.chat_template or "", turns[:count], tokenizer.special_tokens, prompt)
 
-    whole = text(len(turns), generation_prompt)
+    whole, last = text(len(turns), generation_prompt), len(turns) - 1
+    if turns[last]["role"] == "assistant" and not generation_prompt:
+        asked = text(last, True)
+        whole = _spoken(turns, whole, asked, tokenizer, mark)
+        if unfinished and whole.startswith(asked):
+            whole = max(asked, _cut_off(turns, whole, tokenizer, mark), key=len)
     ids: list[int] = []
     mask: list[int] = []
     done = 0
     for index, turn in enumerate(turns):
         if turn["role"] == "assistant":
-            start, end = text(index, True), text(index + 1, False)
+            start, end = text(index, True), whole if index == last else text(index + 1, False)
             if not (whole.startswith(start) and whole.startswith(end) and done <= len(start) <= len(end)):
+                if index < last:
+                    continue
                 raise UserError(
                     "the chat template writes an assistant turn differently from its generation prompt, so there is "
                     "no loss mask for it; train with another template."
@@ -105,6 +120,50 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, *, generation_prom
             done = len(end)
     _extend(ids, mask, _encode(whole[done:], tokenizer, mark), 0)
     return Rendered(ids, mask)
+
+
+def _spoken(turns: list[dict[str, Any]], whole: str, start: str, tokenizer: Tokenizer, mark: str) -> str:
+    """The conversation with what its last turn thinks; `start` is what asks for that turn."""
+    turn = turns[-1]
+    thinking, opened = turn.get("reasoning_content"), start.rstrip().endswith(_OPEN)
+    known = not (thinking or "").strip() or _writes_thinking(
+        tokenizer.chat_template or "", tuple(tokenizer.special_tokens.items())
+    )
+    if (whole.startswith(start) and known) or (thinking is None and not opened):
+        return whole
+
+    thought = f"{(thinking or '').strip()}\n{_CLOSE}\n\n"
+    tagged = _ended(turns, f"{_OPEN}\n{thought}{turn['content']}", tokenizer)
+    if not opened and tagged.startswith(start) and thought.strip() in tagged[len(start) :]:
+        return tagged
+    # The template takes thinking out of answers: it writes what is behind one, and the rest is written here.
+    return f"{start}{'' if opened else _OPEN + chr(10)}{thought}{turn['content']}{_behind(turns, tokenizer, mark)}"
+
+
+def _ended(turns: list[dict[str, Any]], content: str, tokenizer: Tokenizer) -> str:
+    """The conversation as the template writes it with another last turn."""
+    ending = [*turns[:-1], {"role": "assistant", "content": content}]
+    return _fill(tokenizer.chat_template or "", ending, tokenizer.special_tokens, False)
+
+
+def _behind(turns: list[dict[str, Any]], tokenizer: Tokenizer, mark: str) -> str:
+    """What the template writes behind the last turn."""
+    probe = chr(ord(mark) + 1)
+    return _ended(turns, probe, tokenizer).rpartition(probe)[2]
+
+
+@lru_cache(maxsize=32)
+def _writes_thinking(source: str, specials: tuple[tuple[str, str], ...]) -> bool:
+    """Whether the template writes the thinking of a last turn where published ones expect it."""
+    thought = "\ue000"
+    turn = {"role": "assistant", "content": "a", "reasoning_content": thought}
+    return thought in _fill(source, [{"role": "user", "content": "q"}, turn], dict(specials), False)
+
+
+def _cut_off(turns: list[dict[str, Any]], whole: str, tokenizer: Tokenizer, mark: str) -> str:
+    """The conversation up to the last word of its last turn, be it an answer or a thought."""
+    whole = whole.removesuffix(_behind(turns, tokenizer, mark)).rstrip()
+    return whole if turns[-1]["content"].strip() else whole.removesuffix(_CLOSE).rstrip()
 
 
 def render_turns(

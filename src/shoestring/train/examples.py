@@ -20,6 +20,8 @@ from shoestring.text.chat import render
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.context import Context
 
+CUT_OFF = ("length", "content_filter", "cancelled")
+
 
 def chat_example(messages: Sequence[Message], tokenizer: Tokenizer) -> Example:
     """A conversation with loss on what the assistant says, <|end|> included."""
@@ -38,7 +40,7 @@ def textbook_examples(
 
 
 def trace_example(trace: Trace, tokenizer: Tokenizer, *, exact: bool) -> Example:
-    """A teacher's kept answer; one that was cut off teaches no end.
+    """A teacher's kept answer, the only turn with loss; one that was cut off teaches no end.
 
     exact: the teacher's tokenizer is this one, so the ids it sampled are taken as they are; else its text is rendered.
     """
@@ -46,10 +48,10 @@ def trace_example(trace: Trace, tokenizer: Tokenizer, *, exact: bool) -> Example
         ids = [*trace.prompt_ids, *trace.token_ids]
         return Example(ids, [0.0] * len(trace.prompt_ids) + [1.0] * len(trace.token_ids))
     question = [Message(m["role"], m["content"]) for m in trace.messages]
-    example = chat_example([*question, Message("assistant", trace.answer, thinking=trace.thinking)], tokenizer)
-    if trace.finish_reason == "length":
-        return Example(example.ids, [*example.weight[:-1], 0.0])
-    return example
+    answer = Message("assistant", trace.answer, thinking=trace.thinking)
+    rendered = render([*question, answer], tokenizer, unfinished=trace.finish_reason in CUT_OFF)
+    told = max((place for place, on in enumerate(rendered.mask) if not on), default=-1)  # what earlier turns said too
+    return Example(rendered.ids, [float(place > told) for place in range(len(rendered.ids))])
 
 
 def trace_examples(ctx: Context, tokenizer: Tokenizer) -> tuple[list[Trace], list[Example]]:

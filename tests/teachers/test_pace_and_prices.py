@@ -24,7 +24,7 @@ from shoestring.core.progress import Progress
 from shoestring.cost.prices import all_prices
 from shoestring.data.claims import Purse
 from shoestring.data.traces import TraceStore
-from shoestring.teachers._ask import Told
+from shoestring.teachers._lane import Told
 from shoestring.teachers._pace import Pace, seconds_of
 from shoestring.teachers._price import pico, rate_of, usd
 from shoestring.teachers._session import _shown, run

@@ -36,7 +36,7 @@ from shoestring.curate._writing import (
     rejected,
     unfit,
 )
-from shoestring.teachers._ask import Told
+from shoestring.teachers._lane import Told
 
 FILE = "questions.jsonl"
 PILOT = 20

@@ -15,8 +15,8 @@ from shoestring.data.claims import Budget
 from shoestring.data.questions import Asked as Question
 from shoestring.data.schema import file_of, open_file
 from shoestring.data.traces import TraceIds, canonical, stored, texts
-from shoestring.teachers._ask import Told
 from shoestring.teachers._job import Api
+from shoestring.teachers._lane import Told
 from shoestring.teachers._local import decoding_of, run_local
 from shoestring.teachers._session import Job, Outcome, run
 from shoestring.text.chat import user_opening

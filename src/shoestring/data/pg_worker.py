@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 
 from shoestring.core.errors import UserError
-from shoestring.data.postgres import COPIED, STORE_LOCK, PgStore
+from shoestring.data.pg_connection import STORE_LOCK
+from shoestring.data.postgres import COPIED, PgStore
 from shoestring.data.store import Store
 
 GRACE = 2.0  # seconds in which the server notices that a process that held the store has gone

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from shoestring.core.errors import UserError
+from shoestring.data.pg_connection import is_url
 from shoestring.data.pg_worker import PgWorker
-from shoestring.data.postgres import PgStore, is_url
+from shoestring.data.postgres import PgStore
 from shoestring.data.store import Store
 from shoestring.data.workers import Worker
 

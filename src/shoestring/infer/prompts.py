@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from shoestring.core.nouns import TokenLogprobs
-from shoestring.infer.sampler import warmth
 from shoestring.infer.sequence import Request
+from shoestring.infer.warmth import warmth
 
 ROWS = 128  # positions whose logits exist at a time
 
@@ -23,7 +23,7 @@ def read_prompt(request: Request, start: int, hidden_TD: Tensor, unembed: Callab
     request.prompt_logprobs = known
     ids, count = request.prompt_ids, request.sampling.prompt_logprobs or 0
     first, last = max(start, len(known) - 1), min(start + len(hidden_TD), len(ids) - 1)
-    temperature = warmth(request.sampling) or 1.0
+    temperature = warmth(request.sampling.temperature) or 1.0
     for begin in range(first, last, ROWS):
         end = min(begin + ROWS, last)
         logp_tV = (unembed(hidden_TD[begin - start : end - start]) / temperature).log_softmax(-1)

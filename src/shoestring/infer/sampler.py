@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from shoestring.core.nouns import Sampling, TokenLogprobs
+from shoestring.infer.warmth import warmth
 from shoestring.nn import native
 
 FIRST_WIDTH = 256  # likeliest tokens looked at before more are
 WIDE, BLOCK = 1 << 13, 128  # from so many tokens on a draw goes by blocks of so many
-COLD, HOT = 1e-30, 1e30  # beyond these a temperature draws what it draws here, but 1 / T leaves fp32
 
 
 @dataclass(slots=True)
@@ -72,7 +72,7 @@ def _plain_rows(logits_RV: Tensor, samplings: Sequence[Sampling]) -> list[int]:
 
 
 def _natively(logits_RV: Tensor, u_R: Tensor, samplings: Sequence[Sampling]) -> Drawn:
-    token_R, logp_R = draw_natively(logits_RV.float(), u_R, [warmth(s) for s in samplings])
+    token_R, logp_R = draw_natively(logits_RV.float(), u_R, [warmth(s.temperature) for s in samplings])
     _check_finite(logp_R)
     return Drawn(token_R.tolist(), logp_R.tolist(), {})
 
@@ -102,18 +102,13 @@ def restricts(sampling: Sampling) -> bool:
 
 
 def _at_temperature(logits_RV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    temperatures = [warmth(s) or 1.0 for s in samplings]
+    temperatures = [warmth(s.temperature) or 1.0 for s in samplings]
     if all(t == 1.0 for t in temperatures):
         return logits_RV
     if cold := [row for row, t in enumerate(temperatures) if t < 1e-6]:  # large logits would overflow
         logits_RV = logits_RV.clone()
         logits_RV[cold] -= logits_RV[cold].amax(dim=-1, keepdim=True)
     return logits_RV / torch.tensor(temperatures, device=logits_RV.device)[:, None]
-
-
-def warmth(sampling: Sampling) -> float:
-    """The temperature, as far as fp32 can tell; 0 is greedy."""
-    return min(max(sampling.temperature, COLD), HOT) if sampling.temperature else 0.0
 
 
 def draw_natively(logits_RV: Tensor, u_R: Tensor, temperatures: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shoestring.core.errors import UserError
 from shoestring.infer.check import check_ids
-from shoestring.infer.sampler import COLD, HOT
+from shoestring.infer.warmth import warmth
 from shoestring.nn.head import CHUNK_ELEMENTS, bend_
 
 SCORE_TOKENS = 1 << 14  # tokens in one forward pass
@@ -60,7 +60,7 @@ def score(
     """
     if not 0.0 < temperature < float("inf"):
         raise UserError(f"the scoring temperature is {temperature}; it must be a positive number.")
-    temperature = min(max(temperature, COLD), HOT)
+    temperature = warmth(temperature)
     if top_k < 0:
         raise UserError(f"the scoring top_k is {top_k}; it must be 0 (off) or positive.")
     for index, ids in enumerate(token_ids):

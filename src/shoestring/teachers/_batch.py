@@ -20,8 +20,9 @@ from shoestring.core.errors import UserError
 from shoestring.data.batches import claim_batch, settle_batch
 from shoestring.data.claims import GRANTED, Answer, Claim, Returned, Row, Settled
 from shoestring.data.places import AnyStore, seat_at
-from shoestring.teachers._ask import TEMPLATE_TOKENS, Lane, Told
+from shoestring.teachers._ask import TEMPLATE_TOKENS
 from shoestring.teachers._job import plan, signature
+from shoestring.teachers._lane import Lane, Told
 from shoestring.teachers._send import check_url, key_from
 from shoestring.teachers._session import Job, Outcome, ask_longer
 from shoestring.teachers._wire import Reply, Trouble, answer_body, read_reply, refusal

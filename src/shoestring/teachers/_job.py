@@ -16,7 +16,7 @@ from shoestring.data.far import Far
 from shoestring.data.places import AnyStore
 from shoestring.data.questions import Asked, Skipped
 from shoestring.data.traces import TraceIds, canonical, question_hash, texts
-from shoestring.teachers._ask import Lane
+from shoestring.teachers._lane import Lane
 from shoestring.teachers._pace import Pace
 from shoestring.teachers._price import Rate, rate_of, terms_of
 from shoestring.teachers._send import Limits, Sender, check_url, is_local, key_from

@@ -25,7 +25,7 @@ from shoestring.data.questions import Asked
 from shoestring.data.store import Store
 from shoestring.data.traces import TraceIds, body_of, canonical, question_hash, texts
 from shoestring.data.workers import Worker
-from shoestring.teachers._ask import Told
+from shoestring.teachers._lane import Told
 from shoestring.teachers._session import Outcome
 
 TOGETHER = 128  # rows answered in one call

@@ -21,8 +21,9 @@ from shoestring.core.progress import Progress
 from shoestring.data.places import is_url, seat_at
 from shoestring.data.postgres import PgStore
 from shoestring.data.questions import Asked
-from shoestring.teachers._ask import Asking, Told
+from shoestring.teachers._ask import Asking
 from shoestring.teachers._job import Api, plan, signature
+from shoestring.teachers._lane import Told
 from shoestring.teachers._price import usd
 from shoestring.teachers._session import DRAIN, Job, Outcome, ask_longer, run
 

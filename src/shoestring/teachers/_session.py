@@ -24,8 +24,9 @@ from shoestring.data.far import Far
 from shoestring.data.journal import apart
 from shoestring.data.places import AnyStore, Seat, seat_at
 from shoestring.data.questions import Asked, Skipped
-from shoestring.teachers._ask import Asking, Lane, Told
+from shoestring.teachers._ask import Asking
 from shoestring.teachers._job import Api, plan, signature
+from shoestring.teachers._lane import Lane, Told
 from shoestring.teachers._price import usd
 
 PILOT = 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoestring.nn import head, native
+from shoestring.nn import head, head_rows, native
 
 
 def _case(dtype: torch.dtype = torch.float64, n: int = 37, d: int = 8, vocab: int = 23) -> tuple[torch.Tensor, ...]:
@@ -101,7 +101,7 @@ def test_products_in_bf16_are_added_as_torch_adds_them(first: bool) -> None:
     found_VD, plain_VD = torch.randn(9_001, 300).repeat(2, 1, 1).unbind()
     before_VD = found_VD.clone()
     for sum_VD, in_c in ((found_VD, True), (plain_VD, False)):
-        head.add_outer(sum_VD, dz_nV, hidden_nD, first=first, native=in_c)
+        head_rows.add_outer(sum_VD, dz_nV, hidden_nD, first=first, native=in_c)
     assert torch.equal(found_VD, plain_VD)
     whole_VD = dz_nV.t().float() @ hidden_nD.float() + (0 if first else before_VD)
     torch.testing.assert_close(found_VD, whole_VD, atol=0.1, rtol=1e-2)

@@ -18,7 +18,7 @@ from torch import Tensor
 from shoestring.core.errors import UserError
 from shoestring.infer.check import check_ids
 from shoestring.infer.warmth import warmth
-from shoestring.nn.head import CHUNK_ELEMENTS, bend_
+from shoestring.nn.head_rows import CHUNK_ELEMENTS, bend_
 
 SCORE_TOKENS = 1 << 14  # tokens in one forward pass
 

@@ -25,7 +25,7 @@ from shoestring.losses._targets import Buffers, Form, Targets
 from shoestring.losses._teacher import accurate_rows, product
 from shoestring.losses._tokens import Tokens
 from shoestring.nn import elements
-from shoestring.nn.head import add_outer, bend_, scaled
+from shoestring.nn.head_rows import add_outer, bend_, scaled
 from shoestring.nn.room import Room, cast, empty
 
 CHUNK_ELEMENTS = 1 << 22  # logits of one model alive at a time, in the dtype of products

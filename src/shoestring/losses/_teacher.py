@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoestring.losses._targets import Buffers, Form, Opened
-from shoestring.nn.head import bend_
+from shoestring.nn.head_rows import bend_
 
 
 def product(name: str, hidden_nD: Tensor, head_VD: Tensor, buffers: Buffers) -> Tensor:

@@ -25,7 +25,7 @@ from shoestring.core.errors import UserError
 from shoestring.cost.hf import shape_from_hf
 from shoestring.cost.shape import ModelShape
 from shoestring.nn.decoder import Output
-from shoestring.nn.head import bend_
+from shoestring.nn.head_rows import bend_
 from shoestring.nn.kernels import FP32, Kernels
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # what configs call it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -69,3 +70,34 @@ def test_a_card_with_its_plots(tmp_path: Path) -> None:
         assert [int(one.text.rpartition(": ")[2]) for one in bars if one.text] == counts
     assert (tmp_path / "CARD.dollars.svg").is_file()
     assert "Plots" not in write_card([], tmp_path / "EMPTY.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "sentence"),
+    [
+        ("a.jsonl", b'{"question": "\\ud800"}', "line 1 holds half a character"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "x", "n": NaN}]}', "line 1 holds a number that cannot"),
+        ("a.jsonl", b'{"question": "a"}\n{"x":' + b"[" * 100_000, "line 2 is nested too deeply"),
+        ("a.jsonl", b'{"question": "a", "system": 5}', "line 1 has a system prompt that is no text"),
+        ("a.jsonl", b'{"question": "a", "gold": 1, "task": 5}', "line 1 names its task by 5"),
+        ("a.jsonl", b'{"question": "a", "gold": 1, "task": "CODE.py"}', "line 1 names its task by"),
+        ("a.jsonl.gz", gzip.compress(b'{"question": "a"}\n' * 3000)[:-20], "cannot be read beyond line"),
+        ("a.jsonl.gz", b"no archive", "cannot be read beyond line 0"),
+    ],
+    ids=["surrogate", "nan", "deep", "system", "task", "code", "torn archive", "no archive"],
+)
+def test_files_of_questions_in_odd_forms(tmp_path: Path, name: str, data: bytes, sentence: str) -> None:
+    """One sentence with the line; a file of data that names a file of code does not get it run."""
+    code = tmp_path / "code.py"
+    code.write_text(f"raise SystemExit({str(tmp_path)!r})")
+    file = tmp_path / name
+    file.write_bytes(data.replace(b"CODE.py", str(code).encode()))
+    with pytest.raises(UserError, match=sentence):
+        list(source_of(str(file))[0]())
+
+
+def test_a_byte_order_mark_is_no_part_of_a_question(tmp_path: Path) -> None:
+    for name, line in (("a.txt", "a?"), ("a.jsonl", '{"question": "a?"}')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n\r\n{line.replace('a?', 'b')}".encode())
+        found = list(source_of(str(tmp_path / name))[0]())
+        assert [one.messages[0]["content"] for one in found] == ["a?", "b"]

@@ -259,6 +259,18 @@ def test_a_grammar_that_grows_too_large_ends_its_own_request_alone(model: Any, w
     assert not engine.has_work and engine.stats()["kv_used"] == 0
 
 
+def test_a_grammar_may_end_at_no_token_of_the_padding(model: Any, tokenizer: Tokenizer) -> None:
+    """Rows of the table beyond the tokenizer's tokens are ids that a client may name."""
+    pytest.importorskip("llguidance")
+    engine, padding = Engine(model, tokenizer), V - 1
+    assert padding >= tokenizer.vocab_size
+    found = one(engine, regex="[0-9]{3}", stop_ids=(padding, tokenizer.end_id), thinking_budget=0)
+    assert found.finish_reason == "stop" and found.token_ids[-1] == tokenizer.end_id
+    with pytest.raises(UserError, match="a token that ends the answer"):
+        engine.add(PROMPT, Sampling(max_new_tokens=8, regex="[0-9]{3}", stop_ids=(padding,)))
+    assert not engine.has_work
+
+
 def test_a_grammar_goes_before_bans_that_leave_it_nothing(model: Any, words: Tokenizer) -> None:
     pytest.importorskip("llguidance")
     engine = Engine(model, words)

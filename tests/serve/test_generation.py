@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 from collections.abc import Callable, Coroutine
 from itertools import pairwise
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from shoestring.core.nouns import Event, Sampling
 from shoestring.serve import generation as generations
 from shoestring.serve.alarm import Alarm
-from shoestring.serve.engine_client import Stream
+from shoestring.serve.engine_client import EngineClient, Stream
+from shoestring.serve.engine_process import EngineSpec, _obey
 from shoestring.serve.errors import ApiError
 from shoestring.serve.generation import CROWD, JOIN_SECONDS, Generation, Part, Tally
 
@@ -206,3 +208,27 @@ def test_an_alarm_rings_only_when_it_is_let_alone(loop: Loop):
 
     assert run(loop, touched_and_let_alone()) == (0, 2, 2)
     assert [ring - 1000.3 for ring in rings] == pytest.approx([0.1, 0.2])
+
+
+def test_a_request_that_the_engine_cannot_take_is_no_reason_to_end_the_others():
+    """A fault of ours in taking one request: told to that one, with its traceback for the log; the process goes on."""
+
+    class Engine:
+        def add(self, *_: Any, **__: Any) -> None:
+            raise ValueError("an id out of range")
+
+    ours, theirs = multiprocessing.Pipe()
+    assert _obey(Engine(), theirs, ("add", "r", [1], None, ""))
+    kind, name, words = ours.recv()
+    assert (kind, name) == ("broken", "r") and "an id out of range" in words
+
+    async def heard() -> None:
+        client = EngineClient(EngineSpec("tiny", ""))
+        stream = Stream(10.0)
+        client._streams["r"] = (stream, 0)
+        client._hear((kind, name, words), client._generation)
+        with pytest.raises(ApiError) as caught:
+            await stream.take()
+        assert caught.value.status == 500 and "an id out of range" not in caught.value.message and not client.in_flight
+
+    asyncio.run(heard())

@@ -11,10 +11,11 @@ import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from shoestring.core.errors import UserError, did_you_mean
 from shoestring.core.nouns import Problem
@@ -86,7 +87,7 @@ def _from_file(path: Path, system: str | None, skipped: Skipped | None, largest:
     plain = path.name.removesuffix(".gz").endswith(".txt")
     with opened as file:
         number = 0
-        while line := file.readline(largest + 1):
+        while line := _next(file, largest, path, number):
             number += 1
             if not line.strip():
                 continue
@@ -97,7 +98,7 @@ def _from_file(path: Path, system: str | None, skipped: Skipped | None, largest:
                     raise UserError(f"is longer than {largest:,} bytes; shorten it, or raise --largest-question")
                 yield _asked(line, plain, system, number)
                 found = True
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 told = f"{path} line {number} {_why(error)}"
                 if skipped is None:
                     raise UserError(f"{told}; mend it, or leave such lines out with --skip-bad.") from error
@@ -107,6 +108,13 @@ def _from_file(path: Path, system: str | None, skipped: Skipped | None, largest:
         raise UserError(f'{path} holds no questions; each line is one, as in {{"question": "…"}}.')
 
 
+def _next(file: IO[bytes], largest: int, path: Path, number: int) -> bytes:
+    try:
+        return file.readline(largest + 1)
+    except (EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read beyond line {number} ({error}); mend the file.") from error
+
+
 def _why(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
@@ -114,11 +122,20 @@ def _why(error: Exception) -> str:
         return f"is not UTF-8 (byte {error.start})"
     if isinstance(error, json.JSONDecodeError):
         return f"is not JSON ({error.msg} at character {error.pos})"
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    if isinstance(error, UnicodeEncodeError):
+        return f"holds half a character (character {error.start} of its text)"
+    if isinstance(error, ValueError):
+        return f"holds a number that cannot be sent ({error})"
     return "has no messages, question or prompt"
 
 
 def _asked(line: bytes, plain: bool, system: str | None, number: int) -> Asked:
-    row = {"question": line.decode().strip()} if plain else json.loads(line)
+    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    row = {"question": text.strip()} if plain else json.loads(text)
+    if b"\\u" in line or b"N" in line:  # half a character, or NaN, Infinity: no teacher could read them
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
     if not isinstance(row, dict):
         raise UserError("is no JSON object")
     messages = row.get("messages")
@@ -131,6 +148,8 @@ def _asked(line: bytes, plain: bool, system: str | None, number: int) -> Asked:
     else:
         _check(messages)
     system = row.get("system") or system
+    if system is not None and not isinstance(system, str):
+        raise UserError("has a system prompt that is no text")
     if system:
         messages = [{"role": "system", "content": system}, *messages]
     ref = row.get("id")
@@ -152,6 +171,8 @@ def _problem(row: dict[str, Any], text: str | None, number: int) -> dict[str, An
         gold, task = answer.rsplit("####", 1)[1].strip(), "gsm8k"
     if gold is None or task is None or text is None:
         return None
+    if not isinstance(task, str) or task.endswith(".py"):  # a file of data must not name a file of code to be run
+        raise UserError(f"names its task by {task!r}; it must be the name of one that is installed")
     version = load_part("tasks", task).VERSION
     digest = hashlib.sha256(json.dumps([task, version, text.strip(), str(gold)]).encode()).hexdigest()[:16]
     return asdict(Problem(task, version, digest, text.strip(), str(gold), 1, number, meta=row.get("meta") or {}))

@@ -31,6 +31,7 @@ class Grammars:
             import llguidance
         except ImportError as error:
             raise UserError("json_schema and regex need llguidance; pip install 'shoestring[guided]'.") from error
+        end_ids = frozenset(index for index in end_ids if index < tokenizer.vocab_size)  # padding is no token
         if not end_ids:
             raise UserError("json_schema and regex need a token that ends the answer; give stop_ids.")
         self._library = llguidance

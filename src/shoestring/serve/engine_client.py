@@ -152,6 +152,10 @@ class EngineClient:
             self._streams.pop(message[1])[0].fail(
                 ApiError(400, message[2].replace("sampling.", ""), code="invalid_value")
             )
+        elif kind == "broken" and message[1] in self._streams:
+            _log.error("the engine of %s could not take a request:\n%s", self.spec.name, message[2])
+            error = ApiError(500, "the engine could not take this request; it has been logged.", code="internal_error")
+            self._streams.pop(message[1])[0].fail(error)
         elif kind == "ready":
             self.facts = message[1]
             self._become("ready")

@@ -2,8 +2,8 @@
 
 It is started fresh (spawn), so that it has its own interpreter, its own torch threads and nothing of the server's.
 Messages in: ("add", id, prompt ids, sampling fields, salt), ("cancel", id), ("stop",). Messages out: ("ready", facts),
-("events", [Event, ...]), ("refused", id, sentence), ("stats", {...}), ("failed", words). It ends when the pipe does,
-so that it never outlives a killed server.
+("events", [Event, ...]), ("refused", id, sentence), ("broken", id, traceback), ("stats", {...}), ("failed", words). It
+ends when the pipe does, so that it never outlives a killed server.
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ def _obey(engine: Any, pipe: Connection, message: tuple[Any, ...]) -> bool:
             engine.add(prompt_ids, sampling, request_id=request_id, salt=salt)
         except UserError as error:
             pipe.send(("refused", request_id, str(error)))
+        except Exception:  # nothing of it is queued: it is no reason to end the others
+            pipe.send(("broken", request_id, traceback.format_exc()))
     elif message[0] == "cancel":
         engine.cancel(message[1])
     return bool(message[0] != "stop")

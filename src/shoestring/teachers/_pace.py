@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from math import isfinite
 
 START = 16  # requests at once to begin with
 CUT = 0.75
@@ -162,7 +163,8 @@ def seconds_of(text: str | None, date: str | None = None) -> float | None:
         return None
     text = text.strip()
     try:
-        return max(0.0, float(text))
+        seconds = float(text)
+        return max(0.0, seconds) if isfinite(seconds) else None
     except ValueError:
         pass
     match = DURATION.fullmatch(text)

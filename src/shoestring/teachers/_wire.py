@@ -99,7 +99,14 @@ def read_reply(body: bytes, asked: int = 1) -> Reply:
 
 
 def read_stream(body: bytes, asked: int = 1) -> Reply:
-    """The reply in a whole event stream. Raises Trouble for one that breaks off or carries an error."""
+    """The reply in a whole event stream. Raises Trouble for one that breaks off, carries an error or is no chat's."""
+    try:
+        return _of_events(body, asked)
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        raise Trouble("broken stream", "its events are not those of a chat", doubt=True, turn=True) from None
+
+
+def _of_events(body: bytes, asked: int) -> Reply:
     deltas: dict[int, dict[str, Any]] = {}
     last: dict[str, Any] = {}
     usage, done = None, False
@@ -218,7 +225,8 @@ def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        return "".join(part.get("text") or "" for part in value if isinstance(part, dict))
+        said = [part.get("text") for part in value if isinstance(part, dict)]
+        return "".join(text for text in said if isinstance(text, str))
     return ""
 
 
@@ -231,7 +239,7 @@ def _words(body: bytes) -> tuple[str, str]:
     """(message, code) of an error body, in whatever form it comes."""
     try:
         document = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return (f"with {_kind_of(body)}" if body.strip() else ""), ""
     error = document.get("error", document) if isinstance(document, dict) else document
     if isinstance(error, dict):

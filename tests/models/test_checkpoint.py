@@ -177,6 +177,12 @@ def cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
 
+def quantised(stored: dict[str, torch.Tensor], scale: torch.Tensor) -> None:
+    name = "model.layers.0.self_attn.o_proj.weight"
+    stored[name] = stored[name].to(torch.float8_e4m3fn)
+    stored[f"{name}_scale_inv"] = scale
+
+
 BROKEN = {
     "missing": (lambda f: reweigh(f, lambda s: s.pop("model.norm.weight")), "lacks model.norm.weight"),
     "extra": (lambda f: reweigh(f, lambda s: s.update(stray=torch.ones(2))), "stray"),
@@ -196,6 +202,30 @@ BROKEN = {
     "rope": (lambda f: edit(f, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "longrope"),
     "vocabulary": (lambda f: edit(f, vocab_size=65), "do not belong together"),
     "no key": (lambda f: edit(f, hidden_size=None), "hidden_size"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "one JSON object, not list"),
+    "type no name": (lambda f: edit(f, model_type=["deepseek_v3"]), "is not supported"),
+    "below zero": (lambda f: edit(f, vocab_size=-3), "must be greater than or equal to 1"),
+    "no experts chosen": (lambda f: edit(f, num_experts_per_tok=0), "num_experts_per_tok"),
+    "no groups": (lambda f: edit(f, n_group=0), "n_group"),
+    "epsilon": (lambda f: edit(f, rms_norm_eps=-1.0), "rms_norm_eps"),
+    "rope a word": (lambda f: edit(f, rope_parameters="yarn"), "rope_parameters is 'yarn'"),
+    "rope of nothing": (
+        lambda f: edit(
+            f, rope_parameters={"rope_type": "yarn", "factor": 0, "original_max_position_embeddings": 0}
+        ),
+        "factor",
+    ),
+    "theta a word": (lambda f: edit(f, rope_parameters={"rope_theta": "10k"}), "rope_theta is '10k'"),
+    "one block size": (lambda f: edit(f, quantization_config={"weight_block_size": [128]}), "weight_block_size"),
+    "index a list": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'), "weight_map must say"
+    ),
+    "whole numbers": (
+        lambda f: reweigh(f, lambda s: s.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
+        "model.norm.weight is int8",
+    ),
+    "fp8 scale misshapen": (lambda f: reweigh(f, lambda s: quantised(s, torch.ones(2, 1))), "blocks of 128 ask for"),
+    "fp8 scale one number": (lambda f: reweigh(f, lambda s: quantised(s, torch.ones(()))), "blocks of 128 ask for"),
 }  # fmt: skip
 
 
@@ -208,6 +238,21 @@ def test_broken_checkpoints(how: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=sentence) as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_saved(tmp_path: Path) -> None:
+    model = sizes.make(NAMED["moonlight"])
+    with pytest.raises(UserError, match='dtype "bfloat61"'):
+        save(model, None, tmp_path / "out", dtype="bfloat61")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        save(model, None, tmp_path / "file")
+
+
+def test_where_it_cannot_be_loaded(tmp_path: Path) -> None:
+    save(sizes.make(NAMED["moonlight"]), None, tmp_path)
+    with pytest.raises(UserError, match='device "gpu" cannot be used here'):
+        load(tmp_path, device="gpu")
 
 
 def test_missing_shard(tmp_path: Path) -> None:

@@ -15,8 +15,15 @@ from shoestring.nn.rope import RopeScaling
 
 def read_rope(raw: dict[str, Any], default_theta: float = 10000.0) -> tuple[float, RopeScaling | None]:
     """rope_theta and the scaling of a config.json."""
-    settings = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    theta = float(settings.pop("rope_theta", None) or raw.get("rope_theta") or default_theta)
+    settings: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(found := raw.get(key) or {}, dict):
+            raise UserError(f"config.json: {key} is {found!r}; it must be an object of settings.")
+        settings |= found
+    theta = settings.pop("rope_theta", None) or raw.get("rope_theta") or default_theta
+    if not isinstance(theta, int | float):
+        raise UserError(f"config.json: rope_theta is {theta!r}; it must be a number.")
+    theta = float(theta)
     kind = settings.pop("rope_type", None) or settings.get("type") or "default"
     settings.pop("type", None)
     if kind == "default":

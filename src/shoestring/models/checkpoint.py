@@ -41,8 +41,11 @@ def load(
     dtype, and to the attention that is fast on the device. Raises UserError for whatever is missing, extra,
     misshapen, NaN or cut short.
     """
+    _check_device(device)
     folder = checkpoint_folder(path_or_id)
     raw = read_json(folder / "config.json")
+    if not isinstance(raw.get("model_type"), str):
+        raise UserError(f"{folder / 'config.json'}: model_type {raw.get('model_type')!r} is not supported.")
     files = Files(folder)
     stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     chosen = (stored if stored in DTYPES else "float32") if dtype == "auto" else dtype
@@ -52,7 +55,7 @@ def load(
         attention: Any = "blocks" if torch.device(device or "cpu").type == "cpu" else "sdpa"
         kernels = Kernels(dtype="float32" if chosen == "float32" else "bfloat16", attention=attention)
     model: Decoder
-    if (other := _other(raw.get("model_type", ""))) is not None:
+    if (other := _other(raw["model_type"])) is not None:
         model = other.load(folder, dtype=DTYPES[chosen], device=device)
         model.kernels = kernels
     else:
@@ -71,6 +74,10 @@ def save(
 ) -> Path:  # fmt: skip
     """Write a folder that `load` and transformers read. `dtype` None keeps the weights' own. Raises DiskFull."""
     folder = Path(path)
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f'dtype "{dtype}" is not known.{did_you_mean(dtype, DTYPES)}')
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a folder to save in.")
     raw = model.config.to_hf()
     if tokenizer is not None:
         tokenizer.check_vocab(raw["vocab_size"])
@@ -110,6 +117,14 @@ def _generation(given: dict[str, Any], raw: dict[str, Any], tokenizer: Tokenizer
     if tokenizer.end_id is not None and tokenizer.end_id not in told:
         ids["eos_token_id"] = [tokenizer.end_id, *told] if told else tokenizer.end_id
     return ids
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise UserError(f'device "{device}" cannot be used here: {reason}.') from None
 
 
 def _other(model_type: str) -> Any:
@@ -164,12 +179,23 @@ def _fill(model: Decoder, files: Files, raw: dict[str, Any]) -> None:
         scale = files.read(f"{name}_scale_inv") if f"{name}_scale_inv" in files.file_of else None
         for rows, tensor in files.pieces(name) if scale is None else [(..., files.read(name))]:
             if scale is not None:
-                tensor = dequantize(tensor, scale, block)
+                tensor = _dequantized(name, tensor, scale, block, files.folder)
             elif tensor.dtype == torch.float8_e4m3fn:
                 raise UserError(f"{files.folder}: {name} is fp8 and its scale {name}_scale_inv is missing.")
+            elif not tensor.is_floating_point():
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise UserError(f"{files.folder}: {name} is {kind}; only floating-point weights and fp8 are read.")
             if not torch.isfinite(tensor).all():
                 raise UserError(f"{files.folder}: {name} holds NaN or infinite values; this checkpoint is broken.")
             target[rows] = tensor
+
+
+def _dequantized(name: str, tensor: Tensor, scale: Tensor, block: int, where: Path) -> Tensor:
+    wanted = [-(-size // block) for size in tensor.shape]
+    if tensor.ndim != 2 or list(scale.shape) != wanted:
+        shapes = f"{tuple(scale.shape)}, and blocks of {block} ask for {tuple(wanted)}"
+        raise UserError(f"{where}: {name}_scale_inv is {shapes}; the two do not belong together.")
+    return dequantize(tensor, scale, block)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -177,10 +203,12 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _fp8_block(raw: dict[str, Any]) -> int:
-    rows, columns = (raw.get("quantization_config") or {}).get("weight_block_size") or (BLOCK, BLOCK)
-    if rows != columns:
-        raise UserError(f"config.json: weight_block_size is {rows}x{columns}; only square blocks are supported.")
-    return int(rows)
+    told = raw.get("quantization_config")
+    sizes = (told.get("weight_block_size") if isinstance(told, dict) else None) or [BLOCK, BLOCK]
+    square = isinstance(sizes, list) and len(sizes) == 2 and sizes[0] == sizes[1]
+    if not square or not isinstance(sizes[0], int) or sizes[0] < 1:
+        raise UserError(f"config.json: weight_block_size is {sizes!r}; only square blocks, [128, 128], are supported.")
+    return sizes[0]
 
 
 def _same_shape(name: str, shape: Sequence[int], target: Tensor, where: Path) -> None:

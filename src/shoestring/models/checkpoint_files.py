@@ -26,13 +26,15 @@ PIECE_ELEMENTS = 1 << 20  # of a tensor that are in memory beside their copy
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint. Raises UserError when it is not there or not JSON."""
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{path.parent} holds no {path.name}: it is no checkpoint, or its saving was cut short."
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold one JSON object, not {type(value).__name__}.")
     return value
 
 
@@ -52,6 +54,8 @@ class Files:
         self._handles: dict[str, Any] = {}
         if (folder / INDEX).exists():
             self.file_of: dict[str, str] = read_json(folder / INDEX).get("weight_map", {})
+            if not isinstance(self.file_of, dict) or not all(isinstance(n, str) for n in self.file_of.values()):
+                raise UserError(f"{folder / INDEX}: weight_map must say for each tensor which file holds it.")
             for name in sorted(set(self.file_of.values())):
                 if not (folder / name).exists():
                     raise UserError(f"{folder} lacks {name}, which its index names; copy the checkpoint again.")

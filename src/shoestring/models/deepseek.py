@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from shoestring.core.config import Config
 from shoestring.core.errors import UserError
 from shoestring.cost.shape import ModelShape
+from shoestring.models._numbers import Count, Positive, Size
 from shoestring.models._rope_keys import read_rope, write_rope
 from shoestring.nn.decoder import Block, Decoder, Routed
 from shoestring.nn.kernels import FP32, Kernels
@@ -29,34 +30,34 @@ class DeepseekConfig(Config):
     """Sizes and settings; the defaults are those of a small V3. `shape()` counts it, `to_hf()` writes it."""
 
     model_type: Literal["deepseek_v3", "deepseek_v2"] = "deepseek_v3"
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    moe_intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    q_lora_rank: int | None = None
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    first_k_dense_replace: int = 0
-    n_routed_experts: int
-    n_shared_experts: int = 1
-    num_experts_per_tok: int
-    n_group: int = 1
-    topk_group: int = 1
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    moe_intermediate_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    q_lora_rank: Size | None = None
+    kv_lora_rank: Size
+    qk_nope_head_dim: Size
+    qk_rope_head_dim: Size
+    v_head_dim: Size
+    first_k_dense_replace: Count = 0
+    n_routed_experts: Size
+    n_shared_experts: Count = 1
+    num_experts_per_tok: Size
+    n_group: Size = 1
+    topk_group: Size = 1
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
-    num_nextn_predict_layers: int = 0
-    max_position_embeddings: int = 4096
-    rope_theta: float = 10000.0
+    routed_scaling_factor: Positive = 1.0
+    num_nextn_predict_layers: Count = 0
+    max_position_embeddings: Size = 4096
+    rope_theta: float = Field(10000.0, gt=1)
     rope_scaling: RopeScaling | None = None
     rope_interleave: bool = True
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: Positive = 1e-6
     attention_bias: bool = False
     tie_word_embeddings: bool = False
-    initializer_range: float = 0.006
+    initializer_range: float = Field(0.006, ge=0)
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None

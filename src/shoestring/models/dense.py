@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from shoestring.core.config import Config
 from shoestring.core.errors import UserError
 from shoestring.cost.shape import ModelShape
+from shoestring.models._numbers import Positive, Size
 from shoestring.models._rope_keys import read_rope, write_rope
 from shoestring.nn.decoder import Block, Decoder
 from shoestring.nn.gqa import GQA
@@ -27,21 +28,21 @@ class DenseConfig(Config):
     """Sizes and settings of a dense decoder. `head_dim` None means hidden_size / heads."""
 
     model_type: Literal["llama", "qwen2", "qwen3"] = "llama"
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int | None = None
-    max_position_embeddings: int = 4096
-    rope_theta: float = 10000.0
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size | None = None
+    max_position_embeddings: Size = 4096
+    rope_theta: float = Field(10000.0, gt=1)
     rope_scaling: RopeScaling | None = None
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: Positive = 1e-6
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
+    initializer_range: float = Field(0.02, ge=0)
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
@@ -53,6 +54,8 @@ class DenseConfig(Config):
             raise ValueError(f"{heads} evenly")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
+        if self.head_width % 2:
+            raise ValueError(f"heads are {self.head_width} wide; RoPE turns pairs, so it must be even")
         if self.model_type == "qwen2" and self.attention_bias:
             raise ValueError("qwen2 has no attention_bias key (q, k and v always have biases)")
         if self.model_type != "llama" and self.mlp_bias:
@@ -85,7 +88,7 @@ class DenseConfig(Config):
         """From the contents of a config.json. Keys that change nothing here are ignored, others are refused."""
         if raw.get("hidden_act", "silu") != "silu":
             raise UserError(f"config.json: hidden_act is {raw['hidden_act']!r}; only 'silu' is supported.")
-        if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
+        if _slides(raw):
             raise UserError("config.json: sliding-window attention is not supported.")
         known = {name: value for name, value in raw.items() if name in cls.model_fields}
         known["rope_theta"], known["rope_scaling"] = read_rope(raw)
@@ -114,6 +117,14 @@ class DenseConfig(Config):
             "architectures": [ARCHITECTURES[self.model_type]], "hidden_act": "silu", "attention_dropout": 0.0,
             "use_cache": True,
         }  # fmt: skip
+
+
+def _slides(raw: dict[str, Any]) -> bool:
+    """Whether any layer sees a window only: Qwen's do from `max_window_layers` on, if they are told to at all."""
+    if raw.get("layer_types"):
+        return "sliding_attention" in raw["layer_types"]
+    asked = raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None
+    return bool(asked) and raw.get("max_window_layers", 28) < raw["num_hidden_layers"]
 
 
 class Dense(Decoder):

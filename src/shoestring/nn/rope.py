@@ -8,9 +8,10 @@ vectors, the same scores).
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from shoestring.core.config import Config
@@ -21,16 +22,23 @@ class RopeScaling(Config):
     """How a trained context is stretched; Hugging Face's names. Fields that only the other type uses are ignored."""
 
     rope_type: Literal["yarn", "llama3"]
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    factor: float = Field(gt=0)
+    original_max_position_embeddings: int = Field(ge=1)
+    beta_fast: float = Field(32.0, gt=0)
+    beta_slow: float = Field(1.0, gt=0)
     mscale: float | None = None
     mscale_all_dim: float | None = None
     attention_factor: float | None = None
     truncate: bool = True
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            low, high = self.low_freq_factor, self.high_freq_factor
+            raise ValueError(f"low_freq_factor={low} must be less than high_freq_factor={high}")
+        return self
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -49,7 +57,7 @@ def _yarn(freq_R: Tensor, base: float, scaling: RopeScaling) -> Tensor:
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp_R = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    ramp_R = ((torch.arange(dim // 2, dtype=torch.float32) - low) / ((high - low) or 0.001)).clamp(0, 1)
     return freq_R / scaling.factor * ramp_R + freq_R * (1 - ramp_R)
 
 

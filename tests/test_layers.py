@@ -14,7 +14,7 @@ LAYERS = (
     *("teachers", "curate", "evals", "train", "guard", "lineage", "serve", "report", "recipes", "cli"),
 )
 NO_SIBLINGS = ("rewards", "losses", "guard/signals", "lineage/methods", "tasks", "curate")
-TOP = ("api", "road", "road_inputs")  # modules beside the package's __init__ that stand as high as the command line
+TOP = ("__main__", "api", "road", "road_inputs")  # beside the package's __init__, as high as the command line
 
 
 def layer(module: str) -> int | None:

@@ -67,6 +67,11 @@ def test_an_input_that_is_nowhere_is_said_before_any_work(tmp_path: Path) -> Non
         ('ask.curate=["dedupe"]', 'Did you mean "dedup"'),
         ("teacher-pretrain.model.family=deepseak", 'Did you mean "deepseek"'),
         ("tokenizer.corpus.mix.0.task=absent.py", "There is no file absent.py"),
+        ('teacher-rl.mix.0.kinds=["summ"]', 'stage "teacher-rl": task questions has no kind "summ"'),
+        ("student-rl.mix.0.difficulty=[1,400]", "goes up to difficulty"),
+        ("student-pretrain.model.config.hiden_size=3", 'Did you mean "hidden_size"'),
+        ("teacher-pretrain.model.config.n_group=0", '"n_group" must be greater than or equal to 1'),
+        ("student-rl.compute.device=gpu", 'compute.device is "gpu", which is not usable here'),
     ],
 )
 def test_unknown_parts_are_said_before_any_work(tmp_path: Path, change: str, sentence: str) -> None:
@@ -76,6 +81,36 @@ def test_unknown_parts_are_said_before_any_work(tmp_path: Path, change: str, sen
         run_recipe(recipe, tmp_path, quiet=True)
     assert sentence in str(error.value) and "\n" not in str(error.value)
     assert not runs_tree(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("corpus.long_share=2", '"stages.0.corpus.long_share" must be less than or equal to 1, not 2.'),
+        ("corpus.mix=[]", '"stages.0.corpus.mix" needs at least 1 item(s), and has 0.'),
+        ('corpus.files=["x"]', 'give that whole: corpus={"files": ...}.'),
+        ('corpus={"files": []}', '"stages.0.corpus.files" needs at least 1 item(s), and has 0.'),
+        ("model.famly=x", 'unknown key "stages.0.model.famly". Did you mean "family"?'),
+        ("optim.betas=[0.9,1]", '"stages.0.optim.betas.1" must be less than 1, not 1.'),
+        ("optim.decay_share=7", "must be less than or equal to 1"),
+        ("optim.final_ratio=-3", "must be greater than or equal to 0"),
+        ("name=a/b", "no slash"),
+        ("name=..", "no dot in front"),
+        ("name=", "part of a folder's name"),
+    ],
+)
+def test_what_a_stage_cannot_be_told(change: str, sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        stage_recipe("pretrain", [change], {"tokenizer": "x"})
+    assert sentence in str(error.value) and "more)" not in str(error.value)
+
+
+def test_runs_that_cannot_be_kept(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    recipe = resolve_recipe("quickstart", ["size=smoke"])
+    for place in (tmp_path / "file", tmp_path / "file" / "runs", Path("/proc/runs")):
+        with pytest.raises(UserError, match="--runs names another folder"):
+            run_recipe(recipe, place, quiet=True)
 
 
 def test_stage_verbs_ask_for_what_they_need() -> None:

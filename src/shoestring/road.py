@@ -28,9 +28,18 @@ from shoestring.cost.shape import ModelShape
 from shoestring.report import tables
 from shoestring.report.page import write_report
 from shoestring.report.spec import read_spec
-from shoestring.road_inputs import Found, check_road, checkpoint_of, data_of, find_input, is_model, parents_of
+from shoestring.road_inputs import (
+    Found,
+    check_road,
+    checkpoint_of,
+    data_of,
+    find_input,
+    is_model,
+    make_runs_dir,
+    parents_of,
+)
 from shoestring.train.configs import Recipe, Stage
-from shoestring.train.estimate import estimate, stage_shapes
+from shoestring.train.estimate import ASSUMED_VOCAB, estimate, stage_shapes
 
 STAGES = {
     "tokenizer": "tokenize", "pretrain": "pretrain", "sft": "sft", "rl": "rl", "reject": "reject", "ask": "ask",
@@ -155,7 +164,8 @@ def run_recipe(recipe: Recipe, runs_dir: Path, *, again: bool = False, quiet: bo
     runs_dir = Path(runs_dir)
     read_spec(recipe)  # a misspelt stage in what is to be reported is said now, not at the end
     outside = check_road(recipe, runs_dir)
-    runs_dir.mkdir(parents=True, exist_ok=True)
+    _check_models_and_devices(recipe)
+    make_runs_dir(runs_dir)
     moment = since(runs_dir, recipe.digest()) if again else False
     machine, done = Machine(runs_dir), dict[str, Run]()
     for stage in recipe.stages:
@@ -176,6 +186,16 @@ def run_recipe(recipe: Recipe, runs_dir: Path, *, again: bool = False, quiet: bo
         "bill": tables.bill_table(recipe, done, runs_dir),
     }  # fmt: skip
     return RoadResult(recipe, done, result_rows(recipe, done), report_recipe(recipe, runs_dir, done), made)
+
+
+def _check_models_and_devices(recipe: Recipe) -> None:
+    """What a later stage would stumble over, said before the first begins; needs torch, so no dry run does it."""
+    from shoestring.train.state import checked_device, described_model
+
+    for stage in recipe.stages:
+        checked_device(stage.compute.device)
+        if (spec := getattr(stage, "model", None)) is not None:
+            described_model(spec, vocab_size=ASSUMED_VOCAB)
 
 
 def _run_stage(stage: Stage, ctx: Any) -> None:

@@ -5,18 +5,23 @@ An input is an earlier stage, a finished run, or a checkpoint in Hugging Face la
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from shoestring.core import hub
+from shoestring.core.atomic import disk_full
 from shoestring.core.errors import UserError, did_you_mean
-from shoestring.core.registry import part_hash, part_path
+from shoestring.core.registry import load_part, part_hash, part_path
 from shoestring.core.run import Run
 from shoestring.data.traces import TraceStore
+from shoestring.tasks._draw import Split
 from shoestring.train.configs import Recipe, Stage, TaskMix, Textbook, TextFiles, is_store, is_teacher
 
 TRACES = "traces.db"  # the file of a store of traces (data/traces.py)
+MANY_KINDS = 12
 Found = Run | Path
 
 
@@ -128,6 +133,37 @@ def _check_data(stage: Stage) -> None:
     for name in _files(stage):
         if not Path(name).is_file():
             raise UserError(f'stage "{stage.name}": corpus file {name} does not exist.')
+    split: Split = "test" if stage.stage == "eval" else "train"
+    for entry in _mixes(stage):
+        _check_mix(entry, split, f'stage "{stage.name}"')
+
+
+def _check_mix(entry: TaskMix, split: Split, where: str) -> None:
+    """Make a problem of each kind at both ends of the difficulty; of a task with many kinds only look at the names."""
+    task = load_part("tasks", entry.task)
+    known = tuple(getattr(task, "KINDS", ()))
+    try:
+        if len(known) > MANY_KINDS:
+            if unknown := [kind for kind in entry.kinds if kind not in known]:
+                raise UserError(f'task {entry.task} has no kind "{unknown[0]}".{did_you_mean(unknown[0], known)}')
+            return
+        for kind in entry.kinds or known:
+            for difficulty in entry.difficulty:
+                task.make(0, difficulty, split, kind)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def make_runs_dir(path: Path) -> None:
+    """The folder of runs. Raises UserError where there can be none, or nothing can be written in it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(path) from error
+        raise UserError(f"runs cannot be kept in {path} ({error.strerror}); --runs names another folder.") from None
 
 
 def _files(stage: Stage) -> tuple[str, ...]:
@@ -135,13 +171,16 @@ def _files(stage: Stage) -> tuple[str, ...]:
     return corpus.files if isinstance(corpus, TextFiles) else ()
 
 
+def _mixes(stage: Stage) -> list[TaskMix]:
+    books = (getattr(stage, "corpus", None), getattr(stage, "textbook", None))
+    written = [entry for book in books if isinstance(book, Textbook) for entry in book.mix]
+    return [*getattr(stage, "mix", ()), *written]
+
+
 def _parts(stage: Stage) -> Iterator[tuple[str, str]]:
     """(kind, name) of every part of a stage that is data."""
-    books = (getattr(stage, "corpus", None), getattr(stage, "textbook", None))
-    mixes: list[Sequence[TaskMix]] = [getattr(stage, "mix", ())]
-    mixes += [book.mix for book in books if isinstance(book, Textbook)]
     for kind, names in (
-        ("tasks", [entry.task for mix in mixes for entry in mix]),
+        ("tasks", [entry.task for entry in _mixes(stage)]),
         ("rewards", getattr(stage, "rewards", ())),
         ("curate", getattr(stage, "curate", ())),
     ):

@@ -228,7 +228,7 @@ def _item(items: list[Any], key: str, where: str) -> int:
 
 def _sentence(model: type[BaseModel], error: pydantic.ValidationError, where: str) -> UserError:
     """The first complaint as one sentence (and how many more there are)."""
-    problems = error.errors(include_url=False)
+    problems = _likeliest(model, error.errors(include_url=False))
     # a misspelt key is the cause of the key that is then missing
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
@@ -236,17 +236,51 @@ def _sentence(model: type[BaseModel], error: pydantic.ValidationError, where: st
     place = ".".join(_walk(model, loc)[1])
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
     if first["type"] == "extra_forbidden":
-        text = f'unknown key "{place}".{did_you_mean(loc[-1], _field_names(_walk(model, loc[:-1])[0]))}'
+        text = f'unknown key "{place}".{_instead(model, loc)}'
     elif first["type"] == "missing":
         text = f'"{place}" is missing.'
     elif first["type"] in ("value_error", "assertion_error"):
         text = f"{place}: {message}." if place else f"{message}."
+    elif first["type"] == "too_short":
+        text = (
+            f'"{place}" needs at least {first["ctx"]["min_length"]} item(s), and has {first["ctx"]["actual_length"]}.'
+        )
     elif place:
-        text = f'"{place}" {message.replace("Input should be", "must be")}, not {_short(first["input"])}.'
+        must = message.replace("Input should", "must").replace("String should", "must")
+        text = f'"{place}" {must}, not {_short(first["input"])}.'
     else:
         text = f"{message}."
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return UserError(f"{where}: {text}{more}")
+
+
+def _likeliest(model: type[BaseModel], problems: list[Any]) -> list[Any]:
+    """Where a value fits no member of a union, the complaints of the member that it is nearest to."""
+    for start in (loc for problem in problems for loc in [problem["loc"]]):
+        for depth in range(len(start)):
+            rivals = [problem for problem in problems if problem["loc"][:depth] == start[:depth]]
+            tags = list(dict.fromkeys(problem["loc"][depth] for problem in rivals if len(problem["loc"]) > depth))
+            if len(tags) < 2 or len(_choices(_walk(model, [str(part) for part in start[:depth]])[0])) < 2:
+                continue
+            by_tag = [[problem for problem in rivals if problem["loc"][depth] == tag] for tag in tags]
+            nearest = min(by_tag, key=_distance)
+            return _likeliest(model, [problem for problem in problems if problem not in rivals or problem in nearest])
+    return problems
+
+
+def _distance(problems: list[Any]) -> tuple[int, int, int]:
+    shape = sum(problem["type"] in ("extra_forbidden", "missing") for problem in problems)
+    return shape, len(problems), -max(len(problem["loc"]) for problem in problems)
+
+
+def _instead(model: type[BaseModel], loc: list[str]) -> str:
+    """What was probably meant by an unknown key: another name, or another form of what holds it."""
+    key, outer = loc[-1], _walk(model, loc[:-2])[0] if len(loc) > 2 else None
+    if loc[-2:-1] in [[member.__name__] for member in _choices(outer) if _is_model(member)]:
+        whole = _walk(model, loc[:-1])[1][-1]
+        if key in _field_names(outer):
+            return f' It belongs to another form of {whole}; give that whole: {whole}={{"{key}": ...}}.'
+    return did_you_mean(key, _field_names(_walk(model, loc[:-1])[0]))
 
 
 def _short(value: Any) -> str:
@@ -267,12 +301,13 @@ def _walk(annotation: Any, loc: list[str]) -> tuple[Any, list[str]]:
 def _step(annotation: Any, key: str) -> tuple[Any, bool]:
     """The annotation one step further: a field, an item, or (not written by a user) the member of a union."""
     members = _members(annotation)
+    if (
+        len(_choices(annotation)) > 1
+    ):  # the name of a member, as pydantic has it: a class, a tag, "int", "tuple[int, ...]"
+        return next((member for member in members if key in _tags(member)), None), False
     for member in members:
         if _is_model(member) and key in member.model_fields:
             return member.model_fields[key].annotation, True
-    for member in members:
-        if _is_model(member) and (key == member.__name__ or key in _tags(member)):
-            return member, False
     for member in members:
         if get_origin(member) in (tuple, list, dict):
             inner = [part for part in get_args(member) if part is not Ellipsis]
@@ -289,6 +324,11 @@ def _members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
+def _choices(annotation: Any) -> list[Any]:
+    """The members of a union, None aside; of anything else itself."""
+    return [member for member in _members(annotation) if member is not type(None)]
+
+
 def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
@@ -297,7 +337,10 @@ def _field_names(annotation: Any) -> list[str]:
     return [name for member in _members(annotation) if _is_model(member) for name in member.model_fields]
 
 
-def _tags(model: type[BaseModel]) -> set[str]:
-    """The values of a model's Literal fields: what a discriminated union calls it."""
-    fields = model.model_fields.values()
-    return {str(value) for field in fields for value in get_args(field.annotation) if isinstance(value, str)}
+def _tags(member: Any) -> set[str]:
+    """What pydantic's path calls a member of a union: a class by its name or by the value of a Literal field (of a
+    discriminated union), another type as it is written."""
+    if not _is_model(member):
+        return {str(member), getattr(member, "__name__", "")}
+    values = [value for field in member.model_fields.values() for value in get_args(field.annotation)]
+    return {member.__name__, *(value for value in values if isinstance(value, str))}

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from shoestring.core.config import Config
 from shoestring.core.errors import UserError
 from shoestring.train.configs_base import Compute as Compute
-from shoestring.train.configs_base import Decoding, ModelSpec, StageBase, TaskMix, Textbook, TextFiles, TrainBase
+from shoestring.train.configs_base import Decoding, ModelSpec, Name, StageBase, TaskMix, Textbook, TextFiles, TrainBase
 from shoestring.train.configs_base import Optim as Optim
 from shoestring.train.configs_base import is_store as is_store
 from shoestring.train.configs_base import is_teacher as is_teacher
@@ -155,7 +155,7 @@ Stage = Annotated[
 class Recipe(Config):
     """A road through stages, in order. `usd_per_hour` is the rate the bill is counted at."""
 
-    name: str
+    name: Name
     runs_as: str = ""  # the name its runs go by, when they are to be shared with another recipe; else `name`
     about: str = ""
     stages: tuple[Stage, ...]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from shoestring.core.config import Config
 from shoestring.core.errors import UserError
@@ -41,7 +41,7 @@ class Textbook(Config):
 class TextFiles(Config):
     """A corpus of the user's: .txt files (one document each) or .jsonl files with a "text" field."""
 
-    files: tuple[str, ...]
+    files: tuple[str, ...] = Field(min_length=1)
 
 
 class ModelSpec(Config):
@@ -51,18 +51,28 @@ class ModelSpec(Config):
     config: dict[str, Any]
 
 
+def _folder_name(name: str) -> str:
+    if not name or name[0] in "./-" or not name.isprintable() or "/" in name or "\\" in name or len(name) > 80:
+        raise ValueError(f"{name!r} becomes part of a folder's name: up to 80 characters, no slash, no dot in front")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_folder_name)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optim(Config):
     """The optimiser and its schedule. Defaults are DeepSeek-V3's (section 4.2) where it states them."""
 
     kind: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(0.1, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     warmup_steps: int = Field(20, ge=0)
     schedule: Schedule = "wsd"
-    final_ratio: float = 0.1
-    decay_share: float = 0.2
+    final_ratio: float = Field(0.1, ge=0)
+    decay_share: float = Field(0.2, ge=0, le=1)
 
 
 class Compute(Config):
@@ -109,7 +119,7 @@ def is_teacher(role: str) -> bool:
 class StageBase(Config):
     """What every stage has. `headline` stages are the final run; the others are controls, ablations, evaluation."""
 
-    name: str
+    name: Name
     inputs: dict[str, str] = {}
     headline: bool = True
     seed: int = 0

@@ -40,12 +40,18 @@ REFERENCE = "reference"  # folder beside the weights, when a KL term keeps a fro
 
 def make_model(spec: ModelSpec, *, vocab_size: int, seed: int) -> Decoder:
     """A new model of a family of `models/`, initialised from `seed`."""
+    part, config = described_model(spec, vocab_size=vocab_size)
+    model: Decoder = part.MODEL(config, generator=step_generator(seed, 7))
+    return model
+
+
+def described_model(spec: ModelSpec, *, vocab_size: int) -> tuple[Any, Any]:
+    """The family and the config of a model to be made. Raises UserError for what cannot be."""
     part = load_part("models", spec.family)
     if not hasattr(part, "MODEL"):
         raise UserError(f'"{spec.family}" is no model family; a family is a file of models/ with a MODEL and a CONFIG.')
     config = part.CONFIG.from_dict({**spec.config, "vocab_size": vocab_size}, where=f"model of family {spec.family}")
-    model: Decoder = part.MODEL(config, generator=step_generator(seed, 7))
-    return model
+    return part, config
 
 
 def checked_device(name: str) -> torch.device:

@@ -1,0 +1,7 @@
+"""`python -m shoestring`: the command line."""
+
+import sys
+
+from shoestring.cli import main
+
+sys.exit(main())

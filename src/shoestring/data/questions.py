@@ -108,7 +108,7 @@ def _from_file(path: Path, system: str | None, skipped: Skipped | None, largest:
         raise UserError(f'{path} holds no questions; each line is one, as in {{"question": "…"}}.')
 
 
-def _next(file: IO[bytes], largest: int, path: Path, number: int) -> bytes:
+def _next(file: IO[bytes] | gzip.GzipFile, largest: int, path: Path, number: int) -> bytes:
     try:
         return file.readline(largest + 1)
     except (EOFError, OSError, zlib.error) as error:
@@ -132,8 +132,8 @@ def _why(error: Exception) -> str:
 
 
 def _asked(line: bytes, plain: bool, system: str | None, number: int) -> Asked:
-    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-    row = {"question": text.strip()} if plain else json.loads(text)
+    said = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    row = {"question": said.strip()} if plain else json.loads(said)
     if b"\\u" in line or b"N" in line:  # half a character, or NaN, Infinity: no teacher could read them
         json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
     if not isinstance(row, dict):

@@ -170,11 +170,3 @@ typedef struct {
 #include "products.h"
 #include "attend.h"
 #include "step.h"
-
-int shoestring_paired(void) {
-#ifdef PAIRED
-    return 1;
-#else
-    return 0;
-#endif
-}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoestring.core.errors import UserError
-from shoestring.text.align import align, bytes_of_tokens
+from shoestring.text.align import align, align_pieces, bytes_of_tokens
 from shoestring.text.tokenizer import Tokenizer
 
 BOOK = "the quick brown fox said: 12 + 34 = 46, naïve café — 日本 🦊"
@@ -62,3 +62,30 @@ def test_sentencepiece_spelling() -> None:
     matcher.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
     matcher.add_tokens([AddedToken("<s>", special=True)])
     assert bytes_of_tokens(Tokenizer(matcher, config={}, chat_template=None)) == [b" a", b"\n", b"b", b"<s>"]
+
+
+def test_pieces_are_found_in_what_templates_write_around_them() -> None:
+    ours = [b"<think>", b"ab", b"c", b"</think>", b"x y", b"<|end|>", b"\n"]
+    theirs = [b" <think>", b"\n", b"a", b"bc", b"\n</", b"think>\n\n", b"x", b" y", b"</s>"]
+    groups, covered, behind = align_pieces([b"abc", b"x y"], ours, theirs)
+    assert groups == [(range(1, 3), range(2, 4)), (range(4, 5), range(6, 8))]
+    assert covered == 6 and behind == [5, 8]
+
+
+def test_a_token_over_the_edge_of_a_piece_is_in_no_group_but_for_white_space() -> None:
+    pair = (range(0, 1), range(0, 1))
+    groups, covered, behind = align_pieces([b"ab cd"], [b"ab", b" c", b"d."], [b"_ab", b" ", b"cd\n"])
+    assert groups == [] and covered == 0 and behind == [2, 2]
+    assert align_pieces([b"7"], [b"7"], [b" 7\n"])[0] == [pair]
+    assert align_pieces([b"ab cd"], [b"ab", b" c", b"d."], [b" ab", b" ", b"cd"])[0] == [pair]
+
+
+def test_words_that_a_side_changed_are_left_out() -> None:
+    """An emoji that is unknown to one side, letters that it composed."""
+    ours = ["one", " ", "🦊", " two", " cafe\u0301", " three"]
+    theirs = ["one", "<unk>", " two", " caf", "é", " thr", "ee"]
+    text = "".join(ours).encode()
+    sides = [[token.encode() for token in side] for side in (ours, theirs)]
+    groups, covered, behind = align_pieces([text], *sides)
+    assert groups == [(range(0, 1),) * 2, (range(3, 4), range(2, 3)), (range(5, 6), range(5, 7))]
+    assert covered == len("one two three") and behind == [6, 7]

@@ -1,6 +1,7 @@
 """Lessons across tokenizers: one answer, written in the student's tokens and in each teacher's, aligned by its bytes.
 
-Each side reads the question in its own template; only answers are aligned, end token to end token. For
+Each side reads the question in its own template; only thinking and answer are aligned, whatever the templates write
+around them, and end token with end token. For
 `universal_logit` the distributions are compared where a group of tokens begins, for there both have read the same text;
 for `span_likelihood` every group is a span. With several teachers a group is one text for all of them. Left out: hybrid
 matching of shared tokens.
@@ -21,7 +22,7 @@ from shoestring.losses._several import Several
 from shoestring.losses._targets import Targets
 from shoestring.losses._teacher import Hidden, Spans
 from shoestring.nn.head import token_logprobs
-from shoestring.text.align import Group, align, bytes_of_tokens
+from shoestring.text.align import Group, align_pieces, bytes_of_tokens
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import DistillStage
 from shoestring.train.context import Context, derived_seed
@@ -83,7 +84,15 @@ class AcrossLesson:
         ctx.run.note(teachers=sorted({t.teacher for t in traces}), licences=sorted({t.licence for t in traces}))
         sides = [(tokenizer, bytes_of_tokens(tokenizer)), *((t.tokenizer, t.spelling) for t in self.teachers)]
         self.read = 0.0
-        self.pairs = [_pair(trace, sides) for trace in traces]
+        self.pairs = [pair for trace in traces if (pair := _pair(trace, sides)) is not None]
+        lost = len(traces) - len(self.pairs)
+        ctx.run.note(unaligned=lost)
+        if 2 * lost >= len(traces):
+            raise UserError(
+                f"{ctx.run.name}: student and teacher write {lost} of {len(traces)} answers as different text (their "
+                "tokenizers or chat templates change it), so their tokens cannot be aligned; give both the same "
+                "template for answers."
+            )
         self.tables: list[Tensor] = []
 
     def examples(self, state: TrainState) -> tuple[list[Example], dict[str, float]]:
@@ -124,22 +133,25 @@ class AcrossLesson:
         return self.read
 
 
-def _pair(trace: Trace, sides: Sequence[tuple[Tokenizer, list[bytes]]]) -> tuple[list[Example], list[Group]]:
-    """The trace in every tokenization, the student's first, and the groups by place in each."""
+def _pair(trace: Trace, sides: Sequence[tuple[Tokenizer, list[bytes]]]) -> tuple[list[Example], list[Group]] | None:
+    """The trace in every tokenization, the student's first, and the groups by place in each; None without any."""
     versions = [trace_example(trace, tokenizer, exact=False) for tokenizer, _ in sides]
     said = [[place for place, weight in enumerate(version.weight) if weight] for version in versions]
     if not all(said):
         raise UserError(f"trace {trace.id} holds no answer; curate the traces, for one with `correct`.")
-    ended = {v.ids[places[-1]] == t.end_id for v, places, (t, _) in zip(versions, said, sides, strict=True)}
-    if len(ended) > 1:
-        raise UserError("one chat template does not end an answer with its eos_token; give both one that does.")
-    cut = -1 if True in ended else None
-    spelt = [
-        [table[v.ids[p]] for p in places[:cut]] for v, places, (_, table) in zip(versions, said, sides, strict=True)
+    pieces = [text.strip().encode() for text in (trace.thinking or "", trace.answer) if text.strip()]
+    spelt = [[table[v.ids[p]] for p in places] for v, places, (_, table) in zip(versions, said, sides, strict=True)]
+    groups, covered, behind = align_pieces(pieces, *spelt)
+    if not covered:
+        return None
+    ends = [
+        [n for n in range(start, len(places)) if v.ids[places[n]] == tokenizer.end_id]
+        for v, places, start, (tokenizer, _) in zip(versions, said, behind, sides, strict=True)
     ]
-    groups = align(*spelt)
-    if cut:
-        groups.append(tuple(range(len(places) - 1, len(places)) for places in said))
+    if len({bool(found) for found in ends}) > 1:
+        raise UserError("one chat template does not end an answer with its eos_token; give both one that does.")
+    if all(ends):
+        groups.append(tuple(range(found[0], found[0] + 1) for found in ends))
     return versions, [
         tuple(range(places[g.start], places[g.stop - 1] + 1) for g, places in zip(group, said, strict=True))
         for group in groups

@@ -236,8 +236,8 @@ def _says(words: str, stage: Any, root: Path) -> None:
 def test_a_teacher_of_another_tokenizer_teaches(
     way: str, options: dict[str, Any], student: Path, folder: Path, traces: Path, tmp_path: Path
 ) -> None:
-    """A teacher that reads nearly bytes, a student that reads words: the loss falls, and the run repeats. Their templates
-    need not agree: the teacher's knows no thinking and writes a line behind an answer."""
+    """A teacher that reads nearly bytes, a student that reads words: the loss falls, and the run repeats. Their
+    templates need not agree: the teacher's knows no thinking and writes a line behind an answer."""
     small = Tokenizer.train(["0123456789 abc"], 256)
     if way == "span_likelihood":
         small.chat_template = (

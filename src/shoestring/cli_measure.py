@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from shoestring.cli_exchange import measure_exchange
-from shoestring.cli_timed import Bench, samples, timed
+from shoestring.cli_timed import ROUNDS, Bench, samples, timed
 from shoestring.core.errors import UserError
 from shoestring.cost.calibrate import Calibration, Exchange, Step
+from shoestring.cost.laws import Sample
 from shoestring.nn.choose import choose_kernels, label
 from shoestring.nn.kernels import Kernels
 from shoestring.train.machine import keep_freed_memory
@@ -99,6 +100,27 @@ def real_steps(bench: Bench, cases: tuple[Any, ...] = STEPS, rounds: int = 2, ea
     return [(shapes[i], case[-2], case[-1], best[i]) for i, case in enumerate(cases)]
 
 
+def in_rounds(bench: Bench, cases: tuple[Any, ...], rounds: int) -> tuple[tuple[Sample, ...], list[Step]]:
+    """Parts and real steps in the same rounds, the least of each.
+
+    A processor has faster and slower minutes. Parts timed in one and steps in another disagree by as much, and the
+    multipliers can make that good for large models only: products are most of those, and calls of small ones.
+    """
+    parts: tuple[Sample, ...] = ()
+    steps: list[Step] = []
+    for _ in range(rounds):
+        parts = tuple(_quieter(parts, samples(bench, rounds=1)))
+        steps = _quieter(steps, real_steps(bench, cases, 1))
+    return parts, steps
+
+
+def _quieter(before: Sequence[Any], now: Sequence[Any]) -> list[Any]:
+    """Rows whose last entry is seconds: the lesser of both."""
+    if not before:
+        return list(now)
+    return [(*new[:-1], min(old[-1], new[-1])) for old, new in zip(before, now, strict=True)]
+
+
 def chosen_kernels(device: str, dtype: str = "float32") -> Kernels:
     """What training would choose here for a small V3 model in this format, experts one after another."""
     config = step_model("moe", 256, 2, 8, 512, 8, 512).config
@@ -136,10 +158,10 @@ def together(device: torch.device) -> int:
     return max(1, len(os.sched_getaffinity(0)) // torch.get_num_threads())
 
 
-def bare(bench: Bench) -> Calibration:
+def bare(bench: Bench, parts: tuple[Sample, ...]) -> Calibration:
     """The parts of a step, without real steps and messages."""
     return Calibration(
-        host=name_of(bench.device), threads=torch.get_num_threads(), samples=samples(bench),
+        host=name_of(bench.device), threads=torch.get_num_threads(), samples=parts,
         bandwidth=bandwidth(bench.device), memory_bytes=memory_of(bench.device), device=bench.device.type,
         devices=together(bench.device), kernels=f"{label(bench.kernels)} {bench.kernels.elements}",
     )  # fmt: skip
@@ -155,13 +177,12 @@ def measure(
     exchange = Exchange(1, "", (), "left out by --no-messages")
     if messages:
         exchange = measure_exchange(device, max(2, together(bench.device)))
-    found = replace(bare(bench), exchange=exchange)
-    return found.fitted(real_steps(bench)) if steps else found
+    parts, taken = in_rounds(bench, STEPS, ROUNDS) if steps else (samples(bench), [])
+    return replace(bare(bench, parts), exchange=exchange).fitted(taken)
 
 
 def measured_with(cases: tuple[Any, ...], rounds: int, fitted: int) -> tuple[Calibration, list[Step]]:
     """The CPU fitted to the first cases' real steps, and the steps of all cases, timed in the same rounds."""
     bench = make_bench()
-    found = bare(bench)
-    steps = real_steps(bench, cases, rounds)
-    return found.fitted(steps[:fitted]), steps
+    parts, steps = in_rounds(bench, cases, rounds)
+    return bare(bench, parts).fitted(steps[:fitted]), steps

@@ -167,11 +167,12 @@ def _plan_table(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output")] = False,
 ) -> None:
     def work() -> None:
+        from shoestring.cost.rows import NEEDED
         from shoestring.cost.show_plan import table_text
         from shoestring.cost.table import predict_table
         from shoestring.cost.tables import read_rows
 
-        document = predict_table(read_rows(file))
+        document = predict_table(read_rows(file, NEEDED))
         _json(document) if as_json else print(table_text(document))
 
     _guarded(work)

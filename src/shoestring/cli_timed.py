@@ -227,11 +227,13 @@ class Bench:
         return timed(once, self.repeats, self.device)
 
 
-def samples(bench: Bench, grid: dict[str, tuple[tuple[int, ...], ...]] | None = None) -> tuple[Sample, ...]:
-    """Every part of the grid at every size: the best of `ROUNDS`, in turn, so that a slow moment spoils no size."""
+def samples(
+    bench: Bench, grid: dict[str, tuple[tuple[int, ...], ...]] | None = None, rounds: int = ROUNDS
+) -> tuple[Sample, ...]:
+    """Every part of the grid at every size: the best of the rounds, in turn, so that a slow moment spoils no size."""
     cases = [(part, sizes) for part, rows in (GRID if grid is None else grid).items() for sizes in rows]
     best = [float("inf")] * len(cases)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for i, (part, sizes) in enumerate(cases):
             best[i] = min(best[i], getattr(bench, part)(*sizes))
     return tuple((part, tuple(map(float, sizes)), t) for (part, sizes), t in zip(cases, best, strict=True))

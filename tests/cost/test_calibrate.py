@@ -217,6 +217,7 @@ def test_plan_on_a_measured_machine():
 
 def test_page_is_whole_and_alone():
     html = render(plan("llama-3.1-8b", 1e12, "64xH100", frontier=True))
+    assert html.count("<svg") == html.count('<div class="wide"><svg') == html.count("</svg></div>") > 3  # for phones
     for words in ("The bill", "What moves it", "Pipeline", "Memory of the fullest chip", "Dollars against days",
                   "Among published runs", "What if", "Every constant"):  # fmt: skip
         assert words in html

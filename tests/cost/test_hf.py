@@ -40,6 +40,9 @@ CONFIGS = {
     "qwen3": {"num_key_value_heads": 2, "head_dim": 32},
     "qwen3_moe": {"num_key_value_heads": 2, "head_dim": 32, "num_experts": 6, "num_experts_per_tok": 2,
                   "moe_intermediate_size": 40},
+    "glm4_moe": {"num_key_value_heads": 2, "head_dim": 32, "attention_bias": True, "use_qk_norm": True,
+                 "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+                 "first_k_dense_replace": 1},
     "gpt_oss": {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2},
     "olmo2": {"num_key_value_heads": 2},
@@ -83,12 +86,30 @@ BASE = json.loads(json.dumps(SMALL | CONFIGS["llama"] | {"model_type": "llama"})
         ({"vocab_size": -5}, "vocab_size is -5"),
         ({"layer_types": ["full_attention"]}, "1 entries for 3 layers"),
         ({"num_local_experts": 4, "num_experts_per_tok": 9}, "9 active of 4"),
+        ({"num_local_experts": 4, "num_experts_per_tok": 1, "first_k_dense_replace": 9}, "9 exceeds num_hidden_layers"),
+        ({"model_type": "bert", "type_vocab_size": 2}, "is an encoder"),
+        ({"model_type": "ernie4_5_moe", "moe_num_experts": 64}, '"moe_num_experts" says of experts'),
+        ({"model_type": "llama4_text", "num_local_experts": 16, "intermediate_size_mlp": 320}, "says of experts"),
     ],
 )
 def test_bad_configs(changes, words):
     with pytest.raises(UserError, match=words) as caught:
         shape_from_hf(BASE | changes)
     assert str(caught.value).startswith("config.json")
+
+
+def test_what_is_taken_for_granted_is_said():
+    """GLM-4.5-Air's published sizes are read, V3.2's sparse attention is named and not passed over in silence."""
+    air = shape_from_hf({
+        "model_type": "glm4_moe", "hidden_size": 4096, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+        "num_hidden_layers": 46, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128,
+        "n_shared_experts": 1, "n_routed_experts": 128, "num_experts_per_tok": 8, "first_k_dense_replace": 1,
+        "vocab_size": 151552, "num_nextn_predict_layers": 1, "attention_bias": True, "use_qk_norm": False,
+    })  # fmt: skip
+    assert air.dense_layers == 1 and not air.note and air.params().total == pytest.approx(106.85e9, rel=1e-4)
+    latent = SMALL | CONFIGS["deepseek_v3"] | {"model_type": "deepseek_v32", "index_topk": 2048}
+    assert "indexer is not counted" in shape_from_hf(latent).note
+    assert not shape_from_hf(latent | {"index_topk": None}).note
 
 
 def test_bad_files(tmp_path):

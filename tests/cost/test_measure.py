@@ -31,8 +31,8 @@ REAL, BANDWIDTH, SAMPLES = cli_measure.real_steps, cli_measure.bandwidth, cli_ti
 @pytest.fixture
 def small(monkeypatch):
     """Few and small measurements; everything else is what a user runs."""
-    monkeypatch.setattr(cli_measure, "samples", lambda bench: SAMPLES(bench, GRID))
-    monkeypatch.setattr(cli_measure, "real_steps", lambda bench: REAL(bench, SMALL))
+    monkeypatch.setattr(cli_measure, "samples", lambda bench, rounds=2: SAMPLES(bench, GRID, rounds))
+    monkeypatch.setattr(cli_measure, "real_steps", lambda bench, cases, rounds: REAL(bench, SMALL, rounds))
     monkeypatch.setattr(cli_measure, "bandwidth", lambda device: BANDWIDTH(device, 1_000_000))
     monkeypatch.setattr(cli_measure, "measure_exchange", lambda device, n: EXCHANGE(device, n, (1 << 12, 1 << 16)))
 
@@ -69,6 +69,26 @@ def test_the_verb_measures_and_its_file_plans(small, tmp_path):
     assert planned["step_s"] == pytest.approx(taken, rel=2.0), sys.platform  # same machine, same minute; neighbours too
     too_many = CliRunner().invoke(app, [*words, "--on", "4096"])
     assert too_many.exit_code == 2 and "compute at once" in too_many.output
+
+
+def test_parts_and_steps_are_measured_in_the_same_minutes(monkeypatch):
+    """In turn, and the least of each: else a slow minute makes all parts slower than the steps they make up."""
+    told = []
+    times = iter([5.0, 50.0, 4.0, 60.0])
+
+    def parts(bench, rounds):
+        told.append(("parts", rounds))
+        return (("linear", (1.0, 2.0, 3.0), next(times)),)
+
+    def steps(bench, cases, rounds):
+        told.append(("steps", rounds))
+        return [("a shape", 4, 32, next(times))]
+
+    monkeypatch.setattr(cli_measure, "samples", parts)
+    monkeypatch.setattr(cli_measure, "real_steps", steps)
+    found = cli_measure.in_rounds(None, SMALL, 2)
+    assert told == [("parts", 1), ("steps", 1)] * 2
+    assert found == ((("linear", (1.0, 2.0, 3.0), 4.0),), [("a shape", 4, 32, 50.0)])
 
 
 def test_every_part_is_timed_in_the_order_of_its_sizes():

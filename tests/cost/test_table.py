@@ -21,7 +21,7 @@ from shoestring.cost.table import (
     summary,
     winkler,
 )
-from shoestring.cost.tables import read_rows, shipped_rows
+from shoestring.cost.tables import number, read_rows, shipped_rows
 
 # effective causal utilisation implied by each row (shares of the 16-bit peak)
 EFFECTIVE = {
@@ -166,7 +166,8 @@ def test_empty_cells_widen():
     [
         ({"chip": "H101"}, "unknown chip"), ({"chip": ""}, "chip is empty"), ({"tokens": "many"}, 'tokens is "many"'),
         ({"gpu_hours": "-5"}, "must be positive"), ({"n_layers": "-3"}, "cannot be negative"),
-        ({"tokens": "inf"}, "finite"),
+        ({"tokens": "inf"}, "finite"), ({"n_chips": "8.5"}, "must be a whole number"),
+        ({"tokens": "12x"}, '"12x"'), ({"tokens": "1,5"}, '"1,5"'),
     ],
 )  # fmt: skip
 def test_bad_cells(changes, words):
@@ -181,6 +182,35 @@ def test_bad_files(tmp_path):
     (tmp_path / "a.csv").write_text("id,chip\nx\n")
     with pytest.raises(UserError, match="number of cells"):
         read_rows(tmp_path / "a.csv")
+
+
+def test_tables_of_other_hands(tmp_path):
+    """Marks before the header, carriage returns, semicolons, tabs, capitals, spaces, empty lines: the same rows."""
+    file = tmp_path / "a.csv"
+    texts = (
+        "id,chip,tokens\nx,H100,1e12\n", "\ufeffid,chip,tokens\r\nx,H100,1e12\r\n,,\r\n",
+        "id;chip;tokens\nx;H100;1e12\n",
+        "ID ,Chip, Tokens\nx,H100,1e12\n\n", "id\tchip\ttokens\nx\tH100\t1e12\n",
+    )  # fmt: skip
+    for text in texts:
+        file.write_bytes(text.encode())
+        assert read_rows(file, ("id", "chip")) == [{"id": "x", "chip": "H100", "tokens": "1e12"}], text
+    file.write_text("name,chip\nx,H100\n")
+    with pytest.raises(UserError, match='has no column "id"'):
+        read_rows(file, ("id", "chip"))
+
+
+def test_cells_with_separators_and_units():
+    cells = {
+        "1,000": 1e3,
+        "14.8T": 14.8e12,
+        "160K": 160e3,
+        "2.788m": 2.788e6,
+        "$5.576M": 5.576e6,
+        " 5e11 ": 5e11,
+        "": None,
+    }
+    assert {text: number({"id": "x", "tokens": text}, "tokens") for text in cells} == cells
 
 
 def test_scores():

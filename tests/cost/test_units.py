@@ -19,7 +19,7 @@ def test_money_and_time():
     assert parse_hours("60d") == 1440 and parse_hours("12h") == 12 and parse_hours(2) == 48
 
 
-@pytest.mark.parametrize("text", ["", "abc", "-1", "0", "nan", "inf", "12X", "1.2.3"])
+@pytest.mark.parametrize("text", ["", "abc", "-1", "0", "nan", "inf", "12X", "1.2.3", "14,8T", "1,00"])
 def test_bad_counts(text):
     with pytest.raises(UserError):
         parse_count(text, "tokens")

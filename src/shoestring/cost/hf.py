@@ -1,8 +1,9 @@
 """A ModelShape from a Hugging Face config.json, read and never executed.
 
 Families: deepseek_v2, deepseek_v3 (also Kimi K2, Moonlight), llama, mistral, mixtral, qwen2, qwen2_moe, qwen3,
-qwen3_moe, gpt_oss, olmo, olmo2, olmoe, gemma, gemma2, phi3, gpt_neox, gpt2, falcon, bloom, gpt_bigcode. Another
-model_type with the usual Llama keys is read as Llama, and said to be so. Left out: vision and audio towers (of a
+qwen3_moe, gpt_oss, glm4_moe, olmo, olmo2, olmoe, gemma, gemma2, phi3, gpt_neox, gpt2, falcon, bloom, gpt_bigcode.
+Another model_type with the usual Llama keys is read as Llama, and said to be so; encoders, and experts under names that
+are not known, are refused. Left out: vision and audio towers (of a
 composite config the text_config is read), linear-attention and state-space layers.
 """
 
@@ -18,7 +19,7 @@ from shoestring.cost.shape import ModelShape
 
 MLA_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "deepseek_v32", "longcat_flash", "minicpm3")
 LLAMA_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gpt_oss", "olmo", "olmo2",
-               "olmoe", "gemma", "gemma2", "phi3", "granite", "smollm3", "cohere")  # fmt: skip
+               "olmoe", "gemma", "gemma2", "phi3", "granite", "smollm3", "cohere", "glm4_moe")  # fmt: skip
 OLD_TYPES = ("gpt2", "gpt_bigcode", "gpt_neox", "falcon", "bloom")
 NO_ATTENTION = ("ssm_cfg", "state_size", "mamba_d_state", "ssm_state_size", "linear_num_key_heads", "attn_layer_period",
                 "layers_block_type", "hybrid_override_pattern")  # fmt: skip
@@ -70,22 +71,38 @@ def shape_from_hf(config: Mapping[str, Any], origin: str = "config.json") -> Mod
             raise UserError(f'{origin}: key "{key}" tells of layers without attention, whose cost is not known here.')
     try:
         if keys.kind in MLA_TYPES or config.get("kv_lora_rank"):
-            known = (
-                ""
-                if keys.kind in MLA_TYPES
-                else f'model_type "{keys.kind}" is not known: its keys are read as DeepSeek\'s'
-            )
-            return _latent(keys).with_(note=known)
+            return _latent(keys).with_(note=_latent_note(keys))
         if keys.kind in OLD_TYPES:
             return _older(keys)
         if keys.kind in (*LLAMA_TYPES, ""):
             return _llama(keys)
         if {"hidden_size", "num_attention_heads"} <= set(config):
+            _known_parts(keys)
             return _llama(keys).with_(note=f'model_type "{keys.kind}" is not known: its keys are read as Llama\'s')
     except UserError as error:
         raise UserError(str(error).replace("model shape:", f"{origin}:")) from None
     known = ", ".join((*MLA_TYPES[:2], *LLAMA_TYPES, *OLD_TYPES))
     raise UserError(f'{origin}: model_type "{keys.kind}" is not known and its keys are not Llama\'s; known: {known}.')
+
+
+def _latent_note(keys: _Keys) -> str:
+    """What is taken for granted of a config with latent attention."""
+    if keys.config.get("index_topk"):
+        return "sparse attention (index_topk): its indexer is not counted, and attention is priced over all tokens"
+    return "" if keys.kind in MLA_TYPES else f'model_type "{keys.kind}" is not known: its keys are read as DeepSeek\'s'
+
+
+def _known_parts(keys: _Keys) -> None:
+    """Raises UserError for an unknown type that Llama's keys cannot tell: an encoder, experts by other names."""
+    config = keys.config
+    if config.get("is_encoder_decoder") or config.get("type_vocab_size"):
+        raise UserError(f'{keys.origin}: model_type "{keys.kind}" is an encoder; only decoders are known here.')
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    others = ("interleave_moe_layer_step", "intermediate_size_mlp")  # Llama 4: layers of two kinds
+    strange = [k for k, v in config.items() if ("expert" in k or "moe" in k) and type(v) in (int, list) and v]
+    if strange and (not any(config.get(name) for name in names) or any(config.get(k) for k in others)):
+        raise UserError(f'{keys.origin}: model_type "{keys.kind}" is not known, nor what its "{strange[0]}" says of '
+                        "experts; give the sizes in a known type's keys.")  # fmt: skip
 
 
 def load_config(path: Path) -> ModelShape:
@@ -141,11 +158,12 @@ def _llama(keys: _Keys) -> ModelShape:
     heads = common["heads"]
     bias = keys.flag("attention_bias", kind in ("gpt_oss",))
     routed = keys.size("num_local_experts", "num_experts", "n_routed_experts", default=0)
-    per_head = kind in ("qwen3", "qwen3_moe")
+    per_head = kind in ("qwen3", "qwen3_moe") or (kind == "glm4_moe" and keys.flag("use_qk_norm"))
     return ModelShape(
         **common, kv_heads=keys.size("num_key_value_heads", default=heads), head_dim=keys.size("head_dim", default=0),
         ffn=keys.size("intermediate_size", default=0 if routed else None),
-        qkv_bias=bias or kind in ("qwen2", "qwen2_moe"), out_bias=bias, ffn_bias=keys.flag("mlp_bias"),
+        qkv_bias=bias or kind in ("qwen2", "qwen2_moe"), ffn_bias=keys.flag("mlp_bias"),
+        out_bias=bias and kind != "glm4_moe",
         qk_norm="head" if per_head else "full" if kind in ("olmoe", "olmo2") else "none",
         norms_per_layer=4 if kind == "gemma2" else 2, sinks=kind == "gpt_oss",
         mtp_layers=keys.size("num_nextn_predict_layers", default=0),
@@ -158,13 +176,18 @@ def _llama_experts(keys: _Keys, routed: int) -> dict[str, Any]:
     width = keys.size("moe_intermediate_size", "intermediate_size")
     step = max(1, keys.size("decoder_sparse_step", default=1))
     only_dense = keys.config.get("mlp_only_layers") or []
-    moe = sum(1 for i in range(layers) if i not in only_dense and (i + 1) % step == 0)
+    first = keys.size("first_k_dense_replace", default=0)
+    if first > layers:
+        raise UserError(f"{keys.origin}: first_k_dense_replace {first} exceeds num_hidden_layers {layers}.")
+    moe = sum(1 for i in range(first, layers) if i not in only_dense and (i + 1) % step == 0)
     shared = keys.size("shared_expert_intermediate_size", default=0)
     gpt_oss = kind == "gpt_oss"
     return {
         "n_routed": routed, "n_active": keys.size("num_experts_per_tok", "experts_per_token"), "expert_ffn": width,
         "n_shared": 1 if shared else keys.size("n_shared_experts", default=0), "shared_ffn": shared,
         "shared_gate": bool(shared), "dense_layers": layers - moe, "expert_bias": gpt_oss, "router_bias": gpt_oss,
+        "gate_bias": kind == "glm4_moe", "n_group": keys.size("n_group", default=1) or 1,
+        "topk_group": keys.size("topk_group", default=1) or 1,
     }  # fmt: skip
 
 

@@ -32,7 +32,8 @@ td.n{text-align:right;white-space:nowrap}.big{display:flex;gap:2rem;flex-wrap:wr
 .small,.dim{color:var(--dim);font:13px/1.4 system-ui,sans-serif}svg{width:100%;height:auto;font:12px system-ui,sans-serif}
 svg text{fill:var(--ink)}svg text[fill]{fill:#fff}svg .dim{fill:var(--dim)}svg .line{stroke:var(--ink)}
 label{display:block;font:14px system-ui,sans-serif;margin:.4rem 0}input[type=range]{width:60%;vertical-align:middle}select{font:inherit}.no{color:var(--dim)}
-.wide{overflow-x:auto}"""
+.wide{overflow-x:auto}
+@media(max-width:640px){.wide svg{width:640px}td.n{white-space:normal}.big{gap:1rem}body{margin-top:1.2rem}table{font-size:13px}td,th{padding:.3rem .25rem}td:last-child{overflow-wrap:anywhere}td.n:last-child{overflow-wrap:normal}}"""
 SLIDERS = """<form id="s" aria-label="what if"></form><p id="o" class="big" aria-live="polite"></p><p class="small">Chip-hours = tokens x FLOPs a token / (16-bit peak x utilisation). Choosing a model or a chip keeps the utilisation: compare models of like kind, or plan them anew.</p><script>
 const d=DATA,form=document.getElementById("s"),v={model:d.model,chip:d.chip,tokens:d.tokens/1e12,chips:d.chips,mfu:d.mfu*100,price:d.price};
 function n(x){for(const[s,u]of[[1e12,"T"],[1e9,"B"],[1e6,"M"],[1e3,"K"]])if(x>=s)return(x/s).toPrecision(3)+u;return x.toPrecision(3)}
@@ -71,7 +72,7 @@ def _pipeline(answer: Plan) -> str:
     rows = [(name, _idle(name, layout.pp, step.chunk)) for name in ORDERS if name != "dualpipe" or layout.pp % 2 == 0]
     table = "".join(f'<tr><td>{name}</td><td class="n">{seconds:.3g} s</td></tr>' for name, seconds in rows)
     head = f"<tr><th>schedule</th><th>idle time of a rank, {layout.pp} ranks with even stages</th></tr>"
-    return f'<div class="wide">{drawings.timetable(cells, ranks)}</div><p class="small">{words}</p><table>{head}{table}</table>'
+    return f'{drawings.timetable(cells, ranks)}<p class="small">{words}</p><table>{head}{table}</table>'
 
 
 def _idle(schedule: str, p: int, chunk: dict[str, float]) -> float:
@@ -184,9 +185,14 @@ def render(answer: Plan) -> str:
         ("Among published runs", _published(answer)), ("What if", _what_if(answer)),
         ("Every constant, with its source", _sources(answer)),
     ]  # fmt: skip
-    body = "".join(f"<h2>{name}</h2>{html}" for name, html in sections if html)
+    body = "".join(f"<h2>{name}</h2>{_scrolled(html)}" for name, html in sections if html)
     top = f'<h1>{title}</h1><p>{head}</p><div class="big">{"".join(figures)}</div><p class="small">Figures in small type are 80% intervals.</p>'
     return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style></head><body>{top}{body}</body></html>\n'
+
+
+def _scrolled(html: str) -> str:
+    """Drawings in boxes of their own, which scroll on a narrow screen: shrunk to it their words cannot be read."""
+    return html.replace("<svg", '<div class="wide"><svg').replace("</svg>", "</svg></div>")
 
 
 def write_report(answer: Plan, path: Path) -> None:

@@ -61,6 +61,8 @@ def _whole(row: Mapping[str, str], column: str) -> int:
     value = number(dict(row), column)
     if value is not None and value < 0:
         raise UserError(f'row "{row.get("id", "?")}": {column} is {value:g}; it cannot be negative.')
+    if value is not None and value != int(value):
+        raise UserError(f'row "{row.get("id", "?")}": {column} is {value:g}; it must be a whole number.')
     return int(value or 0)
 
 

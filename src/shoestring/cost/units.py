@@ -15,6 +15,11 @@ HOURS = {"h": 1.0, "hour": 1.0, "hours": 1.0, "d": 24.0, "day": 24.0, "days": 24
 NUMBER = re.compile(r"^([+-]?(?:\d[\d,_]*\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z]*)$", re.IGNORECASE)
 
 
+def ungrouped(text: str) -> str:
+    """'2,048' -> '2048'. A comma before anything but three digits stays: '14,8' is not 148."""
+    return re.sub(r"[,_](?=\d{3}(?!\d))", "", text)
+
+
 def parse_count(
     text: str | float, what: str = "number", like: str = "14.8T, 500B, 2.5M or 3000", most: float = math.inf
 ) -> float:
@@ -27,7 +32,10 @@ def parse_count(
         unit = WORDS.get(unit, unit)
         if not match or unit not in SCALES:
             raise UserError(f'{what} "{text}" is not a number; write it like {like}.')
-        value = float(match.group(1).replace(",", "").replace("_", "")) * SCALES[unit]
+        plain = ungrouped(match.group(1))
+        if "," in plain:
+            raise UserError(f'{what} "{text}" is not a number: a decimal point is a dot, write it like {like}.')
+        value = float(plain) * SCALES[unit]
     if not math.isfinite(value) or value <= 0:
         raise UserError(f"{what} is {text}; it must be a positive, finite number.")
     if value > most:

@@ -310,6 +310,23 @@ def test_diff(call, runs):
     assert call("runs", "--runs", str(runs.root), "diff", runs.sft.name, runs.sft.name)[1] == "They do not differ.\n"
 
 
+def test_a_diff_pairs_files_by_name_and_tells_empty_from_nothing(call, tmp_path):
+    def make(options, names):
+        run = Run.open(tmp_path, stage="rl", recipe="r", config=Stage(options=options))
+        for name in names:
+            (run.path / name).write_text(f"{name} {options}")
+        with run.attempt():
+            run.finish(outputs=[run.path / name for name in names], headline_metric=None, cost={})
+        return run
+
+    first, second = make({}, ["b.txt"]), make({"kl": 0.1}, ["a.txt", "b.txt"])
+    code, out, _ = call("runs", "--runs", str(tmp_path), "diff", first.name, second.name)
+    assert code == 0
+    assert re.search(r"config\.options +\(empty\) +-", out)
+    assert re.search(r"outputs\.a\.txt\.path +- +a\.txt", out)
+    assert "outputs.b.txt.path" not in out and "outputs.b.txt.sha256" in out
+
+
 def test_an_empty_folder_of_runs(call, tmp_path):
     code, _, err = call("runs", "--runs", str(tmp_path))
     assert code == 2

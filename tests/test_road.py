@@ -64,6 +64,7 @@ def test_an_input_that_is_nowhere_is_said_before_any_work(tmp_path: Path) -> Non
     [
         ("teacher-rl.mix.0.task=question", 'Did you mean "questions"'),
         ('teacher-rl.rewards={"corect": 1.0}', 'Did you mean "correct"'),
+        ("teacher-rl.rewards={}", "needs at least 1 item(s)"),
         ('ask.curate=["dedupe"]', 'Did you mean "dedup"'),
         ("teacher-pretrain.model.family=deepseak", 'Did you mean "deepseek"'),
         ("tokenizer.corpus.mix.0.task=absent.py", "There is no file absent.py"),
@@ -76,8 +77,8 @@ def test_an_input_that_is_nowhere_is_said_before_any_work(tmp_path: Path) -> Non
 )
 def test_unknown_parts_are_said_before_any_work(tmp_path: Path, change: str, sentence: str) -> None:
     """Wherever on the road they stand: not when their stage is reached."""
-    recipe = resolve_recipe("quickstart", ["size=smoke", f"stages.{change}"])
     with pytest.raises(UserError) as error:
+        recipe = resolve_recipe("quickstart", ["size=smoke", f"stages.{change}"])
         run_recipe(recipe, tmp_path, quiet=True)
     assert sentence in str(error.value) and "\n" not in str(error.value)
     assert not runs_tree(tmp_path)

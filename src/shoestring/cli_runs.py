@@ -113,7 +113,8 @@ def diff(
     sides = [find(root, name) for name in (first, second)]
     left, right = (flat({"config": run.config, **run.manifest}) for run in sides)
     keys = [key for key in dict.fromkeys([*left, *right]) if left.get(key) != right.get(key)]
-    rows = [{"field": key, sides[0].name: left.get(key), sides[1].name: right.get(key)} for key in keys]
+    rows = [{"field": key, **{run.name: _said(side, key) for run, side in zip(sides, (left, right), strict=True)}}
+            for key in keys]  # fmt: skip
     if json:
         emit_json(
             {"schema": 1, "runs": [run.name for run in sides], "differ": {k: [left.get(k), right.get(k)] for k in keys}}
@@ -122,6 +123,11 @@ def diff(
         print_table(rows)
     else:
         print("They do not differ.")
+
+
+def _said(side: dict[str, Any], key: str) -> Any:
+    """A value beside another that differs from it: an empty list is not the same as nothing."""
+    return "(empty)" if side.get(key) in ([], {}, "") else side.get(key)
 
 
 def find(root: Path, name: str) -> Run:
@@ -141,8 +147,8 @@ def find(root: Path, name: str) -> Run:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": [1]}} as {"a.b.0": 1}."""
-    items = value.items() if isinstance(value, dict) else enumerate(value)
+    """{"a": {"b": [1]}} as {"a.b.0": 1}; items of a list that have a path go by its last part, not by their place."""
+    items = value.items() if isinstance(value, dict) else _numbered(value)
     leaves: dict[str, Any] = {}
     for key, item in items:
         if isinstance(item, dict | list) and item:
@@ -150,3 +156,10 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         else:
             leaves[f"{prefix}{key}"] = item
     return leaves
+
+
+def _numbered(values: list[Any]) -> list[tuple[str, Any]]:
+    paths = [value.get("path") if isinstance(value, dict) else None for value in values]
+    names = [path.rsplit("/", 1)[-1] if isinstance(path, str) else "" for path in paths]
+    alone = all(names) and len(set(names)) == len(names)
+    return [(name if alone else str(i), value) for i, (name, value) in enumerate(zip(names, values, strict=True))]

@@ -21,6 +21,7 @@ from shoestring.curate._sieve import Filter, View, grade_all, keep, run
 from shoestring.data.export import JSON_COLUMNS, chat_row, export
 from shoestring.data.store import Store
 from shoestring.data.traces import TraceStore
+from shoestring.tasks import gsm8k
 
 DRAW = random.Random(3)
 VOCABULARY = ["".join(DRAW.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(3000)]
@@ -360,7 +361,7 @@ def test_grading_fills_in_verdicts(tmp_path: Path) -> None:
     store = Store(tmp_path / "traces", create=True)
     problem = {
         "task": "gsm8k",
-        "version": "1",
+        "version": gsm8k.VERSION,
         "id": "p",
         "prompt": "q",
         "gold": "12",

@@ -124,6 +124,15 @@ def test_printing_without_end_as_a_script(sandbox: Sandbox) -> None:
     assert outcome.error == "output"
 
 
+def test_signals_everyone_only_where_everyone_is_within() -> None:
+    """Signal 0 reaches nobody and is checked like any other: a real one would end the machine that runs this."""
+    with Sandbox.open("unsafe", workers=1) as sandbox:
+        source = "import os\ndef f():\n    try: os.kill(-1, 0)\n    except PermissionError: return 'refused'"
+        assert sandbox.run([Program(source=source, entry="f", tests=(((), "refused"),))])[0].ok
+        own = "import os\ndef f():\n    os.kill(os.getpid(), 0)\n    return 'sent'"
+        assert sandbox.run([Program(source=own, entry="f", tests=(((), "sent"),))])[0].ok
+
+
 def test_leaves_no_process(sandbox: Sandbox, tmp_path: Path) -> None:
     note = tmp_path / "pid" if sandbox.layer == "unsafe" else ""
     started = time.monotonic()

@@ -100,7 +100,8 @@ def _verdict(judged: Rows) -> str:
         return ""
     open_, missed = ([row for row in judged if row["reached"] is state] for state in (None, False))
     if open_:
-        return f"{_word(len(open_)).capitalize()} of {_word(len(judged))} claims cannot be decided yet."
+        rest = f"; {_word(len(missed))} missed" if missed else ""
+        return f"{_word(len(open_)).capitalize()} of {_word(len(judged))} claims cannot be decided yet{rest}."
     if missed:
         held = len(judged) - len(missed)
         hold = "claims holds" if held == 1 else "claims hold"

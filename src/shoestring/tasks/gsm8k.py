@@ -5,8 +5,9 @@ dozen problems written for this package; any other kind is the path of such a fi
 of noted steps a problem may have. Files are split by content like every other task; `read` gives a file whole, for
 data sets that come with a split of their own.
 
-An answer is one value: `12`, `$1,200`, `12 apples`, `3/4`, `\boxed{12}`, `The answer is 12.` Anything with a second
-number or more text is no answer. Left out: choosing one of several values in prose, as lenient graders do.
+An answer is one value: `12`, `$1,200`, `12 apples`, `3/4`, `\boxed{12}`, `#### 12`, `The answer is 12.` Anything with
+a second number, a word that makes another number of it (`12 million`) or more text is no answer. Left out: choosing one
+of several values in prose, as lenient graders do.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from shoestring.core.nouns import Problem
 from shoestring.tasks._aside import Aside, Late
 from shoestring.tasks._draw import Draft, Split, draw, finish
 
-VERSION = "1"
+VERSION = "1.1"
 KINDS = ("sample",)
 SAMPLE = Path(__file__).with_name("gsm8k_sample.jsonl")
 SECONDS = 5.0  # one comparison by math-verify takes about a millisecond; late is wrong
@@ -38,8 +39,13 @@ VALUE = re.compile(
     r"\s*(?:\\?%|(?P<unit>[A-Za-z]+(?: [A-Za-z]+){0,2})?)\.?",
     re.ASCII,
 )
-LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is|:| is:)\s*", re.IGNORECASE)
-UNDECIDED = {"or", "and", "not", "to", "than", "no"}
+LEAD = re.compile(r"(?:#### |(?:the )?(?:final )?answer(?: is:|:| is))\s*", re.IGNORECASE)
+UNDECIDED = {"or", "and", "not", "to", "than", "no", "is", "isn", "wrong"}
+OTHER = {  # words that make another number of the one before them
+    *("hundred", "thousand", "million", "billion", "trillion", "dozen", "score", "k", "mn", "bn", "mln", "point"),
+    *("half", "halves", "third", "thirds", "quarter", "quarters", "tenth", "tenths", "hundredth", "hundredths"),
+    *("plus", "minus", "times", "negative", "squared", "cubed", "factorial", "divided", "multiplied", "doubled"),
+}
 
 
 def make(seed: int, difficulty: int, split: Split = "train", kind: str | None = None) -> Problem:
@@ -65,7 +71,7 @@ def _right(problem: Problem, answer: object) -> bool:
         return False
     value, gold = _value(answer, numeric=_is_number(problem.gold)), problem.gold.replace("$", "")
     if value is None:
-        return False
+        return answer.strip() == problem.gold
     if _is_plain(gold) and _is_plain(value):
         return Decimal(gold.replace(",", "")) == Decimal(value.replace(",", ""))
     try:
@@ -86,7 +92,8 @@ def _value(answer: str, numeric: bool) -> str | None:
     if not numeric:
         return text if text and text.isascii() and "\\boxed" not in text and _balanced(text) else None
     match = VALUE.fullmatch(text)
-    if match is None or UNDECIDED & set((match["unit"] or "").lower().split()):
+    words = re.findall("[a-z]+", text.lower())
+    if match is None or (UNDECIDED | OTHER).intersection(words):
         return None
     return match["value"].replace("$", "").replace(" ", "")
 

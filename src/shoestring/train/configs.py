@@ -73,7 +73,7 @@ class RlStage(TrainBase):
 
     stage: Literal["rl"] = "rl"
     mix: tuple[TaskMix, ...] = Field(min_length=1)
-    rewards: dict[str, float] = {"correct": 1.0}
+    rewards: dict[str, float] = Field({"correct": 1.0}, min_length=1)
     problems_per_step: int = Field(32, ge=1)
     group_size: int = Field(8, ge=2)
     minibatches: int = Field(1, ge=1)  # optimiser updates a rollout

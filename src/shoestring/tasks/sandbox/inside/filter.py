@@ -32,11 +32,15 @@ ARCHITECTURES = {
 # The same number everywhere: io_uring (425-427), open_tree, move_mount, fsopen..fspick (428-433), pidfd_getfd,
 # mount_setattr
 REFUSED_EVERYWHERE = (425, 426, 427, 428, 429, 430, 431, 432, 433, 438, 442)
+KILL_CALL = {"x86_64": 62, "aarch64": 129}
 CLONE3 = 435  # its flags cannot be read by a filter: "not implemented" makes the C library use clone
 
 
-def program(machine: str) -> list[tuple[int, int, int, int]] | None:
-    """The filter as (code, jump if true, jump if false, constant), or None for a processor it does not know."""
+def program(machine: str, everyone: bool = False) -> list[tuple[int, int, int, int]] | None:
+    """The filter as (code, jump if true, jump if false, constant), or None for a processor it does not know.
+
+    `everyone`: a signal to all processes, kill(-1), would reach beyond the sandbox, and is refused too.
+    """
     if machine not in ARCHITECTURES:
         return None
     audit, clone, refused = ARCHITECTURES[machine]
@@ -46,6 +50,9 @@ def program(machine: str) -> list[tuple[int, int, int, int]] | None:
     for number in refused + REFUSED_EVERYWHERE:
         lines += [(JUMP_EQUAL, 0, 1, number), refuse]
     lines += [(JUMP_EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, ERRNO | errno.ENOSYS)]
+    if everyone:  # the number of the call is loaded again, for what follows
+        lines += [(JUMP_EQUAL, 0, 4, KILL_CALL[machine]), (LOAD, 0, 0, 16), (JUMP_EQUAL, 0, 1, 0xFFFFFFFF), refuse]
+        lines += [(LOAD, 0, 0, 0)]
     lines += [(JUMP_EQUAL, 0, 3, clone), (LOAD, 0, 0, 16), (JUMP_BITS, 0, 1, NEW_NAMESPACES), refuse]
     return [*lines, (RETURN, 0, 0, ALLOW)]
 
@@ -53,14 +60,15 @@ def program(machine: str) -> list[tuple[int, int, int, int]] | None:
 def install(reaper: bool) -> None:
     """No new privileges, no look into this process from beside it, and the filter. Raises OSError.
 
-    `reaper`: orphaned grandchildren become this process's children, as they do by themselves under process 1.
+    `reaper`: orphaned grandchildren become this process's children, as they do by themselves under process 1, and
+    nobody within may signal every process there is: without a pid namespace that is the whole machine.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if reaper:
         _prctl(libc, PR_SET_CHILD_SUBREAPER, 1)
     _prctl(libc, PR_SET_NO_NEW_PRIVS, 1)
     _prctl(libc, PR_SET_DUMPABLE, 0)
-    lines = program(platform.machine())
+    lines = program(platform.machine(), everyone=reaper)
     if lines is None:
         return
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in lines))

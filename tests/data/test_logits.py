@@ -167,3 +167,24 @@ def test_damage_and_mismatch_are_said(tmp_path: Path) -> None:
         LogitsStore(folder)
     with pytest.raises(UserError, match="no logits store"):
         LogitsStore(tmp_path / "nowhere")
+
+
+def test_a_damaged_head_or_index_is_said(tmp_path: Path) -> None:
+    """A flipped bit in the head would be learnt from like any other number."""
+    spec = replace(SPEC, kind="hidden", k=8)
+    writer = LogitsWriter(tmp_path, spec)
+    head = tmp_path / logits.HEAD
+    head.write_bytes(bytes(range(200)))
+    writer.append(1, logits.hidden_records(spec, np.ones((3, 8), np.float32)))
+    writer.close()
+    assert LogitsStore(tmp_path).tokens == 3
+    head.write_bytes(bytes(range(199)) + b"x")
+    with pytest.raises(UserError, match="checksum"):
+        LogitsStore(tmp_path)
+    head.unlink()
+    with pytest.raises(UserError, match="missing"):
+        LogitsStore(tmp_path)
+    for text, words in (("[]", "schema None"), ('{"schema": 1, "complete": true}', 'lacks "spec"')):
+        (tmp_path / "store.json").write_text(text)
+        with pytest.raises(UserError, match=words):
+            LogitsStore(tmp_path)

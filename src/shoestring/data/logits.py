@@ -6,10 +6,10 @@ Three kinds of record, all of fixed size so that shards are memory-mapped and a 
     hidden   the hidden state before the head: fp16 or bf16, or int8 with an fp16 scale a token; the head lies beside
 
 A shard is written whole (temporary, fsync, rename) and then named in `store.json`, replaced atomically with its
-SHA-256: after a kill at any moment the store is a prefix of what it will be, and the writer goes on behind it. A
-sequence is found by a hash of its ids and weights, so the order of use does not matter and foreign traces are seen.
-Left out: compression beyond the packing (zstd gains little on packed bits); two writers at once (the run directory
-they write into is locked).
+SHA-256 (a head's is written at the end): after a kill at any moment the store is a prefix of what it will be, and the
+writer goes on behind it. A sequence is found by a hash of its ids and weights, so the order of use does not matter and
+foreign traces are seen. Left out: compression beyond the packing (zstd gains little on packed bits); two writers at
+once (the run directory they write into is locked).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from shoestring.core.errors import UserError
 
 SCHEMA = 1
 INDEX = "store.json"
+HEAD = "head.safetensors"  # the teacher's, beside hidden states
 Kind = Literal["topk", "sampled", "hidden"]
 NUMBERS = {"float16": 2, "bfloat16": 2, "int8": 1}
 _SEQUENCE = np.dtype([("key", "<u8"), ("tokens", "<u8")])
@@ -169,6 +170,8 @@ class LogitsWriter:
         """Write what is left and mark the store complete."""
         self._flush()
         self._index["complete"] = True
+        if (self.folder / HEAD).exists():
+            self._index["head_sha256"] = hashlib.sha256((self.folder / HEAD).read_bytes()).hexdigest()
         write_json(self.folder / INDEX, self._index)
 
     def _flush(self) -> None:
@@ -198,6 +201,8 @@ class LogitsStore:
         if not index["complete"]:
             raise UserError(f"{self.folder}: the logits store is unfinished; run the command that makes it again.")
         self.spec = Spec(**index["spec"])
+        if self.spec.kind == "hidden":
+            _check(self.folder / HEAD, index.get("head_sha256") if verify else None)  # older stores name none
         self._maps, self._starts, self._found = [], [0], dict[int, tuple[int, int]]()
         for shard in index["shards"]:
             for name in ("file", "sequences_file"):
@@ -267,6 +272,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no logits store; make one with `shoestring capture`.") from None
     except ValueError as error:
         raise UserError(f"{folder / INDEX} is not valid JSON ({error}); capture again.") from None
-    if index.get("schema") != SCHEMA:
-        raise UserError(f"{folder / INDEX} has schema {index.get('schema')!r}; this version reads {SCHEMA}.")
+    if not isinstance(index, dict) or index.get("schema") != SCHEMA:
+        told = index.get("schema") if isinstance(index, dict) else None
+        raise UserError(f"{folder / INDEX} has schema {told!r}; this version reads {SCHEMA}.")
+    if lacking := [name for name in ("spec", "complete", "shards") if name not in index]:
+        raise UserError(f'{folder / INDEX} lacks "{lacking[0]}": it is damaged; restore it, or capture again.')
     return index

@@ -16,7 +16,7 @@ from torch import Tensor
 from shoestring.core.atomic import write_bytes
 from shoestring.core.errors import UserError
 from shoestring.data.batch import Example, packed_batch
-from shoestring.data.logits import LogitsWriter, Spec, hidden_records, pack_ids, sequence_key, topk_records
+from shoestring.data.logits import HEAD, LogitsWriter, Spec, hidden_records, pack_ids, sequence_key, topk_records
 from shoestring.losses._fused import chunk_rows
 from shoestring.train.configs import CaptureStage
 from shoestring.train.context import Context, Outcome, step_generator
@@ -44,7 +44,7 @@ def run(stage: CaptureStage, ctx: Context) -> Outcome:
     spec = Spec(stage.kind, vocab, k, stage.temperature, teacher, tokenizer.digest(), stage.number)
     folder = ctx.run.path / "store"
     writer = LogitsWriter(folder, spec, shard_tokens=stage.shard_tokens)
-    if stage.kind == "hidden" and not (folder / "head.safetensors").exists():
+    if stage.kind == "hidden" and not (folder / HEAD).exists():
         _save_head(model.head_weight[:vocab], model.softcap, folder)
     done = writer.sequences
     with ctx.progress(len(examples), unit="traces") as bar:
@@ -55,7 +55,7 @@ def run(stage: CaptureStage, ctx: Context) -> Outcome:
                 number += 1
                 bar.update(number)
     writer.close()
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.name != "head.safetensors")
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.name != HEAD)
     metric = {"name": "bytes a token", "value": size / max(1, writer.tokens), "stderr": None}
     tokens = sum(len(example.ids) for example in examples)
     flops = scoring_flops(model, (len(example.ids) for example in examples))
@@ -121,4 +121,4 @@ def _save_head(head_VC: Tensor, softcap: float, folder: Any) -> None:
     kept = {"head": head_VC.detach().cpu().contiguous().clone()}
     if softcap:
         kept["softcap"] = torch.tensor([softcap], dtype=torch.float64)
-    write_bytes(folder / "head.safetensors", save(kept))
+    write_bytes(folder / HEAD, save(kept))

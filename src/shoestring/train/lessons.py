@@ -19,7 +19,7 @@ from torch import Tensor
 from shoestring.core.errors import UserError
 from shoestring.core.registry import load_part
 from shoestring.data.batch import Batch, Example
-from shoestring.data.logits import LogitsStore, read_hidden, read_topk, sequence_key, unpack_ids
+from shoestring.data.logits import HEAD, LogitsStore, read_hidden, read_topk, sequence_key, unpack_ids
 from shoestring.losses import next_token, policy
 from shoestring.losses._several import Several
 from shoestring.losses._targets import Targets
@@ -147,7 +147,7 @@ def load_head(folder: Any) -> tuple[Tensor, float]:
     """The teacher's head that lies beside stored hidden states, and the softcap behind it (0: none)."""
     from safetensors.torch import load_file
 
-    kept = load_file(folder / "head.safetensors")
+    kept = load_file(folder / HEAD)
     return kept["head"], float(kept.get("softcap", 0.0))
 
 

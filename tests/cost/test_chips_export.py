@@ -31,9 +31,15 @@ def test_cluster(text, n):
     assert parse_cluster(text).n == n
 
 
-@pytest.mark.parametrize("text", ["0xH100", "-8xH100", "2.5xH100", "xxH100"])
-def test_bad_cluster(text):
-    with pytest.raises(UserError):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("0xH100", "positive"), ("-8xH100", "positive"), ("2.5xH100", "whole number"), ("xxH100", "unknown chip"),
+        ("64", "names no chip"), ("64xH100,64xA100", "several kinds"), ("8xH100 + 8xH800", "several kinds"),
+    ],
+)  # fmt: skip
+def test_bad_cluster(text, words):
+    with pytest.raises(UserError, match=words):
         parse_cluster(text)
 
 

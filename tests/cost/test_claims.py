@@ -27,6 +27,25 @@ def test_reading():
     assert (other.days, other.chips, other.usd_per_hour, other.mfu, other.model) == (55, 2000, 2, 0.39, "deepseek-v3")
     assert read_claim("30.84M H100-hours").hours == pytest.approx(30.84e6)
     assert read_claim("$5.6 million").usd == pytest.approx(5.6e6)
+    words = read_claim("5,576,000 dollars and 2.788 million GPU hours")
+    assert (words.usd, words.hours, words.days) == (5_576_000, 2_788_000, None)
+    assert read_claim("0.5M USD, 512 H800").usd == pytest.approx(5e5)
+
+
+@pytest.mark.parametrize(
+    ("text", "days"),
+    [
+        ("three weeks", 21),
+        ("2 weeks", 14),
+        ("one month", 30.4375),
+        ("272B tokens a day", None),
+        ("a 90-day run", 90),
+        ("two months", 60.875),
+    ],
+)
+def test_durations_in_words(text, days):
+    found = read_claim(f"512 H800 for {text}, $534,700").days
+    assert found == (None if days is None else pytest.approx(days))
 
 
 def test_the_claim_of_v3_holds():

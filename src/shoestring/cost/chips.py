@@ -177,7 +177,13 @@ class Cluster:
 
 
 def parse_cluster(text: str) -> Cluster:
-    """'2048xH800', '2048 H800', '8 x H100-SXM', 'H100' (one)."""
+    """'2048xH800', '2048 H800', '8 x H100-SXM', 'H100' (one). Raises UserError for anything else."""
+    if re.fullmatch(r"\s*\d[\d.,]*[kKmM]?\s*", text):
+        raise UserError(f'--on "{text}" names no chip; write it like 2048xH800.')
+    if len(re.findall(r"(?:^|[\s,;+&])\s*\d[\d.,]*\s*[x×*]", text)) > 1:
+        raise UserError(
+            f'--on "{text}" names several kinds of chip; a run is planned on one kind, plan each by itself.'
+        )
     match = re.match(r"^\s*([+-]?[\d.,]+(?:e\d+)?[kKmMbBtT]?)\s*(?:[x×*]\s*|\s+)(.+?)\s*$", text)
     count, name = (match.group(1), match.group(2)) if match else ("1", text)
     n = parse_count(count, "number of chips", "2048 or 16K", 1e7)

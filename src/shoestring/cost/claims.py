@@ -16,12 +16,13 @@ from shoestring.cost.chips import Cluster, find_chip
 from shoestring.cost.models import model_names, named_shape
 from shoestring.cost.plan import Plan, plan
 from shoestring.cost.tables import shipped_json
-from shoestring.cost.units import parse_count, show, usd
+from shoestring.cost.units import HOURS, parse_count, show, usd
 
 AGREE = 0.03  # stated numbers are rounded; further apart than this they contradict
 IMPOSSIBLE_MFU = 0.80  # above the share of peak that plain matrix products reach
 HIGHEST_MFU = 0.57  # highest whole-run or steady figure published for large training (arXiv 2205.05198: 56.3%)
 NUMBER = r"(\d[\d,]*\.?\d*)\s*([kmbt](?![a-z])|thousand|million|billion|trillion)?"
+WRITTEN = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 LEFT_OUT = (
     "earlier research, ablations and failed runs (1.2 to 4 times the final run's compute, Epoch AI)",
     "staff (29 to 49% of development cost, Epoch AI)",
@@ -82,8 +83,23 @@ def _count(match: re.Match[str]) -> float:
 
 
 def _found(pattern: str, text: str) -> float | None:
+    """The number of the first match: its first two groups that took part."""
     match = re.search(pattern, text, re.IGNORECASE)
-    return _count(match) if match else None
+    if not match:
+        return None
+    groups = [g for g in match.groups() if g]
+    return parse_count("".join(groups))
+
+
+def _days_in(text: str) -> float | None:
+    """'55 days', 'three weeks', '2 months'. 'a day' may be a rate, so it is not read."""
+    words = "|".join(WRITTEN)
+    pattern = rf"(?:{NUMBER}|\b({words}))[- ]*(day|week|month|year)s?\b"
+    match = re.search(pattern, text, re.IGNORECASE)
+    if not match:
+        return None
+    n = WRITTEN.index(match.group(3).lower()) + 1 if match.group(3) else _count(match)
+    return n * HOURS[match.group(4).lower()] / 24
 
 
 def read_claim(text: str) -> Claim:
@@ -97,11 +113,12 @@ def read_claim(text: str) -> Claim:
     claim.model = _model_in(rest)
     if claim.model:
         rest = re.sub(re.escape(claim.model), " ", rest, flags=re.IGNORECASE)
-    claim.usd = _found(rf"\$\s*{NUMBER}", rest)
-    rest = re.sub(rf"\$\s*{NUMBER}", " ", rest, flags=re.IGNORECASE)
+    money = rf"\$\s*{NUMBER}|{NUMBER}\s*(?:us[- ]?)?(?:dollars|usd)\b"
+    claim.usd = _found(money, rest)
+    rest = re.sub(money, " ", rest, flags=re.IGNORECASE)
     claim.tokens = _found(rf"{NUMBER}\s*tokens", rest)
     claim.hours = _found(rf"{NUMBER}\s*(?:[a-z]+\d*[- ])?(?:gpu[- ]|chip[- ])?h(?:ours|rs|our)?\b", rest)
-    claim.days = _found(rf"{NUMBER}\s*days?\b", rest)
+    claim.days = _days_in(rest)
     claim.mfu = _mfu_in(rest)
     claim.chips, claim.chip = _chips_in(rest)
     if all(getattr(claim, k) is None for k in ("chips", "hours", "usd", "tokens", "days", "mfu")):

@@ -19,6 +19,7 @@ from shoestring.core.errors import UserError
 from shoestring.core.nouns import Trace
 from shoestring.curate._contract import example
 from shoestring.data import schema
+from shoestring.data.export import export as export_traces
 from shoestring.data.traces import TraceIds, TraceStore, _plain, canonical, texts, trace_id
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(shoestring.__file__).parent.parent)}
@@ -208,3 +209,24 @@ def test_plain_messages_are_canonical() -> None:
     for other in ({"role": "user", "content": None}, {"role": "user", "content": ["a"]}, {"content": "a"},
                   {"role": "user", "content": "a", "name": "b"}, {"role": "user", "text": "a"}):  # fmt: skip
         assert _plain([other]) is None and texts([other])[0] == canonical([other])
+
+
+def test_conversations_are_traces_too(tmp_path: Path) -> None:
+    """What `.chat.jsonl` exports hold, and published traces with their thinking in the content; terms are unknown."""
+    whole = [example(id="1", thinking="why"), example(id="2", thinking=None)]
+    export_traces(whole, tmp_path / "mine.chat.jsonl")
+    again = TraceStore(tmp_path / "mine.chat.jsonl").read()
+    assert [(t.id, t.teacher, t.messages, t.thinking, t.answer, t.licence) for t in again] == [
+        (t.id, t.teacher, t.messages, t.thinking, t.answer, t.licence) for t in whole
+    ]
+    said = "<think>\ntwo and two\n</think>\n\n4"
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": said}]
+    path = tmp_path / "theirs.jsonl"
+    path.write_text(json.dumps({"messages": turns, "source": "a data set"}))
+    (trace,) = TraceStore(path).read()
+    assert (trace.thinking, trace.answer, trace.messages) == ("two and two", "4", turns[:1])
+    assert trace.licence == trace.teacher == "unknown" and trace.id == TraceStore(path).read()[0].id
+    for broken in (turns[:1], [*turns, turns[0]], "text", [{"role": "user"}, turns[1]]):
+        path.write_text(json.dumps({"messages": broken}))
+        with pytest.raises(UserError, match=r"line 1: .*a question and then an answer"):
+            TraceStore(path).read()

@@ -3,7 +3,7 @@
 One `append` is one transaction on disk, however many traces it holds; a kill at any moment costs at most the append
 it interrupted. A trace's id says what was asked of whom and how, not what was answered: appending an id that is there
 already does nothing, so a batch asked again after a crash is stored once. The file is the one that `shoestring ask`
-writes (`schema.py`); one .jsonl file of exported traces is read too.
+writes (`schema.py`); one .jsonl file of exported traces is read too, of whole traces or of conversations.
 
 Left out: deletion; what curation drops is marked, and stays.
 """
@@ -241,9 +241,35 @@ def _read_jsonl(path: Path) -> Iterator[Trace]:
         if not isinstance(row, dict):
             raise UserError(f"{path} line {number} is not a trace; each line of a traces file is one JSON object.")
         try:
-            yield Trace.from_dict(row)
+            yield _of_chat(row) if "schema" not in row and "messages" in row else Trace.from_dict(row)
         except UserError as error:
             raise UserError(f"{path} line {number}: {error}") from error
+
+
+def _of_chat(row: dict[str, Any]) -> Trace:
+    """A conversation that ends with an answer, as `.chat.jsonl` exports and published data sets of traces hold it: the
+    thinking as `reasoning_content`, or in the content's <think> tags. What the row does not say is unknown.
+    """
+    turns = row["messages"]
+    plain = isinstance(turns, list) and all(
+        isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in turns
+    )
+    if not plain or len(turns) < 2 or turns[-1]["role"] != "assistant":
+        raise UserError('"messages" must be turns with role and content (text), a question and then an answer.')
+    if not isinstance(turns[-1].get("reasoning_content", ""), str | None):
+        raise UserError('"reasoning_content" must be text.')
+    said, asked = turns[-1], [{"role": t["role"], "content": t["content"]} for t in turns[:-1]]
+    thinking, answer = said.get("reasoning_content"), said["content"]
+    if thinking is None and answer.lstrip().startswith("<think>") and "</think>" in answer:
+        thinking, _, answer = answer.lstrip().removeprefix("<think>").partition("</think>")
+        thinking, answer = thinking.strip(), answer.strip()
+    teacher = str(row.get("teacher") or "unknown")
+    return Trace(
+        id=str(row.get("id") or trace_id(teacher, turns, {}, 0)), teacher=teacher, teacher_reported=teacher,
+        messages=asked, thinking=thinking, answer=answer, prompt_ids=None, token_ids=None, finish_reason="stop",
+        task=None, problem_id=None, correct=None, decoding={}, usage={}, cost_usd=0.0,
+        licence=str(row.get("licence") or row.get("license") or "unknown"), date="",
+    )  # fmt: skip
 
 
 def _sha256(value: Any) -> str:

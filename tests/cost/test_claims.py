@@ -52,6 +52,7 @@ def test_the_claim_of_v3_holds():
     verdict = check(V3)
     assert verdict.verdict == "consistent" and verdict.implies["usd_per_chip_hour"] == pytest.approx(2.0)
     assert verdict.implies["mfu_causal"] == pytest.approx(0.373, abs=0.001)
+    assert "rents of H800-SXM are $2 (2024-12" in verdict.text()
     assert verdict.implies["days"] == pytest.approx(56.7, abs=0.1) and verdict.leaves_out
 
 

@@ -276,8 +276,9 @@ def _rate(claim: Claim, verdict: Verdict, problems: list[str]) -> bool:
     assumed = ", the rate the report itself assumed" if "ASSUMED" in chip.source else ""
     low, high = chip.rent_low or 0.0, chip.rent_high or chip.rent_low or 0.0
     fine = 0.5 * low <= implied <= 2 * high
-    verdict.reasons.append(f"it implies {usd(implied)} a chip-hour; published rents of {chip.name} are {usd(low)} to "
-                           f"{usd(high)} ({chip.rent_date}{assumed}).")  # fmt: skip
+    rents = usd(low) if low == high else f"{usd(low)} to {usd(high)}"
+    verdict.reasons.append(f"it implies {usd(implied)} a chip-hour; published rents of {chip.name} are {rents} "
+                           f"({chip.rent_date}{assumed}).")  # fmt: skip
     if implied > 4 * high or implied < 0.25 * low:
         problems.append(
             f"{usd(implied)} a chip-hour is no rent of {chip.name}: the dollars and the hours are not of one thing."

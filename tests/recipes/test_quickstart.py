@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -65,6 +66,13 @@ def test_the_teacher_is_of_v3s_architecture() -> None:
     assert config["num_nextn_predict_layers"] == 1 and config["kv_lora_rank"]
     pretrain = next(s for s in RECIPES[0].stages if s.name == "teacher-pretrain")
     assert isinstance(pretrain, TrainBase) and pretrain.mtp_lambda > 0 and pretrain.bias_gamma > 0
+
+
+@pytest.mark.parametrize("make", [quickstart.recipe, study_quickstart.recipe])
+def test_a_smoke_run_claims_nothing(make: Callable[..., Recipe]) -> None:
+    assert len(make().report["claims"]) == 6 and "student" in make().report["finding"]
+    small = make(size="smoke").report
+    assert small["claims"] == [] and "no effect" in small["finding"] and small["evals"]
 
 
 def test_what_was_sampled_for_an_arm_comes_off_its_budget() -> None:

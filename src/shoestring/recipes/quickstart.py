@@ -122,7 +122,8 @@ def recipe(size: str = "full", seed: int = 0) -> Recipe:
     stages += [exam(stage.name, SIZES[size]) for stage in stages if stage.name in EXAMINED]
     return Recipe(
         name="quickstart" if size == "full" else f"quickstart-{size}",
-        about=(__doc__ or "").split("\n")[0], stages=tuple(stages), report=report([seed], [""]),
+        about=(__doc__ or "").split("\n")[0], stages=tuple(stages),
+        report=report([seed], [""], size=size),
     )  # fmt: skip
 
 
@@ -238,6 +239,11 @@ CLAIMS: list[dict[str, Any]] = [
     },
 ]  # fmt: skip
 
+FINDING = (
+    "RL takes the teacher from {teacher/after SFT} to {teacher/after RL} of unseen problems, and a student with a "
+    "quarter of its active parameters learns {student/distilled} from its answers."
+)
+
 # What is examined: stage (without seed suffix) -> (whose, label in the tables, control?)
 EXAMINED = {
     "teacher-sft": ("teacher", "after SFT", False),
@@ -259,9 +265,10 @@ def exam(model: str, size: Size) -> EvalStage:
 
 
 def report(
-    seeds: list[int], suffixes: list[str], arms: dict[str, tuple[str, str, bool]] | None = None
+    seeds: list[int], suffixes: list[str], arms: dict[str, tuple[str, str, bool]] | None = None, *, size: str
 ) -> dict[str, Any]:
-    """What the report shows; its schema is described in report/tables.py. `arms` are of the first seed only."""
+    """What the report shows; its schema is described in report/tables.py. `arms` are of the first seed only, and only
+    the full size claims anything."""
     first = suffixes[0]
 
     def row(stage: str, of: str, label: str, control: bool, seed: int, suffix: str) -> dict[str, Any]:
@@ -273,10 +280,9 @@ def report(
     shown += [row(stage, *what, seeds[0], first) for stage, what in (arms or {}).items()]
     return {
         "title": "A reasoning model on a shoestring",
-        "finding": "RL takes the teacher from {teacher/after SFT} to {teacher/after RL} of unseen problems, and a "
-        "student with a quarter of its active parameters learns {student/distilled} from its answers.",
+        "finding": FINDING if size == "full" else "The whole road at a size that shows its parts and no effect.",
         "note": NOTE.format(share=LONG_SHARE),
-        "claims": CLAIMS,
+        "claims": CLAIMS if size == "full" else [],
         "evals": shown,
         "samples": {
             "before": f"eval-teacher-sft{first}", "after": f"eval-teacher-rl{first}",

@@ -42,7 +42,7 @@ def recipe(size: str = "full", seeds: int = 3) -> Recipe:
         stages += [quickstart.exam(stage.name, budgets) for stage in made if stage.name in examined]
     return Recipe(
         name=f"study-{one.name}", runs_as=one.name, about=(__doc__ or "").split("\n")[0], stages=tuple(stages),
-        report=quickstart.report(list(range(seeds)), suffixes, ARMS),
+        report=quickstart.report(list(range(seeds)), suffixes, ARMS, size=size),
     )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def candidates(
             continue
         plans = options("schedule", schedules if pp > 1 else ("1f1b",))
         for ep, schedule, zero, recompute in product(
-            options("ep", _expert_degrees(shape, dp * tp * cp, node)), plans,
+            options("ep", _expert_degrees(shape, dp * tp * cp)), plans,
             options("zero", (1, 3) if pp == 1 else (1,)), options("recompute", ("none", "selective", "full")),
         ):  # fmt: skip
             virtual = fixed.get("virtual", even_chunks(shape.layers, pp)) if schedule == "interleaved" else 1
@@ -82,7 +82,7 @@ def _pipeline_degrees(shape: ModelShape, n: int) -> list[int]:
     return [p for p in usual if p <= min(shape.layers, n) and -(-shape.layers // p) * p <= 1.25 * shape.layers]
 
 
-def _expert_degrees(shape: ModelShape, group: int, node: int) -> list[int]:
+def _expert_degrees(shape: ModelShape, group: int) -> list[int]:
     if not shape.n_routed:
         return [1]
     found = [e for e in (1, 2, 4, 8, 16, 32, 64, 128, 256) if e <= group and shape.n_routed % e == 0 and group % e == 0]

@@ -14,7 +14,7 @@ from shoestring.train.configs import Recipe
 def making_html(recipe: Recipe, spec: ReportSpec, runs: Mapping[str, Run]) -> str:
     """A list of facts, and a table of the run directories to open."""
     facts = [f"<dt>{name}</dt><dd>{value}</dd>" for name, value in _facts(recipe, spec, runs) if value]
-    body = "".join(_run_row(name, run) for name, run in runs.items())
+    body = "".join(_run_row(run) for run in runs.values())
     return (
         f'<dl class="facts">{"".join(facts)}</dl>'
         f'<details class="runs"><summary>The {len(runs)} run directories</summary><div class="scroll">'
@@ -68,7 +68,7 @@ def _code(manifest: Mapping[str, Any]) -> str:
     return f"{commit}sources {manifest['code']}"
 
 
-def _run_row(name: str, run: Run) -> str:
+def _run_row(run: Run) -> str:
     made = run.manifest
     return (
         f"<tr><td><code>{words.text(run.name)}</code></td><td>{words.text(made['status'])}</td><td>{made['attempts']}</td>"

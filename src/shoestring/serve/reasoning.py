@@ -57,7 +57,7 @@ class Splitter:
         for index in token_ids:
             self._count(index)
         if self._tags is None:
-            self._borders = self._borders or self._find_in_text(last)
+            self._borders = self._borders or self._find_in_text()
         thinking, answer = "", ""
         while True:
             border = self._borders[0] if self._borders else None
@@ -70,7 +70,7 @@ class Splitter:
             self._borders.pop(0)
             self._cross(border[1])
             if self._tags is None:
-                self._borders = self._find_in_text(last)
+                self._borders = self._find_in_text()
 
     def _cross(self, tag: str) -> None:
         self._state = "thinking" if tag == THINK else "answer"
@@ -120,7 +120,7 @@ class Splitter:
         """Whether an answer has begun: a tag after that is text."""
         return bool(self._ids) and bool(self._tokenizer.decode(self._ids).strip())
 
-    def _find_in_text(self, last: bool) -> list[tuple[int, str]]:
+    def _find_in_text(self) -> list[tuple[int, str]]:
         tag = END_THINK if self._state == "thinking" else THINK
         place = self._text.find(tag)
         if place < 0 or self._state == "answer" or (self._state == "unknown" and self._text[:place].strip()):

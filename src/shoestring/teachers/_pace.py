@@ -50,7 +50,7 @@ class Pace:
 
     def try_enter(self, tokens: int) -> bool:
         """Take a place now if there is one."""
-        if self.in_flight >= self.limit or (self._until and self._delay(tokens) > 0):
+        if self.in_flight >= self.limit or (self._until and self._delay() > 0):
             return False
         if (self.rpm or self.tpm) and not self._debit(tokens):
             return False
@@ -62,7 +62,7 @@ class Pace:
         while not self.try_enter(tokens):
             future = asyncio.get_running_loop().create_future()
             self._waiting.append(future)
-            delay = self._delay(tokens)
+            delay = self._delay()
             timer = asyncio.get_running_loop().call_later(delay, self._wake_one) if delay > 0 else None
             try:
                 await future
@@ -109,7 +109,7 @@ class Pace:
     def now(self) -> float:
         return self._clock()
 
-    def _delay(self, tokens: int) -> float:
+    def _delay(self) -> float:
         """Seconds until the clock lets a request through; 0 when it does, or when only a place is missing."""
         now = self._clock()
         if self._until and now >= self._until:
@@ -122,7 +122,7 @@ class Pace:
         return max(0.0, wait)
 
     def _debit(self, tokens: int) -> bool:
-        if self._delay(tokens) > 0:
+        if self._delay() > 0:
             return False
         now = self._clock()
         if self.rpm:

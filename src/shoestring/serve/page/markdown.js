@@ -156,7 +156,7 @@ function link(address, children) {
   return make("a", children, { href: url.href, target: "_blank", rel: "noopener noreferrer nofollow" });
 }
 
-export function inline(text) {
+function inline(text) {
   const nodes = [];
   let plain = "";
   let at = 0;

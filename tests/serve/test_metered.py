@@ -48,6 +48,7 @@ def test_requests_and_tokens_a_minute(metered: Any, new_key: NewKey):
     assert [answer.status_code for answer in answers] == [200, 200, 429]
     assert answers[1].headers["x-ratelimit-remaining-requests"] == "0"
     assert 59 - passed <= int(answers[2].headers["retry-after"]) <= 60
+    assert answers[2].headers["x-ratelimit-limit-requests"] == "2"  # a refusal tells how the key stands, too
     small = new_key(tpm=60)
     first = metered.chat(key=small, max_tokens=30, ignore_eos=True)
     assert first.status_code == 200 and error(metered.chat(key=small, max_tokens=40))[0] == 429
@@ -91,6 +92,14 @@ def test_flags_and_models(metered: Any, new_key: NewKey):
     assert metered.get("/v1/models/tiny", headers={"authorization": f"Bearer {key}"}).status_code == 404
     key = new_key(flags={"logprobs": False, "max_n": 2})
     assert metered.chat(key=key, logprobs=True).status_code == 403
+    headers = {"authorization": f"Bearer {key}"}
+    for more in ({"logprobs": 0}, {"prompt_logprobs": 0}, {"prompt_logprobs": 3}, {"echo": True, "logprobs": 1}):
+        body = {"model": "tiny", "prompt": "3 + 8", "max_tokens": 2} | more
+        assert metered.post("/v1/completions", body, headers=headers).status_code == 403, more
+    assert metered.chat(key=key, prompt_logprobs=1).status_code == 403
+    for more in ({"top_logprobs": 2}, {"include": ["message.output_text.logprobs"]}):
+        body = {"model": "tiny", "input": "3 + 8", "max_output_tokens": 2} | more
+        assert metered.post("/v1/responses", body, headers=headers).status_code == 403, more
     assert metered.chat(key=key, n=3).status_code == 403 and metered.chat(key=key, n=2).status_code == 200
 
 

@@ -275,6 +275,20 @@ def test_what_is_no_answer_is_502_whatever_it_is(ask: Any, text: str, stream: bo
     assert ask.spent() >= 0
 
 
+def test_what_limits_a_request_is_read_the_same_there_and_here(front: Any, ask: Any):
+    """ "50" is 50 to a lenient upstream: what is reserved, and what a key's flags allow, would not be what is made."""
+    for more in ({"n": "50"}, {"n": 5.0}, {"n": True}, {"max_tokens": "9999"}, {"best_of": [3]}, {"max_tokens": -1}):
+        answer = ask("fine", **more)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] in more, more
+    store = KeyStore(front.store)
+    few = store.create(f"few-{time.monotonic_ns()}", flags={"logprobs": False, "max_n": 2}, credit_usd=0.1)[0]
+    for more in ({"best_of": 3}, {"n": 3}, {"logprobs": 0}, {"prompt_logprobs": 1}):
+        assert front.chat("fine", key=few, model="odd", **more).status_code == 403, more
+    body = {"model": "odd", "prompt": ["a"] * 300, "max_tokens": 100, "messages": [{"role": "user", "content": "fine"}]}
+    answer = front.post("/v1/completions", body, headers={"authorization": f"Bearer {few}"})
+    assert answer.status_code == 402  # 300 answers of 100 tokens at 10 dollars a million
+
+
 def test_an_upstream_s_date_to_come_back_is_passed_on(ask: Any):
     answer = ask("later")
     assert answer.status_code == 503 and 30 <= int(answer.headers["retry-after"]) <= 50

@@ -26,6 +26,7 @@ from shoestring.serve import pages
 from shoestring.serve.answers import ClientGone, Streamed, unless_gone
 from shoestring.serve.errors import ApiError, bad
 from shoestring.serve.exchange import GONE, SSE, Reply
+from shoestring.serve.limits import Account
 from shoestring.serve.openapi import described, document
 from shoestring.serve.prompt import chat_prompt
 from shoestring.serve.protocol import ChatRequest, DetokenizeRequest, TokenizeRequest, parse_json, read
@@ -33,6 +34,7 @@ from shoestring.serve.service import Asked, Service, unknown_model
 from shoestring.serve.settings import ServeConfig
 
 BODY_SECONDS = 60.0  # in which a body must have come
+LONGEST_USER = 256  # characters of the name behind a shared key, which goes into the audit log
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 _log = logging.getLogger("shoestring.serve")
 
@@ -76,12 +78,20 @@ def _generating(app: FastAPI, service: Service) -> None:
 def _endpoint(service: Service, path: str) -> Callable[[Request], Any]:
     async def complete(request: Request) -> Response:
         account = await service.meter.authenticate(request.headers.get("authorization"))
+        try:
+            return await answer(request, account)
+        except ApiError as error:
+            if account is not None:
+                error.more = account.headers()
+            raise
+
+    async def answer(request: Request, account: Account | None) -> Response:
         body = await _body(request, service.config.max_body_bytes)
         raw = parse_json(body)
         headers = request.headers
         user = raw.get("user") or headers.get("x-openwebui-user-id") or headers.get("x-openwebui-user-email")
         client = request.client.host if request.client else "unknown"
-        asked = Asked(account, client, request.state.id, str(user) if user else None, raw, body)
+        asked = Asked(account, client, request.state.id, str(user)[:LONGEST_USER] if user else None, raw, body)
         key = request.headers.get("idempotency-key")
         if key is None:
             reply = await unless_gone(request, service.complete(path, asked))

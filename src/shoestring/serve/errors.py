@@ -42,13 +42,14 @@ class ApiError(Exception):
         self.retry_after = retry_after
         self.retry = retry
         self.type = type or TYPES.get(status, "server_error")
+        self.more: dict[str, str] = {}  # headers: how the key stands with its limits
 
     def body(self) -> dict[str, Any]:
         """The JSON document of the answer, and of an error in the middle of a stream."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        found = {}
+        found = dict(self.more)
         if self.retry_after is not None:
             found["retry-after"] = str(max(1, math.ceil(self.retry_after)))
         if self.retry is not None:

@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from shoestring.serve.audit import AuditLog
 from shoestring.serve.errors import ApiError
+from shoestring.serve.exchange import GONE
 from shoestring.serve.hooks import Call, Hooks, Outcome
 from shoestring.serve.keys import KeyStore, hashed
 from shoestring.serve.limits import DAY, Account, Reservation
@@ -154,7 +155,9 @@ class Meter:
             held.settle(tokens, usd)
         seconds = time.monotonic() - tally.began
         self.metrics.finished(call.model, tally, max_tokens=call.max_tokens, n=call.n)
-        if status >= 400:
+        if status == GONE:
+            self.metrics.left(call.model)
+        elif status >= 400:
             self.metrics.refused(call.model, str(status))
         row = {
             "key_id": call.key.id if call.key else "", "request_id": call.request_id, "time": time.time(),

@@ -100,6 +100,10 @@ class Metrics:
         if tally.completion > 1:
             self.per_token.labels(*labels).observe((tally.last - tally.first) / (tally.completion - 1))
 
+    def left(self, model: str) -> None:
+        """The client went away; vLLM's word for it."""
+        self.success.labels(model, "0", "abort").inc()
+
     def refused(self, model: str, reason: str) -> None:
         self.rejected.labels(model, "0", reason).inc()
 

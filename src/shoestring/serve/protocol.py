@@ -230,6 +230,15 @@ def _infinite(value: Any, where: str = "") -> str | None:
     return next((path for path in found if path is not None), None)
 
 
+def asks_logprobs(raw: Mapping[str, Any]) -> bool:
+    """Whether a request of any endpoint wants a log-probability; with `logprobs: 0` a text tells each token's own."""
+    asked = (raw.get(name) for name in ("logprobs", "prompt_logprobs", "logprob_token_ids"))
+    if any(value is not None and value is not False for value in asked):  # 0 is something else than False here
+        return True
+    include = raw.get("include")
+    return bool(raw.get("top_logprobs")) or (isinstance(include, list) and "message.output_text.logprobs" in include)
+
+
 def read(kind: type[Model], raw: Mapping[str, Any]) -> Model:
     """Validate a request. Raises ApiError 400 with the field and how to mend it."""
     for name, harmless in UNSUPPORTED.items():

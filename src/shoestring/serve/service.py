@@ -21,7 +21,7 @@ from shoestring.serve.hooks import Call
 from shoestring.serve.limits import Account, Reservation
 from shoestring.serve.meter import Meter
 from shoestring.serve.prompt import ChatPrompt, chat_prompt, offered
-from shoestring.serve.protocol import ChatRequest, CompletionRequest, NamedTool, SamplingFields, read
+from shoestring.serve.protocol import ChatRequest, CompletionRequest, NamedTool, SamplingFields, asks_logprobs, read
 from shoestring.serve.responses_api import ResponsesShape, chat_of
 from shoestring.serve.sampling import COMPLETION_TOKENS, grammar_of, new_tokens, to_sampling
 from shoestring.serve.served import Served, open_model
@@ -169,7 +169,7 @@ class Service:
         first = parts[0].sampling
         call = self._call(endpoint, asked, served.name)
         call.parts, call.max_tokens, call.n = parts, first.max_new_tokens, first.n
-        logprobs = bool(first.top_logprobs) or bool(getattr(request, "logprobs", None))
+        logprobs = asks_logprobs(asked.raw)
         self.meter.permit(asked.account, served.name, n=first.n, logprobs=logprobs)
         served.engine.check()
         prompt = sum(len(part.ids) for part in parts)

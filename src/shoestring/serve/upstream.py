@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from shoestring.serve.errors import ApiError
+from shoestring.serve.errors import ApiError, bad
 from shoestring.serve.exchange import GONE, JSON, SSE, STREAM_HEADERS, Reply
 from shoestring.serve.hooks import Call
 from shoestring.serve.limits import Account, Reservation
+from shoestring.serve.protocol import asks_logprobs
 from shoestring.serve.settings import ServeConfig, UpstreamSpec
 from shoestring.serve.shapes import DONE, KEEP_ALIVE, frame
 
@@ -93,15 +94,14 @@ class Upstream:
     async def complete(self, endpoint: str, raw: Mapping[str, Any], call: Call, account: Account | None) -> Reply:
         """Send a request on. Raises ApiError with what the upstream said."""
         body = dict(raw)
-        n = body.get("n") if isinstance(body.get("n"), int) else 1
-        limits = [body.get(name) for name in ("max_completion_tokens", "max_tokens", "max_output_tokens")]
-        call.n = n or 1
-        call.max_tokens = next((value for value in limits if isinstance(value, int) and value > 0), GUESS)
+        call.n = max(_whole_number(body, name) or 1 for name in ("n", "best_of"))
+        limits = [_whole_number(body, name) for name in ("max_completion_tokens", "max_tokens", "max_output_tokens")]
+        call.max_tokens = max((value for value in limits if value), default=GUESS)
         asked = body.get("stream_options")
         shown = endpoint == "/v1/responses" or (isinstance(asked, dict) and bool(asked.get("include_usage")))
         if call.stream and not shown:
             body["stream_options"] = {**(asked if isinstance(asked, dict) else {}), "include_usage": True}
-        self._meter.permit(account, call.model, n=call.n, logprobs=bool(raw.get("logprobs")))
+        self._meter.permit(account, call.model, n=call.n, logprobs=asks_logprobs(raw))
         held: Reservation | None = None
         status = GONE
         self.running += 1
@@ -109,7 +109,7 @@ class Upstream:
         try:
             guess = int(len(json.dumps(body)) / CHARACTERS)
             if account is not None:
-                new = call.max_tokens * call.n
+                new = call.max_tokens * call.n * _prompts(body.get("prompt"))
                 held = account.reserve(guess + new, self._usd(guess, 0, new))
             await self._meter.hooks.before(call)
             call.tally.started = time.monotonic()
@@ -237,6 +237,20 @@ def _count(call: Call, document: Mapping[str, Any]) -> None:
     for choice in document.get("choices") or []:
         if choice.get("finish_reason"):
             tally.finish[_number(choice.get("index"))] = str(choice["finish_reason"])
+
+
+def _whole_number(body: Mapping[str, Any], name: str) -> int | None:
+    """A field that says how much may be generated: were it read otherwise there than here, limits would not hold."""
+    value = body.get(name)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31):
+        return value
+    raise bad(f"`{name}` must be a whole number.", name, "invalid_value")
+
+
+def _prompts(prompt: Any) -> int:
+    """How many answers a text completion is asked for: one for each prompt."""
+    many = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+    return len(prompt) if many else 1
 
 
 def _number(value: Any) -> int:

@@ -57,6 +57,16 @@ def test_an_unknown_task_is_a_users_mistake() -> None:
         Grader()([(replace(questions.make(1, 3), task="question"), "1")])
 
 
+def test_data_cannot_name_a_file_to_be_run(tmp_path: Path) -> None:
+    """A problem comes with traces from anywhere; only who grades may name a file of his own."""
+    path = tmp_path / "own.py"
+    path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for name in (str(path), str(path.with_suffix("")), "tasks/questions.py"):
+        with pytest.raises(UserError, match="names its task by a file"):
+            Grader()([(replace(questions.make(1, 3), task=name), "1")])
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("by", [str, lambda path: load_part("tasks", str(path))])
 def test_a_task_of_ones_own(tmp_path: Path, by: Callable[[Path], object]) -> None:
     path = tmp_path / "echo.py"

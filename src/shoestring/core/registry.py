@@ -56,7 +56,7 @@ def load_part(kind: str, name: str) -> ModuleType:
 
     Raises UserError when there is none, when a user's file does not import, or when it lacks a package.
     """
-    if _is_path(name):
+    if is_path(name):
         return _load_file(Path(name))
     known = list_parts(kind)
     stem = name.replace("-", "_")
@@ -75,7 +75,7 @@ def part_hash(kind: str, name: str) -> str:
 
 def part_path(kind: str, name: str) -> Path:
     """The source file of a part. Raises UserError as `load_part` does."""
-    if _is_path(name):
+    if is_path(name):
         return _existing(Path(name))
     path = _folder(kind) / f"{name.replace('-', '_')}.py"
     if path.exists() and is_part(kind, path.stem):
@@ -97,7 +97,8 @@ def _folder(kind: str) -> Path:
     return _PACKAGE / kind
 
 
-def _is_path(name: str) -> bool:
+def is_path(name: str) -> bool:
+    """Whether a name is a file's: for who reads names from data, which must not say what code is run."""
     return name.endswith(".py") or "/" in name
 
 

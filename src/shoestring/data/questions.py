@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from shoestring.core.errors import UserError, did_you_mean
 from shoestring.core.nouns import Problem
-from shoestring.core.registry import list_parts, load_part
+from shoestring.core.registry import is_path, list_parts, load_part
 
 LARGEST = 1 << 20  # bytes of one question: more is a mistake in the file far more often than a question
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -171,7 +171,7 @@ def _problem(row: dict[str, Any], text: str | None, number: int) -> dict[str, An
         gold, task = answer.rsplit("####", 1)[1].strip(), "gsm8k"
     if gold is None or task is None or text is None:
         return None
-    if not isinstance(task, str) or task.endswith(".py"):  # a file of data must not name a file of code to be run
+    if not isinstance(task, str) or is_path(task):  # a file of data must not name a file of code to be run
         raise UserError(f"names its task by {task!r}; it must be the name of one that is installed")
     version = load_part("tasks", task).VERSION
     digest = hashlib.sha256(json.dumps([task, version, text.strip(), str(gold)]).encode()).hexdigest()[:16]

@@ -9,7 +9,7 @@ from typing import Literal
 
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Problem
-from shoestring.core.registry import load_part
+from shoestring.core.registry import is_path, load_part
 from shoestring.tasks.sandbox import Limits, Sandbox
 from shoestring.tasks.sandbox.layers import Layer
 
@@ -77,8 +77,8 @@ class Grader:
     def __call__(self, pairs: Sequence[tuple[Problem, str]]) -> list[bool]:
         """True where the answer is right, in order.
 
-        Raises UserError for an unknown task or a problem made by another version of it, SandboxError when the
-        sandbox itself fails.
+        Raises UserError for an unknown task, one that is a file which `tasks` does not name, and a problem made by
+        another version of its task; SandboxError when the sandbox itself fails.
         """
         by_task: dict[str, list[int]] = {}
         for index, (problem, _) in enumerate(pairs):
@@ -109,6 +109,8 @@ class Grader:
 
     def _module(self, task: str) -> ModuleType:
         if task not in self._modules:
+            if task not in self._parts and is_path(task):
+                raise UserError(f"a problem names its task by a file, {task!r}; it must be the name of one installed.")
             part = self._parts.get(task, task)
             self._modules[task] = part if isinstance(part, ModuleType) else load_part("tasks", part)
         return self._modules[task]

@@ -15,6 +15,7 @@ from shoestring.evals.runner import evaluate, tokens_of
 from shoestring.tasks import questions
 from shoestring.tasks.grading import Grader
 from shoestring.text.tokenizer import Tokenizer
+from shoestring.train.rollouts import answer_groups, reward_groups
 
 
 class Oracle:
@@ -146,3 +147,27 @@ def test_mistakes(tokenizer: Tokenizer, problems: list[Problem]) -> None:
 
     with pytest.raises(RuntimeError, match="the grader broke"):
         evaluate(Oracle(tokenizer, problems, [1] * 4), tokenizer, problems, Sampling(seed=0), broken)
+
+
+def test_thinking_that_the_prompt_opens_is_part_of_what_is_said(tokenizer: Tokenizer, problems: list[Problem]) -> None:
+    """R1's template ends its prompt in <think>: completions begin behind it. Evaluation and rollouts alike."""
+    template = (
+        "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+    )
+    other = Tokenizer(tokenizer._full, config=tokenizer.config, chat_template=template)
+
+    class Says:
+        def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+            asked = [other.decode(list(prompt)).removeprefix("<|user|>").split("<|")[0] for prompt in prompts]
+            golds = [next(p.gold for p in problems if p.prompt == text) for text in asked]
+            said = [[f"so\n</think>\n\n{gold}", f"so {gold}", f"<think>so</think>{gold}"] for gold in golds]
+            return [[Completion(text, [3], [0.0], "stop") for text in texts] for texts in said]
+
+    with Grader() as grade:
+        result = evaluate(Says(), other, problems, Sampling(n=3, seed=5), grade)
+        groups = answer_groups(Says(), other, problems, Sampling(n=3))
+        reward_groups(groups, {"correct": 1.0, "format": 1.0}, grade)
+    assert [row["right"] for row in result.rows] == [[True, False, True]] * 4
+    assert result.rows[0]["texts"][0].startswith("<think>so\n</think>")
+    assert [[rollout.reward for rollout in group] for group in groups] == [[2.0, 0.0, 2.0]] * 4

@@ -17,7 +17,7 @@ from shoestring.core.errors import UserError
 from shoestring.core.nouns import Completion, Message, Problem, Sampling
 from shoestring.evals.passk import cons_at_k, mean_and_stderr, pass_at_k
 from shoestring.tasks.grading import gradable
-from shoestring.text.chat import render, split_thinking
+from shoestring.text.chat import render, split_thinking, whole_answer
 from shoestring.text.tokenizer import Tokenizer
 
 Grade = Callable[[Sequence[tuple[Problem, str]]], list[bool]]
@@ -79,6 +79,9 @@ def evaluate(
         if start < len(done):
             continue
         groups = engine.generate(prompts[part], replace(sampling, seed=seed))
+        for prompt, group in zip(prompts[part], groups, strict=True):
+            for completion in group:
+                completion.text = whole_answer(completion.text, prompt, tokenizer)
         made = _grade(problems[part], prompts[part], groups, grade)
         rows += made
         if on_batch is not None:

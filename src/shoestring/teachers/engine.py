@@ -18,7 +18,7 @@ from shoestring.core.contracts import Generator, Question, Teacher
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Completion, Message, Sampling, Trace
 from shoestring.data.traces import trace_id
-from shoestring.text.chat import render, split_thinking
+from shoestring.text.chat import render, split_thinking, whole_answer
 from shoestring.text.tokenizer import Tokenizer
 
 SEEDS = 1 << 62
@@ -85,7 +85,8 @@ class EngineTeacher:
         messages = [as_row(message) for message in question.messages]
         decoding = asdict(sampling) | {"stop_ids": list(sampling.stop_ids), "stop": list(sampling.stop)}
         split = self._thinking and question.messages[0].role != RAW
-        thinking, answer = split_thinking(completion.text) if split else (None, completion.text.strip())
+        said = whole_answer(completion.text, prompt_ids, self._tokenizer) if split else completion.text.strip()
+        thinking, answer = split_thinking(said) if split else (None, said)
         return Trace(
             id=trace_id(self.name, messages, decoding, sample),
             teacher=self.name,

@@ -213,6 +213,12 @@ def user_opening(tokenizer: Tokenizer, system: str | None = None) -> tuple[str, 
     return before, special[0] if special else after.strip()
 
 
+def whole_answer(text: str, prompt_ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """A completion as the assistant's whole turn: behind the opening tag where the prompt ends in it, as R1's does."""
+    opened = tokenizer.decode(prompt_ids[-8:]).rstrip().endswith(_OPEN)
+    return f"{_OPEN}{text}" if opened and not text.startswith(_OPEN) else text
+
+
 def split_thinking(text: str) -> tuple[str | None, str]:
     """(thinking, answer) of a completion `<think>thinking</think>answer`, each without surrounding white space.
 

@@ -13,7 +13,7 @@ from shoestring.core.nouns import Completion, Problem, Rollout, Sampling
 from shoestring.core.registry import load_part
 from shoestring.data.batch import Example
 from shoestring.data.textbook import conversation
-from shoestring.text.chat import render
+from shoestring.text.chat import render, whole_answer
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.advantage import advantages, carries_signal
 from shoestring.train.configs import RlStage
@@ -31,9 +31,12 @@ def prompt_ids(problem: Problem, tokenizer: Tokenizer) -> list[int]:
 def answer_groups(
     engine: Generator, tokenizer: Tokenizer, problems: Sequence[Problem], sampling: Sampling
 ) -> list[Group]:
-    """`sampling.n` rollouts of each problem, unrewarded."""
+    """`sampling.n` rollouts of each problem, unrewarded. Texts begin with the tag that a prompt may end in."""
     prompts = [prompt_ids(problem, tokenizer) for problem in problems]
     answered: list[list[Completion]] = engine.generate(prompts, sampling)
+    for prompt, completions in zip(prompts, answered, strict=True):
+        for completion in completions:
+            completion.text = whole_answer(completion.text, prompt, tokenizer)
     return [
         [Rollout(problem, ids, completion) for completion in completions]
         for problem, ids, completions in zip(problems, prompts, answered, strict=True)

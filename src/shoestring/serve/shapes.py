@@ -121,7 +121,8 @@ class LegacyLogprobs:
 
 
 def prompt_logprobs(found: Sequence[TokenLogprobs | None] | None, texts: TokenTexts) -> list[Any] | None:
-    """In vLLM's shape: per prompt token {id: {logprob, rank, decoded_token}}, null for the first."""
+    """In vLLM's shape: per prompt token {id: {logprob, rank, decoded_token}}, null for the first. The rank of a token
+    below the best ones is not known: null."""
     if found is None:
         return None
     rows: list[Any] = []
@@ -129,10 +130,10 @@ def prompt_logprobs(found: Sequence[TokenLogprobs | None] | None, texts: TokenTe
         if pairs is None:
             rows.append(None)
             continue
-        best = sorted(pairs[1:], key=lambda pair: -pair[1])
+        best = dict(pairs[1:])
         row = {}
         for index, value in pairs:
-            rank = sum(p > value for _, p in best) + 1
+            rank = sum(p > value for p in best.values()) + 1 if index in best else None
             row[str(index)] = {"logprob": finite(value), "rank": rank, "decoded_token": texts.text(index)}
         rows.append(row)
     return rows

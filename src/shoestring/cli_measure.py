@@ -69,7 +69,7 @@ def training_step(model: Any, sequences: int, length: int) -> Callable[[], Any]:
     from shoestring.train.configs import Optim, PretrainStage, TextFiles
     from shoestring.train.step import TrainState, train_step
 
-    stage = PretrainStage(name="timed", steps=1, inputs={"model": ""}, corpus=TextFiles(files=()), corpus_tokens=1,
+    stage = PretrainStage(name="timed", steps=1, inputs={"model": ""}, corpus=TextFiles(files=("",)), corpus_tokens=1,
                           optim=Optim(lr=1e-4, warmup_steps=0, schedule="constant"))  # fmt: skip
     optim = stage.optim
     made = optimizers(model, "adamw", lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)

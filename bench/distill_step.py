@@ -72,7 +72,6 @@ def serve_ours(options: dict[str, Any]) -> None:
     from shoestring.optim.make import optimizers
     from shoestring.train.configs import Optim, SftStage
     from shoestring.train.machine import keep_freed_memory
-    from shoestring.train.state import freeze
     from shoestring.train.step import TrainState, flat_tokens, train_step
 
     torch.set_num_threads(options["threads"])
@@ -83,9 +82,7 @@ def serve_ours(options: dict[str, Any]) -> None:
     student.kernels = kernels
     teacher = None
     if case != "sft":
-        teacher, _ = checkpoint.load(options["folder"] + "/teacher", dtype="float32")
-        teacher.kernels = kernels
-        freeze(teacher)
+        teacher, _ = checkpoint.load(options["folder"] + "/teacher", dtype="float32", frozen=lambda config: kernels)
     optim = Optim(lr=1e-5, warmup_steps=0, schedule="constant", weight_decay=0.0)
     stage = SftStage(name="bench", inputs={"model": "m", "traces": "t"}, steps=1, optim=optim, balance_alpha=0.0)
     state = TrainState(student, optimizers(student, "adamw", lr=1e-5, betas=(0.9, 0.999), weight_decay=0.0))

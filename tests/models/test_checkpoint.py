@@ -300,3 +300,22 @@ def test_other_software_is_told_where_a_turn_ends(given: Any, wanted: Any, tmp_p
     folder = save(Dense(config), tokenizer, tmp_path / "m")
     told = json.loads((folder / "generation_config.json").read_text())
     assert told["eos_token_id"] == resolved(wanted) and told["pad_token_id"] == tokenizer.pad_id
+
+
+def test_a_file_that_is_opened_anew_while_it_is_read_gives_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {"a": torch.randn(50, 40), "b": torch.randn(7), "c": torch.randn(30, 20)}
+    checkpoint_files.write_tensors(tensors, tmp_path / checkpoint_files.SINGLE)
+    monkeypatch.setattr(checkpoint_files, "PIECE_ELEMENTS", 200)
+    monkeypatch.setattr(checkpoint_files, "MAPPED", 2000)
+    opened: list[Path] = []
+    before = checkpoint_files.open_safetensors
+    monkeypatch.setattr(checkpoint_files, "open_safetensors", lambda path: opened.append(path) or before(path))
+    files = checkpoint_files.Files(tmp_path)
+    for name, tensor in tensors.items():
+        made = torch.zeros_like(tensor)
+        for rows, part in files.pieces(name):
+            made[rows] = part
+        assert torch.equal(made, tensor)
+    assert len(opened) > 3

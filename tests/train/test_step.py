@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from itertools import islice
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from shoestring.data.batch import packed_batches
 from shoestring.data.textbook import problems
 from shoestring.infer.engine import Engine
 from shoestring.losses import next_token, policy
+from shoestring.models import checkpoint
 from shoestring.models.deepseek import Deepseek
 from shoestring.nn import attention_native
 from shoestring.nn.kernels import Kernels
@@ -24,7 +26,6 @@ from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import Optim, SftStage, Textbook
 from shoestring.train.examples import examples_of_step, textbook_examples
 from shoestring.train.rollouts import answer_groups, rollout_example
-from shoestring.train.state import freeze
 from shoestring.train.step import TrainState, accumulate, train_step
 
 STAGE = SftStage(
@@ -144,21 +145,23 @@ def test_every_example_comes_once_an_epoch() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_frozen_teacher_holds_what_its_products_read_and_says_the_same(
-    dtype: Literal["float32", "bfloat16"], model: Deepseek, tokenizer: Tokenizer
+    dtype: Literal["float32", "bfloat16"], model: Deepseek, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     model.kernels = Kernels(dtype=dtype)
     batch = _batches(tokenizer, 10_000)[0]
 
-    def states() -> torch.Tensor:
+    def states(model: Any) -> torch.Tensor:
         with torch.no_grad():
             return model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT).hidden_BTD
 
     with torch.no_grad():  # where rounding norms or routers would show
         for parameter in model.parameters():
             parameter += 1e-3 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1))
-    before, logits = states(), model.unembed(states())
-    freeze(model)
-    assert torch.equal(states(), before) and torch.equal(model.unembed(before), logits)
-    assert model.head_weight.dtype == model.kernels.torch_dtype and not any(p.requires_grad for p in model.parameters())
-    kept = {name: p.dtype for name, p in model.named_parameters() if "norm" in name or "mlp.gate." in name}
+    before = states(model)
+    checkpoint.save(model, tokenizer, tmp_path)
+    frozen, _ = checkpoint.load(tmp_path, dtype="float32", frozen=lambda config: model.kernels)
+    assert torch.equal(states(frozen), before) and torch.equal(frozen.unembed(before), model.unembed(before))
+    assert frozen.head_weight.dtype == model.kernels.torch_dtype
+    assert not any(p.requires_grad for p in frozen.parameters())
+    kept = {name: p.dtype for name, p in frozen.named_parameters() if "norm" in name or "mlp.gate." in name}
     assert kept and set(kept.values()) == {torch.float32}

@@ -8,7 +8,7 @@ Left out: pickled `.bin` files (never opened), writing FP8.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from shoestring.core.hub import checkpoint_folder
 from shoestring.core.registry import list_parts, load_part
 from shoestring.models.checkpoint_files import Files, read_json, write_shards
 from shoestring.models.checkpoint_names import disk_tensors, has_mtp, is_needless, mtp_copies
-from shoestring.nn.decoder import Decoder
+from shoestring.nn.decoder import Decoder, Embedding
+from shoestring.nn.experts import Experts
 from shoestring.nn.fp8 import BLOCK, dequantize
 from shoestring.nn.kernels import Kernels
+from shoestring.nn.linear import Linear
 from shoestring.nn.moe import Gate
 from shoestring.text.tokenizer import Tokenizer
 
@@ -33,13 +35,14 @@ _log = logging.getLogger("shoestring")
 
 def load(
     path_or_id: str | Path, *, dtype: str = "auto", device: str | torch.device | None = None,
-    kernels: Kernels | None = None,
+    kernels: Kernels | None = None, frozen: Callable[[Any], Kernels] | None = None,
 ) -> tuple[Decoder, Tokenizer | None]:  # fmt: skip
     """Model and tokenizer (None when there is no tokenizer.json) of a folder, or of a model id on the hub.
 
     `dtype` is what the weights are kept in; "auto" is what config.json says. `kernels` defaults to products in that
-    dtype, and to the attention that is fast on the device. Raises UserError for whatever is missing, extra,
-    misshapen, NaN or cut short.
+    dtype, and to the attention that is fast on the device. `frozen`: the model is never trained; this gives the kernels
+    for its config, and tables, linear layers and experts are kept in the dtype of their products from the start.
+    Raises UserError for whatever is missing, extra, misshapen, NaN or cut short.
     """
     _check_device(device)
     folder = checkpoint_folder(path_or_id)
@@ -57,10 +60,12 @@ def load(
     model: Decoder
     if (other := _other(raw["model_type"])) is not None:
         model = other.load(folder, dtype=DTYPES[chosen], device=device)
-        model.kernels = kernels
+        model.kernels = kernels if frozen is None else frozen(model.config)
     else:
-        model = build(raw, files.names, kernels=kernels, dtype=DTYPES[chosen], device=device)
+        model = build(raw, files.names, kernels=kernels, dtype=DTYPES[chosen], device=device, frozen=frozen)
         _fill(model, files, raw)
+    if frozen is not None:
+        model.requires_grad_(False)
     tokenizer = None
     if (folder / "tokenizer.json").exists():
         tokenizer = Tokenizer.load(folder)
@@ -147,7 +152,7 @@ def family(model_type: str) -> Any:
 
 def build(
     raw: dict[str, Any], names: Iterable[str], *, kernels: Kernels, dtype: torch.dtype,
-    device: str | torch.device | None,
+    device: str | torch.device | None, frozen: Callable[[Any], Kernels] | None = None,
 ) -> Decoder:  # fmt: skip
     """An unfilled model for the contents of a config.json; MTP modules only if the files hold their weights."""
     module = family(raw.get("model_type", ""))
@@ -158,14 +163,23 @@ def build(
     if getattr(config, "num_nextn_predict_layers", 0) and not has_mtp(list(names), config.num_hidden_layers):
         _log.warning("config.json announces multi-token prediction, but the files hold no weights for it: left out.")
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
-    model: Decoder = module.MODEL(config, kernels=kernels, device="meta")
+    model: Decoder = module.MODEL(config, kernels=kernels if frozen is None else frozen(config), device="meta")
+    matrices = model_matrices(model) if frozen is not None else set()
     exact = {id(gate.e_score_correction_bias) for gate in model.modules() if isinstance(gate, Gate)}  # decides ties
 
     def real(part: Tensor) -> Tensor:  # not to_empty: on meta tensors that imports sympy (LOG.md, entry 18)
         kept = part.dtype if id(part) in exact or not part.is_floating_point() else dtype
+        kept = model.kernels.torch_dtype if id(part) in matrices else kept
         return torch.empty(part.shape, dtype=kept, device=device or "cpu")
 
     return model._apply(real)
+
+
+def model_matrices(model: Decoder) -> set[int]:
+    """The ids of the parameters that are nothing but factors of products: tables, linear layers, experts. What a model
+    computes is the same, to the bit, when they are kept in the dtype of the products; not so norms and routers."""
+    parts = (part for part in model.modules() if isinstance(part, Linear | Embedding | Experts))
+    return {id(parameter) for part in parts for parameter in part.parameters(recurse=False)}
 
 
 @torch.no_grad()

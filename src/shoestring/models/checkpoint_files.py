@@ -21,6 +21,7 @@ from shoestring.core.errors import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PIECE_ELEMENTS = 1 << 20  # of a tensor that are in memory beside their copy
+MAPPED = 1 << 25  # bytes read of a file before it is opened anew: what was read of a mapped file counts as memory held
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -52,6 +53,7 @@ class Files:
     def __init__(self, folder: Path):
         self.folder = folder
         self._handles: dict[str, Any] = {}
+        self._read: dict[str, int] = {}
         if (folder / INDEX).exists():
             self.file_of: dict[str, str] = read_json(folder / INDEX).get("weight_map", {})
             if not isinstance(self.file_of, dict) or not all(isinstance(n, str) for n in self.file_of.values()):
@@ -72,6 +74,7 @@ class Files:
         """The whole tensor."""
         with self._file_of(name) as file:
             tensor: Tensor = file.get_tensor(name)
+        self._count(name, tensor)
         return tensor
 
     def shape(self, name: str) -> list[int]:
@@ -91,7 +94,15 @@ class Files:
             rows = slice(start, min(start + step, shape[0]))
             with self._file_of(name) as file:
                 part: Tensor = file.get_slice(name)[rows]
+            self._count(name, part)
             yield rows, part
+
+    def _count(self, name: str, part: Tensor) -> None:
+        """Let go of a file of which much was read; who reads on opens it again."""
+        file = self.file_of[name]
+        self._read[file] = self._read.get(file, 0) + part.nbytes
+        if self._read[file] > MAPPED:
+            del self._handles[file], self._read[file]
 
     @contextmanager
     def _file_of(self, name: str) -> Iterator[Any]:

@@ -27,7 +27,7 @@ from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import DistillStage
 from shoestring.train.context import Context, derived_seed
 from shoestring.train.examples import examples_of_step, trace_example, trace_examples
-from shoestring.train.state import freeze, load_model
+from shoestring.train.state import load_frozen
 from shoestring.train.step import TrainState, flat_tokens, scoring_flops
 
 
@@ -36,12 +36,9 @@ class _Teacher:
 
     def __init__(self, stage: DistillStage, ctx: Context, role: str, student: Any):
         self.stage = stage
-        self.model, self.tokenizer = load_model(ctx, role)
-        self.model.to(student.head_weight.device)
-        self.model.kernels = ctx.machine.kernels(
-            self.model.config, stage.compute, tokens=stage.tokens_per_microbatch, seq_len=stage.row_tokens
+        self.model, self.tokenizer = load_frozen(
+            ctx, role, stage.compute, tokens=stage.tokens_per_microbatch, seq_len=stage.row_tokens
         )
-        freeze(self.model)
         self.spelling = bytes_of_tokens(self.tokenizer)
         self.head_VC = self.model.head_weight[: self.tokenizer.vocab_size]
 

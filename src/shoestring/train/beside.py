@@ -24,7 +24,7 @@ from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import DistillStage
 from shoestring.train.context import Context
 from shoestring.train.distill_checks import check_fit, matched_layers
-from shoestring.train.state import freeze, load_model
+from shoestring.train.state import load_frozen
 from shoestring.train.states import Taps
 from shoestring.train.step import flat_tokens, scoring_flops
 
@@ -33,13 +33,10 @@ class Reader:
     """One teacher: a frozen model of the student's vocabulary that reads what the student reads."""
 
     def __init__(self, stage: DistillStage, ctx: Context, role: str, student: Any, tokenizer: Tokenizer):
-        self.model, theirs = load_model(ctx, role)
-        check_fit(ctx, student, tokenizer, self.model, theirs, role)
-        self.model.to(student.head_weight.device)
-        self.model.kernels = ctx.machine.kernels(
-            self.model.config, stage.compute, tokens=stage.tokens_per_microbatch, seq_len=stage.row_tokens
+        self.model, theirs = load_frozen(
+            ctx, role, stage.compute, tokens=stage.tokens_per_microbatch, seq_len=stage.row_tokens
         )
-        freeze(self.model)
+        check_fit(ctx, student, tokenizer, self.model, theirs, role)
         self.vocab, self.name = tokenizer.vocab_size, ctx.inputs[role].name
 
     @torch.no_grad()

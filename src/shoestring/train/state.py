@@ -20,9 +20,8 @@ from shoestring.core.registry import load_part
 from shoestring.models import checkpoint
 from shoestring.models.checkpoint_files import open_safetensors, read_json
 from shoestring.nn import lora
-from shoestring.nn.decoder import Decoder, Embedding
-from shoestring.nn.experts import Experts
-from shoestring.nn.linear import Linear
+from shoestring.nn.decoder import Decoder
+from shoestring.nn.kernels import Kernels
 from shoestring.optim.base import Optimizer
 from shoestring.optim.make import optimizers
 from shoestring.text.tokenizer import Tokenizer
@@ -78,26 +77,22 @@ def load_model(ctx: Context, role: str) -> tuple[Any, Tokenizer]:
     return _load(ctx.checkpoint_of(role))
 
 
-def _load(path: Path) -> tuple[Any, Tokenizer]:
-    model, tokenizer = checkpoint.load(path, dtype="float32")
+def load_frozen(ctx: Context, role: str, compute: Compute, *, tokens: int, seq_len: int) -> tuple[Any, Tokenizer]:
+    """Model and tokenizer of an input that is never trained, on the stage's device, with the kernels of this machine;
+    what products read is kept in their dtype from the start (models/checkpoint.py)."""
+
+    def kernels(config: Any) -> Kernels:
+        return ctx.machine.kernels(config, compute, tokens=tokens, seq_len=seq_len)
+
+    model, tokenizer = _load(ctx.checkpoint_of(role), kernels)
+    return model.to(checked_device(compute.device)), tokenizer
+
+
+def _load(path: Path, frozen: Callable[[Any], Kernels] | None = None) -> tuple[Any, Tokenizer]:
+    model, tokenizer = checkpoint.load(path, dtype="float32", frozen=frozen)
     if tokenizer is None:
         raise UserError(f"{path} holds no tokenizer.json; save the model together with its tokenizer.")
     return model, tokenizer
-
-
-@torch.no_grad()
-def freeze(model: Any) -> Any:
-    """The model, never trained again: tables, linear layers and experts of our own families are kept in the dtype that
-    their products are computed in, so no pass casts them; norms and routers stay as they are. Same numbers, to the bit.
-    """
-    model.requires_grad_(False)
-    if not isinstance(model, Decoder):  # transformers' own arithmetic follows the dtype of its weights
-        return model
-    for part in model.modules():
-        if isinstance(part, (Linear, Embedding, Experts)):
-            for parameter in part.parameters(recurse=False):
-                parameter.data = parameter.data.to(model.kernels.torch_dtype)
-    return model
 
 
 def start_or_resume(

@@ -14,7 +14,7 @@ from shoestring.infer.engine import Engine
 from shoestring.infer.speculative import TRIAL, Choice
 
 from .conftest import V, deepseek, dense, make_certain
-from .test_paged import IDS, ids_of
+from .test_paged import IDS, ids_of, v3
 from .test_schedules import audit
 
 pytestmark = pytest.mark.usefixtures("both_ways")  # tests/infer/conftest.py: natively and plainly
@@ -26,14 +26,44 @@ def certain() -> Any:
     return make_certain(deepseek())
 
 
-@pytest.fixture(scope="module")
-def agreeing() -> Any:
-    """The same with a little of everything else, so that some drafts are wrong."""
-    model, other = certain(), deepseek(1)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "yarn and groups": {}, "half-split": {"rope_interleave": False, "num_experts_per_tok": 1},
+    "unfused": {"kv_lora_rank": 64, "qk_nope_head_dim": 4, "v_head_dim": 4, "q_lora_rank": 32},
+}  # fmt: skip
+
+
+def family(name: str, **more: Any) -> Any:
+    return v3(num_nextn_predict_layers=1, **FAMILIES[name], **more)
+
+
+def mostly_certain(make: Any) -> Any:
+    """With a little of everything else, so that some drafts are wrong."""
+    model, other = make_certain(make()), make()
     with torch.no_grad():
         for parameter, noise in zip(model.parameters(), other.parameters(), strict=True):
             parameter.add_(0.15 * noise)
     return model
+
+
+@pytest.fixture(scope="module")
+def agreeing() -> Any:
+    return mostly_certain(lambda: deepseek(1))
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_tokens_are_those_without_drafts_in_every_family(name: str, temperature: float) -> None:
+    model = mostly_certain(lambda: family(name))
+    sampling = Sampling(n=2, temperature=temperature, seed=3, max_new_tokens=24, routed_experts=True)
+    for options in ({}, {"cache_tokens": 72, "block_size": 4}):
+        expected = Engine(model, **options).generate(PROMPTS, sampling)
+        engine = Engine(model, speculative=True, **options)
+        found = engine.generate(PROMPTS, sampling)
+        assert ids_of(found) == ids_of(expected)
+        assert [[c.routed_experts for c in g] for g in found] == [[c.routed_experts for c in g] for g in expected]
+        stats = engine.stats()
+        assert stats["spec_decode_num_accepted_tokens"] < stats["spec_decode_num_drafts"]
+        assert temperature == 0.0 or stats["spec_decode_num_accepted_tokens"] > 0  # some greedy loops nobody guesses
 
 
 @pytest.mark.parametrize("sampling", [
@@ -92,14 +122,17 @@ def test_the_drafter_sees_what_training_showed_it() -> None:
             assert int(model.unembed(out.mtp_hidden[0][0, -1]).argmax()) == draft
 
 
-def test_sampled_frequencies_are_the_distribution(both_ways: Any) -> None:
+@pytest.mark.parametrize("name", ["deepseek", *FAMILIES])
+def test_sampled_frequencies_are_the_distribution(both_ways: Any, name: str) -> None:
     """Chi-square of the second token given the first, drafts on, against the model's own probabilities."""
-    model = deepseek()
+    model = deepseek() if name == "deepseek" else family(name)
     with torch.no_grad():
         model.head_weight[8:] = 0  # eight likely tokens, the others equal
         model.head_weight[:8] *= 4
     engine = Engine(model, speculative=True, max_sequences=512)
-    n = 3000 if both_ways else 500  # plain steps take four times as long
+    n = (
+        (3000 if name == "deepseek" else 600) if both_ways else (500 if name == "deepseek" else 100)
+    )  # plain steps take four times as long
     (group,) = engine.generate([IDS[:5]], Sampling(n=n, max_new_tokens=4, seed=11))
     with torch.no_grad():
         first = torch.tensor([c.token_ids[2] for c in group])

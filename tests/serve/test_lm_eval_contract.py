@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,25 @@ def test_only_the_prompt(server: Any):
     body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 0, "logprobs": 1, "echo": True}
     choice = server.post("/v1/completions", body).json()["choices"][0]
     assert len(choice["logprobs"]["tokens"]) == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_as_long_as_the_context_can_be_scored(server: Any, tokenizer: Tokenizer, stream: bool):
+    """Nothing is to be written, so nothing has to fit behind it; what is to be written has to."""
+    ids = [5 + index % 200 for index in range(2048)]
+    body = {"model": "tiny", "prompt": ids, "max_tokens": 0, "logprobs": 1, "echo": True, "stream": stream}
+    answer = server.post("/v1/completions", body)
+    assert answer.status_code == 200, answer.text
+    if stream:
+        chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        assert sum(len(c["logprobs"]["tokens"]) for chunk in chunks for c in chunk["choices"]) == 2048
+    else:
+        (choice,), usage = answer.json()["choices"], answer.json()["usage"]
+        assert len(choice["logprobs"]["token_logprobs"]) == 2048 and choice["text"] == tokenizer.decode(ids)
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (2048, 0)
+    for refused in (body | {"max_tokens": 1}, body | {"prompt": [*ids, 5]}):
+        again = server.post("/v1/completions", refused)
+        assert again.status_code == 400 and again.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_remote_tokenizer(server: Any, tokenizer: Tokenizer):

@@ -36,6 +36,9 @@ class Odd(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.path == "/tokenize":
+            self._json(404, {"detail": "Not Found"})
+            return
         self.seen.append(asked | {"key": self.headers.get("authorization")})
         getattr(self, f"_{asked['messages'][-1]['content']}")(asked)
 
@@ -98,6 +101,20 @@ class Odd(BaseHTTPRequestHandler):
             while True:
                 self._say("on ")
                 time.sleep(0.02)
+        except OSError:
+            self.left.set()
+
+    def _dripping(self, asked: dict[str, Any]) -> None:
+        """Never so silent that a reader loses patience, and never done."""
+        if asked.get("stream"):
+            self._begin()
+        else:
+            self.send_response(200)
+            self.send_header("connection", "close")
+            self.end_headers()
+        try:
+            while not self.woken.wait(0.02):
+                self.wfile.write(b":" if asked.get("stream") else b" ")
         except OSError:
             self.left.set()
 
@@ -308,6 +325,65 @@ def test_an_upstream_that_says_nothing(start: Any, odd: str, tmp_path: Path):
             assert answer.status_code == 504 and "too long" in answer.json()["error"]["message"]
 
 
+@pytest.fixture(scope="module")
+def hurried(start: Any, odd: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server that gives an answer two seconds in all."""
+    with start("--upstream", odd, "--set", "request_seconds=2", folder=tmp_path_factory.mktemp("hurried")) as running:
+        yield running
+
+
+@pytest.mark.parametrize("text", ["endless", "dripping"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_without_an_end_gets_one(hurried: Any, text: str, stream: bool):
+    """Something comes all the time, so no read is ever late: the whole has a time of its own."""
+    Odd.left.clear()
+    began = time.monotonic()
+    answer = hurried.chat(text, model="odd", stream=stream)
+    assert 1.5 < time.monotonic() - began < 40
+    if stream:
+        *_, error, done = events(answer.text)
+        assert done == "[DONE]"
+    else:
+        assert answer.status_code == 504
+        error = answer.json()
+    assert error["error"]["code"] == "request_timeout" and "took longer than 2 s" in error["error"]["message"]
+    assert Odd.left.wait(60)
+
+
+def test_more_than_was_asked_for_is_broken_off(ask: Any):
+    """An upstream that ignores `max_tokens` would spend what nobody reserved."""
+    Odd.left.clear()
+    *said, error, done = events(ask("endless", stream=True, max_tokens=8).text)
+    assert done == "[DONE]" and "more than it was asked for" in error["error"]["message"]
+    assert 8 < len(said) < 8 * 2 + 300 and Odd.left.wait(60)
+    assert eventually(lambda: ask.spent() > 0)
+
+
+def test_an_answer_larger_than_any_is_broken_off():
+    """By the bytes that came, whatever they say."""
+    import asyncio
+
+    import httpx
+
+    from shoestring.serve.errors import ApiError
+    from shoestring.serve.upstream_wire import Most, events
+
+    async def endless() -> Any:
+        while True:
+            yield b": ping\n\n" * 1000
+
+    async def read() -> int:
+        count = 0
+        async for _ in events(
+            httpx.Response(200, content=endless()), Most(asyncio.get_running_loop().time() + 60, 10**6, None)
+        ):
+            count += 1
+        return count
+
+    with pytest.raises(ApiError, match="larger than 1000000 bytes"):
+        asyncio.run(read())
+
+
 def test_a_client_that_leaves_is_told_to_the_upstream(front: Any, ask: Any):
     Odd.left.clear()
     body = {"model": "odd", "stream": True, "messages": [{"role": "user", "content": "endless"}]}
@@ -344,3 +420,39 @@ def test_one_of_ours_behind_another(start: Any, server: Any, tokenizer: Tokenize
         assert "response.incomplete" in running.post("/v1/responses", body).text
         body = {"model": "tiny", "prompt": [5, 6], "max_tokens": 3, "stream": True}
         assert running.post("/v1/completions", body).text.endswith("data: [DONE]\n\n")
+
+
+def test_tokens_of_an_upstream_s_model_are_the_upstream_s(
+    start: Any, server: Any, tokenizer: Tokenizer, tmp_path: Path
+):
+    """So that lm-eval, whose tokenizer is a server's, works through this one; keys hold here too."""
+    store = tmp_path / "keys.db"
+    keys = KeyStore(store)
+    free, bound = keys.create("free")[0], keys.create("bound", models=["dense"])[0]
+    with start("--upstream", f"{server.url}/v1", "--require-keys", folder=tmp_path, store=store) as running:
+
+        def post(path: str, body: Any, key: str = free) -> Any:
+            return running.post(path, body, headers={"authorization": f"Bearer {key}"})
+
+        chat = {"messages": [{"role": "user", "content": "3 + 8 ?"}]}
+        for body in ({"prompt": "<|end|>3 + 8"}, chat):
+            for named in ({"model": "tiny"}, {"model": "tiny", "return_token_strs": True}):
+                assert post("/tokenize", named | body).json() == server.post("/tokenize", named | body).json()
+        ids = tokenizer.encode("quick brown fox")
+        assert post("/detokenize", {"model": "tiny", "tokens": ids}).json() == {"prompt": "quick brown fox"}
+        head = {"authorization": f"Bearer {free}"}
+        info = running.get("/tokenizer_info?model=tiny", headers=head).json()
+        assert info == server.get("/tokenizer_info?model=tiny").json()
+        assert post("/tokenize", {"model": "nobody", "prompt": "x"}).status_code == 404
+        assert post("/tokenize", {"model": "tiny", "prompt": "x"}, bound).status_code == 403
+        assert post("/tokenize", {"prompt": "x"}, bound).status_code == 400
+        assert post("/tokenize", {"model": "dense", "prompt": "x"}, bound).status_code == 200
+        assert running.post("/tokenize", {"model": "tiny", "prompt": "x"}).status_code == 401
+        refused = post("/tokenize", {"model": "tiny", "prompt": "x", "messages": chat["messages"]})
+        assert refused.status_code == 400 and "either `prompt` or `messages`" in refused.json()["error"]["message"]
+
+
+def test_an_upstream_without_a_tokenizer_to_ask(front: Any, ask: Any):
+    head = {"authorization": f"Bearer {ask.secret}"}
+    answer = front.post("/tokenize", {"model": "odd", "prompt": "x"}, headers=head)
+    assert answer.status_code == 404 and "has no /tokenize" in answer.json()["error"]["message"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
 from typing import Any, Literal
 
 from shoestring.core.errors import UserError
@@ -16,7 +17,14 @@ from shoestring.core.errors import UserError
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "cancelled"]
 TRACE_SCHEMA = 1
+OPTIONAL = ("prompt_logprobs", "thinking_budget", "seed")
+COUNTS = ("n", "top_k", "max_new_tokens", "min_new_tokens", "top_logprobs", *OPTIONAL)
+AMOUNTS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 MOST = 1e9  # penalties and biases: beyond it, fp32 logits would not stay finite whatever the temperature
+
+
+def _is_whole(value: Any) -> bool:
+    return hasattr(type(value), "__index__") and not isinstance(value, bool)
 
 
 @dataclass(slots=True, frozen=True)
@@ -88,14 +96,29 @@ class Sampling:
     regex: str | None = None  # what follows the thinking matches this
 
     def __post_init__(self) -> None:
-        for wrong, sentence in self._complaints():
-            if wrong:
-                raise UserError(f"sampling.{sentence}")
+        for complaints in (self._kinds(), self._complaints()):
+            for wrong, sentence in complaints:
+                if wrong:
+                    raise UserError(f"sampling.{sentence}")
 
     @property
     def guided(self) -> bool:
         """Whether a grammar says what may be written."""
         return self.json_schema is not None or self.regex is not None
+
+    def _kinds(self) -> Iterator[tuple[bool, str]]:
+        """What is no number at all would fail in the middle of everybody's step."""
+        for name in COUNTS:
+            value = getattr(self, name)
+            fits = _is_whole(value) or (value is None and name in OPTIONAL)
+            yield not fits, f"{name} is {value!r}; it must be a whole number."
+        for name in AMOUNTS:
+            value = getattr(self, name)
+            yield not isinstance(value, Real), f"{name} is {value!r}; it must be a number."
+        for token, bias in (self.logit_bias or {}).items():
+            fits = _is_whole(token) and isinstance(bias, Real)
+            yield not fits, f"logit_bias has {token!r}: {bias!r}; it takes token ids to numbers."
+        yield not all(map(_is_whole, self.stop_ids)), f"stop_ids is {self.stop_ids!r}; it must hold token ids."
 
     def _complaints(self) -> Iterator[tuple[bool, str]]:
         """(does it apply, the sentence): ranges first, then contradictions. Written so that NaN is out of range."""
@@ -119,6 +142,7 @@ class Sampling:
             fits = -most <= bias <= most or bias == -inf
             yield not fits, f"logit_bias[{token}] is {bias}; it must be between -{most:g} and {most:g}, or -inf to ban."
         yield isinstance(self.stop, str), "stop is one string; write a tuple of strings, (text,)."
+        yield not all(isinstance(text, str) for text in self.stop), f"stop is {self.stop!r}; it must hold strings."
         yield "" in self.stop, "stop holds an empty string, which would stop at once; remove it."
         shorter = self.min_new_tokens > self.max_new_tokens
         yield shorter, f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}."

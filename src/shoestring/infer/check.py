@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from operator import index
 from typing import Any
 
 from shoestring.core.errors import UserError
@@ -10,18 +11,31 @@ from shoestring.core.nouns import Sampling
 
 
 def check_ids(config: Any, ids: Sequence[int], what: str, new_tokens: int) -> None:
-    """Raise UserError for no ids, ids outside the vocabulary, or more positions than the model has."""
+    """Raise UserError for no ids, ids outside the vocabulary, or more positions than the model has.
+
+    A single new token is drawn from the last position and needs none of its own.
+    """
     vocab, positions = config.vocab_size, config.max_position_embeddings
     if len(ids) == 0:
         raise UserError(f"{what} is empty; it needs at least one token.")
+    if set(map(type, ids)) != {int} and (wrong := [token for token in ids if not _is_whole(token)]):
+        raise UserError(f"{what} holds {wrong[0]!r}, which is no token id; encode it to whole numbers.")
     if min(ids) < 0 or max(ids) >= vocab:
         raise UserError(
             f"{what} holds a token id outside the model's vocabulary (0 to {vocab - 1}); "
             "encode it with the model's own tokenizer."
         )
-    if len(ids) + new_tokens > positions:
+    if len(ids) + (new_tokens if new_tokens > 1 else 0) > positions:
         more = f" and asks for {new_tokens} new ones" if new_tokens else ""
         raise UserError(f"{what} has {len(ids)} tokens{more}, but the model has {positions} positions; shorten it.")
+
+
+def _is_whole(token: Any) -> bool:
+    try:
+        index(token)
+    except TypeError:
+        return False
+    return not isinstance(token, bool)
 
 
 def check_sampling(

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 INCOMPLETE = "�"  # what decoders write for bytes that are no character (yet)
+LONGEST = 4  # bytes of a character, and so tokens that may hold one
+PENDING = 32  # ids that wait before it is looked for what of them can go: decoding them anew each time is quadratic
 
 
 class Decodes(Protocol):
@@ -41,10 +43,22 @@ class TextStream:
             return ""
         context = self._tokenizer.decode(self._ids[self._before : self._released])
         text = self._tokenizer.decode(self._ids[self._before :])
-        if not final and (text.endswith(INCOMPLETE) or len(text) <= len(context)):
-            return ""
-        self._before, self._released = self._released, len(self._ids)
-        return text[len(context) :]
+        if final or not (text.endswith(INCOMPLETE) or len(text) <= len(context)):
+            self._before, self._released = self._released, len(self._ids)
+            return text[len(context) :]
+        return self._what_is_certain(context, text) if len(self._ids) - self._released >= PENDING else ""
+
+    def _what_is_certain(self, context: str, text: str) -> str:
+        """Of many ids without an end: all but the last few, which may begin a character.
+
+        Of as many borders as a character has bytes, one is not inside a character: up to there the text stands.
+        """
+        for kept in range(LONGEST, 2 * LONGEST):
+            certain = self._tokenizer.decode(self._ids[self._before : len(self._ids) - kept])
+            if text.startswith(certain) and len(certain) >= len(context):
+                self._before, self._released = self._released, len(self._ids) - kept
+                return certain[len(context) :]
+        return ""
 
 
 class StopStrings:

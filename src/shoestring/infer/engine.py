@@ -119,13 +119,16 @@ class Engine:
         """Generate and score with `model` from now on; no cached prefix is used again.
 
         Requests under way go on: what they have sampled stays, with its logprobs, and is read again by the new
-        weights before the next token. Raises UserError, changing nothing, for a model that does not fit the tokenizer
-        or, while requests are under way, one of another architecture.
+        weights before the next token; a prompt that was half read is the new weights' alone. Raises UserError,
+        changing nothing, for a model that does not fit the tokenizer or, while requests are under way, one of another
+        architecture.
         """
         if self.tokenizer is not None:
             self.tokenizer.check_vocab(model.config.vocab_size)
         if model.config == self.model.config and model.kernels.torch_dtype == self._runner.dtype:
             self._scheduler.preempt_all()
+            for request in self._requests.values():
+                request.read_anew()
             self._runner.load(model)
             self._drafter = None if self._drafter is None else Drafter(model.mtp[0], self._runner)
             self.model, self._seen = model, _state_of(model)

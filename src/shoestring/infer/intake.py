@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from shoestring.core.errors import UserError
@@ -32,7 +33,7 @@ class Intake:
         check_ids(self._config, prompt_ids, what, sampling.max_new_tokens)
         has, stop_ids = self._tokenizer is not None, self._stop_ids(sampling)
         check_sampling(sampling, self._config, stop_ids, tokenizer=has, routes=self._routes)
-        wanted = len(prompt_ids) + sampling.max_new_tokens
+        wanted = len(prompt_ids) + (sampling.max_new_tokens if sampling.max_new_tokens > 1 else 0)
         if wanted > self._room:
             raise UserError(
                 f"{what} has {len(prompt_ids)} tokens and asks for {sampling.max_new_tokens} new ones, but the cache "
@@ -44,8 +45,10 @@ class Intake:
         silent: bool = False,
     ) -> Request:  # fmt: skip
         """A checked request with its samples. Raises UserError for a grammar that cannot be followed."""
-        request = Request(name, list(prompt_ids), sampling, self._stop_ids(sampling), salt, stream, silent)
-        request.samples = [self._sequence(request, index) for index in range(sampling.n)]
+        request = Request(
+            name, [index(token) for token in prompt_ids], sampling, self._stop_ids(sampling), salt, stream, silent
+        )
+        request.samples = [self._sequence(request, sample) for sample in range(sampling.n)]
         if sampling.guided and self._tokenizer is not None:
             grammar = self._grammar(self._tokenizer, request)  # compiled once
             for sequence in request.samples:

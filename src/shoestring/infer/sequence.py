@@ -34,10 +34,21 @@ class Request:
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(63) if self.sampling.seed is None else self.sampling.seed
 
+    def read_anew(self) -> None:
+        """Other weights: of a prompt that none of the samples has gone on from, nothing of the old ones is kept."""
+        if not any(sample.produced for sample in self.samples):
+            self.prompt_logprobs = None
+            for sample in self.samples:
+                sample.routed = []
+
 
 @dataclass(slots=True)
 class Thinking:
-    """Whether the thinking tags stand open, and for how many tokens."""
+    """Whether the thinking tags stand open, and how many tokens this turn has thought so far.
+
+    Opening the tags again, inside them or after they closed, gives no new budget: else a model that repeats the tag
+    would think for ever.
+    """
 
     open_id: int
     close_id: int
@@ -53,13 +64,18 @@ class Thinking:
             return None
         thinking = cls(tags["<think>"], tags["</think>"])
         for token in prompt_ids:
+            if token == thinking.open_id:
+                thinking.tokens = 0
             thinking.see(token)
         thinking.seen = thinking.is_open  # thinking of earlier turns is not this one's
+        if not thinking.is_open:
+            thinking.tokens = 0
         return thinking
 
     def see(self, token: int) -> None:
         if token == self.open_id:
-            self.is_open, self.tokens, self.seen = True, 0, True
+            self.tokens += self.is_open
+            self.is_open = self.seen = True
         elif token == self.close_id:
             self.is_open = False
         elif self.is_open:

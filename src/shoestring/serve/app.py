@@ -115,8 +115,11 @@ async def _answer(reply: Reply, headers: dict[str, str], reader_seconds: float) 
 def _tokens(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", **described("/tokenize"))
     async def tokenize(request: Request) -> Response:
-        await service.meter.authenticate(request.headers.get("authorization"))
-        asked = read(TokenizeRequest, parse_json(await _body(request, service.config.max_body_bytes)))
+        account = await service.meter.authenticate(request.headers.get("authorization"))
+        raw = parse_json(await _body(request, service.config.max_body_bytes))
+        if (passed := await _passed_on(service, "/tokenize", raw, account)) is not None:
+            return passed
+        asked = read(TokenizeRequest, raw)
         served = service.tokens_of(asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise bad("give either `prompt` or `messages`.", "prompt")
@@ -137,8 +140,11 @@ def _tokens(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize", **described("/detokenize"))
     async def detokenize(request: Request) -> Response:
-        await service.meter.authenticate(request.headers.get("authorization"))
-        asked = read(DetokenizeRequest, parse_json(await _body(request, service.config.max_body_bytes)))
+        account = await service.meter.authenticate(request.headers.get("authorization"))
+        raw = parse_json(await _body(request, service.config.max_body_bytes))
+        if (passed := await _passed_on(service, "/detokenize", raw, account)) is not None:
+            return passed
+        asked = read(DetokenizeRequest, raw)
         served = service.tokens_of(asked.model)
         if any(not 0 <= index < served.vocab_size for index in asked.tokens):
             raise bad(f"`tokens` holds ids that are no tokens (0 to {served.vocab_size - 1}).", "tokens")
@@ -146,8 +152,11 @@ def _tokens(app: FastAPI, service: Service) -> None:
 
     @app.get("/tokenizer_info", **described("/tokenizer_info"))
     async def tokenizer_info(request: Request) -> Response:
-        await service.meter.authenticate(request.headers.get("authorization"))
-        tokenizer = service.tokens_of(request.query_params.get("model")).tokenizer
+        account = await service.meter.authenticate(request.headers.get("authorization"))
+        name = request.query_params.get("model")
+        if (passed := await _passed_on(service, "/tokenizer_info", None, account, name)) is not None:
+            return passed
+        tokenizer = service.tokens_of(name).tokenizer
         special = tokenizer.special_tokens
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         return JSONResponse(
@@ -158,6 +167,17 @@ def _tokens(app: FastAPI, service: Service) -> None:
                 "vocab_size": tokenizer.vocab_size,
             }
         )
+
+
+async def _passed_on(
+    service: Service, path: str, raw: dict[str, Any] | None, account: Account | None, model: str | None = None
+) -> Response | None:
+    """The upstream's answer where the tokens of its models are asked about."""
+    given = model if raw is None else raw.get("model")
+    name = given if isinstance(given, str) else None
+    if service.upstream is None or not await service.passes_on(name, account):
+        return None
+    return Response(await service.upstream.tokens(path, raw, name), media_type="application/json")
 
 
 def _state(app: FastAPI, service: Service) -> None:

@@ -141,6 +141,19 @@ class Service:
             return next(iter(self.models.values()))
         return self.find(name)
 
+    async def passes_on(self, name: str | None, account: Account | None) -> bool:
+        """Whether tokens of this model are the upstream's to say. Raises ApiError for a key that may not use it."""
+        if self.upstream is None or name in self.models or (name is None and self.models):
+            return False
+        if name is None:
+            if account is not None and account.key.models is not None:
+                raise bad("`model` is required: this key may use only some.", "model", "missing_parameter")
+            return True
+        if not await self.upstream.has(name):
+            return False
+        self.meter.permit(account, name, n=1, logprobs=False)
+        return True
+
     # ---- the endpoints that generate
     async def complete(self, endpoint: str, asked: Asked) -> Reply:
         """/v1/chat/completions, /v1/completions, /v1/responses. Raises ApiError."""
@@ -237,10 +250,11 @@ class Service:
         echoed = request.logprobs if request.echo and request.logprobs is not None else None
         about = request.prompt_logprobs if echoed is None else max(echoed, request.prompt_logprobs or 0)
         for ids in prompts:
-            asked = max(1, request.max_tokens) if request.max_tokens is not None else None
             new = new_tokens(
-                asked, prompt=len(ids), positions=served.positions, default=COMPLETION_TOKENS, param="prompt"
-            )
+                request.max_tokens, prompt=len(ids), positions=served.positions, default=COMPLETION_TOKENS,
+                param="prompt",
+            )  # fmt: skip
+            new = max(1, new)  # the engine reads a prompt by drawing one token, which needs no position
             sampling = to_sampling(
                 request, self.config, max_new_tokens=new, vocab_size=served.vocab_size,
                 end_id=served.tokenizer.end_id, top_logprobs=request.logprobs or 0, prompt_logprobs=about,

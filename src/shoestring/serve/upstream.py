@@ -3,7 +3,8 @@
 Requests go on as they came (fields this server does not know may mean something there), only with usage asked for in
 streams, because that is what is billed; the extra chunk is taken out again when the client did not ask. Before the
 answer the size is guessed from the characters, for the reservation alone. What the upstream answers is passed on;
-that it cannot be reached, or breaks off half-way, is 502 or an error event, never an answer that looks whole.
+that it cannot be reached, or breaks off half-way, is 502 or an error event, never an answer that looks whole. An
+answer has the time that ours have (`request_seconds`), and is no longer than what was asked for allows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -26,6 +26,7 @@ from shoestring.serve.limits import Account, Reservation
 from shoestring.serve.protocol import asks_logprobs
 from shoestring.serve.settings import ServeConfig, UpstreamSpec
 from shoestring.serve.shapes import DONE, KEEP_ALIVE, frame
+from shoestring.serve.upstream_wire import LARGEST, UNREADABLE, Most, events, read_body, refusal, unreachable
 
 if TYPE_CHECKING:
     from shoestring.serve.meter import Meter
@@ -33,9 +34,8 @@ if TYPE_CHECKING:
 CHARACTERS = 3.0  # of a token, at least about so many; for reservations only
 GUESS = 1024  # tokens of an answer without a limit, for the same
 LIST_SECONDS = 60.0
-LARGEST, LARGEST_EVENT = 64 << 20, 8 << 20  # bytes of an answer, and of one event of a stream
-LONGEST_WAIT = 86400.0
-UNREADABLE = (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)  # of JSON of another shape
+WIDEST = 8 << 10  # bytes of a token on the wire, its alternatives included: where more than LARGEST was asked for
+PIECES = 2, 256  # a stream of M tokens may come in so many times M pieces, and so many more
 _log = logging.getLogger("shoestring.serve")
 
 
@@ -97,6 +97,12 @@ class Upstream:
         call.n = max(_whole_number(body, name) or 1 for name in ("n", "best_of"))
         limits = [_whole_number(body, name) for name in ("max_completion_tokens", "max_tokens", "max_output_tokens")]
         call.max_tokens = max((value for value in limits if value), default=GUESS)
+        answers = call.n * _prompts(body.get("prompt"))
+        most = Most(
+            asyncio.get_running_loop().time() + self._config.request_seconds,
+            max(LARGEST, WIDEST * call.max_tokens * answers),
+            PIECES[0] * call.max_tokens * answers + PIECES[1] if any(limits) else None,
+        )
         asked = body.get("stream_options")
         shown = endpoint == "/v1/responses" or (isinstance(asked, dict) and bool(asked.get("include_usage")))
         if call.stream and not shown:
@@ -109,7 +115,7 @@ class Upstream:
         try:
             guess = int(len(json.dumps(body)) / CHARACTERS)
             if account is not None:
-                new = call.max_tokens * call.n * _prompts(body.get("prompt"))
+                new = call.max_tokens * answers
                 held = account.reserve(guess + new, self._usd(guess, 0, new))
             await self._meter.hooks.before(call)
             call.tally.started = time.monotonic()
@@ -119,16 +125,13 @@ class Upstream:
                 json=body,
                 headers={"x-request-id": call.request_id},
             )
-            response = await self._client.send(request, stream=True)
-            if response.status_code != 200:
-                status = response.status_code
-                raise await _refusal(response)
-            if not call.stream:
-                return await self._whole(response, call, held, guess)
+            response, data = await self._answer(request, call, most)
+            if data is not None:
+                return await self._whole(data, call, held, guess)
             streaming = True
         except httpx.HTTPError as error:
             status = 502
-            failure = _unreachable(error)
+            failure = unreachable(error)
             await self._meter.finish(call, status, 0.0, held)
             raise failure from error
         except ApiError as error:
@@ -139,10 +142,47 @@ class Upstream:
             raise
         finally:
             self.running -= not streaming
-        return Reply(SSE, self._frames(response, call, held, shown, guess), dict(STREAM_HEADERS))
+        return Reply(SSE, self._frames(response, call, held, shown, guess, most), dict(STREAM_HEADERS))
 
-    async def _whole(self, response: httpx.Response, call: Call, held: Reservation | None, guess: int) -> Reply:
-        data = await _read(response)
+    async def tokens(self, path: str, body: Mapping[str, Any] | None, model: str | None) -> bytes:
+        """The JSON of its /tokenize, /detokenize, or /tokenizer_info (no body), beside its /v1. Raises ApiError."""
+        address = self.spec.url.removesuffix("/v1") + path
+        if body is None:
+            request = self._client.build_request("GET", address, params={} if model is None else {"model": model})
+        else:
+            request = self._client.build_request("POST", address, json=dict(body))
+        most = Most(asyncio.get_running_loop().time() + self._config.request_seconds, LARGEST, None)
+        try:
+            _, data = await self._answer(request, None, most)
+            json.loads(data or b"")
+        except httpx.HTTPError as error:
+            raise unreachable(error) from error
+        except (ValueError, RecursionError):
+            message = f"the upstream's {path} answers no JSON."
+            raise ApiError(502, message, code="upstream_broken", retry=False) from None
+        except ApiError as error:
+            if error.status not in (404, 405):
+                raise
+            message = f"the upstream has no {path} for this model: {error.message}"
+            raise ApiError(404, message, code="unknown_path", retry=False) from None
+        return data or b""
+
+    async def _answer(self, request: httpx.Request, call: Call | None, most: Most) -> tuple[Any, bytes | None]:
+        """The upstream's answer of 200, and its body unless it streams. Raises ApiError, and httpx's errors."""
+        try:
+            async with asyncio.timeout_at(most.deadline):
+                response = await self._client.send(request, stream=True)
+                if response.status_code != 200:
+                    raise await refusal(response)
+                return response, None if call is not None and call.stream else await read_body(response, most.size)
+        except TimeoutError:
+            raise self._late() from None
+
+    def _late(self) -> ApiError:
+        message = f"the upstream took longer than {self._config.request_seconds:g} s; ask for fewer tokens."
+        return ApiError(504, message, code="request_timeout", retry=False)
+
+    async def _whole(self, data: bytes, call: Call, held: Reservation | None, guess: int) -> Reply:
         try:
             document = json.loads(data)
             _count(call, document)
@@ -158,12 +198,12 @@ class Upstream:
         return Reply(JSON, _one(json.dumps(document, ensure_ascii=False).encode()))
 
     async def _frames(
-        self, response: httpx.Response, call: Call, held: Reservation | None, shown: bool, guess: int
+        self, response: httpx.Response, call: Call, held: Reservation | None, shown: bool, guess: int, most: Most
     ) -> AsyncIterator[bytes]:
         """The upstream's events, one by one; it ends well only with [DONE] or a finished response."""
         status, done, texts = GONE, False, [""]
         try:
-            async for event in _events(response):
+            async for event in events(response, most):
                 if event.startswith(b":"):
                     yield KEEP_ALIVE
                     continue
@@ -176,6 +216,8 @@ class Upstream:
                 document = json.loads(data)
                 if self._take(document, call, texts) and not shown and not document.get("choices"):
                     continue
+                if most.pieces is not None and len(call.tally.gaps) > most.pieces:
+                    raise ApiError(502, "the upstream writes more than it was asked for.", code="upstream_broken")
                 if document.get("type") in ("response.completed", "response.incomplete", "response.failed"):
                     done = True
                 if not shown:
@@ -187,9 +229,12 @@ class Upstream:
                 raise ApiError(502, "the upstream broke off in the middle of its answer.", code="upstream_broken")
             status = 200
             yield DONE if "responses" not in call.endpoint else b""
+        except TimeoutError:
+            status = 504
+            yield frame(self._late().body()) + DONE
         except (httpx.HTTPError, *UNREADABLE) as error:
             status = 502
-            yield frame(_unreachable(error).body()) + DONE
+            yield frame(unreachable(error).body()) + DONE
         except ApiError as error:
             status = error.status
             yield frame(error.body()) + DONE
@@ -276,70 +321,6 @@ def _texts(document: Mapping[str, Any]) -> tuple[str, ...]:
         said = _words(message, "content") or _words(choice, "text")
         found.append(_words(message, "reasoning_content", "reasoning") + said)
     return tuple(found)
-
-
-async def _read(response: httpx.Response) -> bytes:
-    """A whole body, of bounded size. Raises ApiError 502."""
-    pieces, size = [], 0
-    try:
-        async for piece in response.aiter_bytes():
-            size += len(piece)
-            if size > LARGEST:
-                raise _endless(LARGEST)
-            pieces.append(piece)
-    finally:
-        await response.aclose()
-    return b"".join(pieces)
-
-
-def _endless(limit: int) -> ApiError:
-    return ApiError(502, f"the upstream's answer is larger than {limit} bytes.", code="upstream_broken", retry=False)
-
-
-async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
-    """Server-sent events without their blank lines; half an event at the end is no event."""
-    buffer = b""
-    async for piece in response.aiter_bytes():
-        buffer = (buffer + piece).replace(b"\r\n", b"\n")
-        while (place := buffer.find(b"\n\n")) >= 0:
-            event, buffer = buffer[:place], buffer[place + 2 :]
-            if event:
-                yield event
-        if len(buffer) > LARGEST_EVENT:
-            raise _endless(LARGEST_EVENT)
-
-
-async def _refusal(response: httpx.Response) -> ApiError:
-    """What the upstream said, in our shape; its own faults are 502, its being busy stays 429 or 503."""
-    data = await _read(response)
-    message, code = f"the upstream answered {response.status_code}.", None
-    with contextlib.suppress(*UNREADABLE):
-        said = json.loads(data)
-        inner = said.get("error", said)
-        message = str(inner.get("message") or message) if isinstance(inner, dict) else str(inner)
-        code = inner.get("code") if isinstance(inner, dict) else None
-    status = response.status_code
-    if status in (401, 402, 403):  # our key there, not the client's key here
-        _log.error("the upstream refuses the key it was given: %s", message)
-        return ApiError(502, "the upstream refuses this server's key or credit.", code="upstream_refused", retry=False)
-    kept = status if 400 <= status < 500 or status == 503 else 502  # a redirect is not followed: it is no answer
-    return ApiError(kept, message, code=str(code) if code else None, retry_after=_wait(response.headers))
-
-
-def _wait(headers: httpx.Headers) -> float | None:
-    """Seconds of Retry-After, in either of its forms."""
-    said = headers.get("retry-after", "")
-    try:
-        seconds = float(said) if said[:1].isdecimal() else parsedate_to_datetime(said).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError):
-        return None
-    return min(max(seconds, 0.0), LONGEST_WAIT)
-
-
-def _unreachable(error: Exception) -> ApiError:
-    late = isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout)
-    message = f"the upstream {'took too long' if late else 'cannot be reached or broke off'} ({type(error).__name__})."
-    return ApiError(504 if late else 502, message, code="upstream_unreachable", retry_after=5)
 
 
 async def _one(body: bytes) -> AsyncIterator[bytes]:

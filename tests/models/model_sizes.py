@@ -21,6 +21,7 @@ LLAMA3 = RopeScaling(
 )
 
 BF16 = Kernels(dtype="bfloat16")
+BF16_NATIVE = Kernels("bfloat16", experts="grouped", attention="native", elements="native")
 
 
 def deepseek(**changes: Any) -> DeepseekConfig:
@@ -93,6 +94,22 @@ def tokens(config: DeepseekConfig | DenseConfig, B: int, T: int, seed: int = 0) 
 
 
 @st.composite
+def yarn(draw: st.DrawFn) -> RopeScaling:
+    """Whatever a released config.json may say: the two mscales need not be equal, nor there at all."""
+    return RopeScaling(
+        rope_type="yarn",
+        factor=draw(st.sampled_from([1.0, 1.5, 4.0, 40.0])),
+        original_max_position_embeddings=draw(st.sampled_from([8, 16, 4096])),
+        beta_fast=draw(st.sampled_from([32.0, 4.0])),
+        beta_slow=draw(st.sampled_from([1.0, 0.5])),
+        mscale=draw(st.sampled_from([None, 0.5, 0.707, 1.0])),
+        mscale_all_dim=draw(st.sampled_from([None, 0.707, 1.0])),
+        attention_factor=draw(st.sampled_from([None, None, 1.25])),
+        truncate=draw(st.booleans()),
+    )
+
+
+@st.composite
 def deepseek_configs(draw: st.DrawFn) -> DeepseekConfig:
     v3 = draw(st.booleans())
     n_group = draw(st.sampled_from([1, 2, 4]))
@@ -109,7 +126,7 @@ def deepseek_configs(draw: st.DrawFn) -> DeepseekConfig:
         "qk_nope_head_dim": draw(st.sampled_from([4, 6, 8])),
         "qk_rope_head_dim": draw(st.sampled_from([2, 4, 8])),
         "v_head_dim": draw(st.sampled_from([4, 6, 16])),
-        "first_k_dense_replace": draw(st.integers(0, layers)),
+        "first_k_dense_replace": draw(st.sampled_from([0, 0, 1, layers])),
         "n_group": n_group,
         "topk_group": topk_group,
         "n_routed_experts": n_group * per_group,
@@ -117,7 +134,8 @@ def deepseek_configs(draw: st.DrawFn) -> DeepseekConfig:
         "n_shared_experts": draw(st.integers(1, 2)),
         "norm_topk_prob": draw(st.booleans()) if v3 else False,
         "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])),
-        "rope_scaling": draw(st.sampled_from([None, YARN, YARN_V2])),
+        "rope_scaling": draw(st.none() | st.sampled_from([YARN, YARN_V2]) | yarn()),
+        "rope_theta": draw(st.sampled_from([1e4, 5e4])),
         "rope_interleave": draw(st.booleans()) if v3 else True,
         "attention_bias": draw(st.booleans()),
         "tie_word_embeddings": draw(st.booleans()),
@@ -136,7 +154,7 @@ def dense_configs(draw: st.DrawFn) -> DenseConfig:
         num_key_value_heads=draw(st.sampled_from([1, 2, heads])),
         head_dim=draw(st.sampled_from([4, 8])) if model_type == "qwen3" else None,
         num_hidden_layers=draw(st.integers(1, 3)),
-        rope_scaling=draw(st.sampled_from([None, LLAMA3, YARN])) if model_type == "llama" else None,
+        rope_scaling=draw(st.none() | st.just(LLAMA3) | yarn()) if model_type == "llama" else None,
         rope_theta=draw(st.sampled_from([1e4, 1e6])),
         attention_bias=draw(st.booleans()) if model_type != "qwen2" else False,
         mlp_bias=draw(st.booleans()) if model_type == "llama" else False,

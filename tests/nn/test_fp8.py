@@ -56,6 +56,16 @@ def test_scales_multiply() -> None:
     assert dequantize(weight, torch.tensor([[0.5, 3.0]]), block=2).tolist() == [[0.5, 1.0, -1344.0]]
 
 
+@pytest.mark.parametrize(("rows", "columns", "block"), [(5, 7, 3), (1, 1, 4), (8, 4, 4), (129, 130, 128)])
+def test_which_scale_belongs_to_which_number(rows: int, columns: int, block: int) -> None:
+    """Number (i, j) is multiplied by the scale of block (i // block, j // block), at ragged edges too."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, columns, generator=draw).to(torch.float8_e4m3fn)
+    scale = torch.rand(-(-rows // block), -(-columns // block), generator=draw)
+    want = [[float(weight[i, j]) * float(scale[i // block, j // block]) for j in range(columns)] for i in range(rows)]
+    torch.testing.assert_close(dequantize(weight, scale, block), torch.tensor(want))
+
+
 def test_e4m3_values_survive() -> None:
     """Every value of the format times the scale comes back as it was."""
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()

@@ -2,7 +2,8 @@
 
 Rows of a batch are claimed, and the batch numbered, before anything is uploaded. The number goes with it as metadata:
 after a crash a batch that was made and not noted is found by it, and never made twice. Results come in any order and
-are matched by `custom_id`, the trace's id; failed ones stand in a file of their own; expired ones are asked again.
+are matched by `custom_id`, the trace's id, and settled while they are read; failed ones stand in a file of their own;
+expired ones are asked again.
 At most 50,000 rows and 190 MB a batch, one batch at a time. Left out: cancelling a batch, several samples a request.
 """
 
@@ -23,13 +24,12 @@ from shoestring.data.places import AnyStore, seat_at
 from shoestring.teachers._ask import TEMPLATE_TOKENS
 from shoestring.teachers._job import plan, signature
 from shoestring.teachers._lane import Lane, Told
+from shoestring.teachers._remote import TOGETHER, Remote, batched
 from shoestring.teachers._send import check_url, key_from
 from shoestring.teachers._session import Job, Outcome, ask_longer
 from shoestring.teachers._wire import Reply, Trouble, answer_body, read_reply, refusal
 
 MOST_ROWS, MOST_BYTES = 50_000, 190_000_000
-ENDED = ("completed", "failed", "expired", "cancelled")
-TOGETHER = 1000  # rows settled in one transaction
 
 
 def run_batch(job: Job, *, poll_s: float = 30.0) -> Outcome:
@@ -65,60 +65,6 @@ async def _session(job: Job, store: AnyStore, poll_s: float) -> tuple[Told, int]
         while batches.told.stopped is None and (rows := batches.claim(number)):
             await batches.finish(rows)
     return batches.told, number
-
-
-class Remote:
-    """The provider's files and batches."""
-
-    def __init__(self, session: aiohttp.ClientSession, base: str, poll_s: float) -> None:
-        self._session, self._base, self._poll_s = session, base, poll_s
-
-    async def make(self, lines: bytes, mark: str) -> str:
-        """Upload `lines` and make a batch of them, unless one with this mark is there; its id."""
-        for batch in (await self._call("GET", "/batches?limit=100")).get("data") or ():
-            if (batch.get("metadata") or {}).get("shoestring") == mark:
-                return str(batch["id"])
-        form = aiohttp.FormData()
-        form.add_field("purpose", "batch")
-        form.add_field("file", lines, filename=f"{mark}.jsonl", content_type="application/jsonl")
-        file = await self._call("POST", "/files", data=form)
-        batch = await self._call("POST", "/batches", json={
-            "input_file_id": file["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h",
-            "metadata": {"shoestring": mark},
-        })  # fmt: skip
-        return str(batch["id"])
-
-    async def wait(self, remote: str) -> dict[str, Any]:
-        """The batch, once it has ended. A server that is away for a while is asked again."""
-        while True:
-            try:
-                batch = await self._call("GET", f"/batches/{remote}")
-                if batch.get("status") in ENDED:
-                    return batch
-            except Trouble as trouble:
-                if trouble.then in ("stop", "never"):
-                    raise
-            except (aiohttp.ClientError, TimeoutError):
-                pass
-            await asyncio.sleep(self._poll_s)
-
-    async def lines(self, file: str | None) -> list[dict[str, Any]]:
-        """The rows of a file; none when there is no file."""
-        if not file:
-            return []
-        async with self._session.get(f"{self._base}/files/{file}/content") as response:
-            body = await response.read()
-            if response.status != 200:
-                raise refusal(response.status, response.headers, body, None)
-        return [json.loads(line) for line in body.splitlines() if line.strip()]
-
-    async def _call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
-        async with self._session.request(method, f"{self._base}{path}", allow_redirects=False, **options) as response:
-            body = await response.read()
-            if response.status not in (200, 201):
-                raise refusal(response.status, response.headers, body, None)
-        found: dict[str, Any] = json.loads(body)
-        return found
 
 
 class Batches:
@@ -159,38 +105,45 @@ class Batches:
                     remote = await self._remote.make(self._file(rows), mark)
                     self._sql.execute("UPDATE batches SET remote = ? WHERE id = ?", (remote, number))
                 batch = await self._remote.wait(remote)
-                results = await self._remote.lines(batch.get("output_file_id"))
-                results += await self._remote.lines(batch.get("error_file_id"))
+                await self._collect(number, rows, batch)
             except Trouble as trouble:
                 raise UserError(f"{self._lane.name}: {trouble}.") from trouble
-            self._settle(number, rows, results, batch)
+            if batch["status"] == "failed":
+                raise UserError(f"{self._lane.name} refused the batch: {_why(batch)}.")
         self._sql.execute("UPDATE batches SET done = 1 WHERE id = ?", (number,))
 
-    def _settle(
-        self, number: int, rows: list[tuple[Row, Claim]], results: list[dict[str, Any]], batch: dict[str, Any]
-    ) -> None:
-        found = {str(result.get("custom_id")): result for result in results}
-        for start in range(0, len(rows), TOGETHER):
-            ops = [self._op(row, claim, found.get(row.trace)) for row, claim in rows[start : start + TOGETHER]]
-            settle_batch(self._store, number, ops)
-        if batch["status"] == "failed":
-            words = (
-                "; ".join(str(e.get("message")) for e in (batch.get("errors") or {}).get("data") or ()) or "no reason"
-            )
-            raise UserError(f"{self._lane.name} refused the batch: {words}.")
+    async def _collect(self, number: int, rows: list[tuple[Row, Claim]], batch: dict[str, Any]) -> None:
+        """Settle answers as they are read; then, of rows without one, what the files say or do not say.
 
-    def _op(self, row: Row, claim: Claim, result: dict[str, Any] | None) -> Settled | Returned:
-        final = row.attempts >= self._lane.tries
-        if result is None:
-            return self._returned(claim, Trouble("expired", "the batch ended without this row"), final)
-        response = result.get("response") or {}
-        body = json.dumps(response.get("body") or result.get("error") or {}).encode()
-        try:
-            if response.get("status_code") != 200:
-                raise refusal(int(response.get("status_code") or 500), {}, body, None)
-            return self._settled(row, claim, read_reply(body))
-        except Trouble as trouble:
-            return self._returned(claim, trouble, final or trouble.then == "never")
+        A row may stand in both files, or twice in one: an answer goes before any failure, the first before others.
+        """
+        left = {row.trace: (row, claim) for row, claim in rows}
+        failures: dict[str, Trouble] = {}
+        broken = 0
+        for name in ("output_file_id", "error_file_id"):
+            async for results in self._remote.results(batch.get(name)):
+                ops: list[Settled | Returned] = []
+                for result in results:
+                    if result is None:
+                        broken += 1
+                    elif (trace := str(result.get("custom_id"))) in left:
+                        try:
+                            reply = _reply_in(result)
+                        except Trouble as trouble:
+                            failures[trace] = trouble
+                        else:
+                            ops.append(self._settled(*left.pop(trace), reply))
+                settle_batch(self._store, number, ops)
+        missing = Trouble("expired", "the batch ended without this row")
+        if broken:  # perhaps this one's, and then it was paid for
+            missing = Trouble("not JSON", f"{broken} lines of the batch's results are broken", doubt=True)
+        for some in batched(left.values(), TOGETHER):
+            ops = []
+            for row, claim in some:
+                why = failures.get(row.trace, missing)
+                final = row.attempts >= self._lane.tries or why.then == "never"
+                ops.append(self._returned(claim, why, final))
+            settle_batch(self._store, number, ops)
 
     def _returned(self, claim: Claim, trouble: Trouble, final: bool) -> Returned:
         self.told.errors[trouble.kind] += 1
@@ -208,6 +161,8 @@ class Batches:
             told.tokens_out + tokens_out,
             told.pico + pico,
         )
+        if reply.model != self._lane.model and reply.model:
+            told.other_models[reply.model] += 1
         told.truncated += choice.finish == "length"
         if choice.finish == "length" and self._lane.drop_cut:
             told.failed += 1
@@ -239,3 +194,24 @@ class Batches:
             yield (
                 f'{{"custom_id": "{row.trace}", "method": "POST", "url": "/v1/chat/completions", "body": {body}}}\n'
             ).encode()
+
+
+def _reply_in(result: dict[str, Any]) -> Reply:
+    """What a line of the results answers. Raises Trouble."""
+    response, error = result.get("response"), result.get("error")
+    response = response if isinstance(response, dict) else {}
+    if not response and isinstance(error, dict) and "expired" in str(error.get("code")):
+        raise Trouble("expired", str(error.get("message") or "the batch ended before this row's turn")[:300])
+    body = json.dumps(response.get("body") or error or {}).encode()
+    status = str(response.get("status_code") or 500)
+    if status == "200":
+        return read_reply(body)
+    raise refusal(int(status) if status.isdecimal() and len(status) == 3 else 500, {}, body, None)
+
+
+def _why(batch: dict[str, Any]) -> str:
+    """What the provider says of a batch it refused."""
+    errors = batch.get("errors")
+    rows = errors.get("data") if isinstance(errors, dict) else None
+    words = [str(row.get("message")) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return "; ".join(words) or "no reason given"

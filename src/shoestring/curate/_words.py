@@ -1,13 +1,15 @@
 """Texts as numbers: each word a 64-bit hash, each run of n words another, many texts in one array.
 
-Words are runs of letters and digits in lower case, and every Chinese, Japanese or Korean letter is one. A word's hash
-is BLAKE2b's, so that two processes agree; it is computed once a word. All else is numpy over the whole batch.
+Words are runs of letters and digits in one case, and every Chinese, Japanese or Korean letter is one; however they are
+encoded: accents apart or not, full-width or not, with invisible marks or without (Unicode's NFKC and case folding). A
+word's hash is BLAKE2b's, so that two processes agree; it is computed once a word. All else is numpy over the batch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -17,8 +19,16 @@ from numpy.typing import NDArray
 from shoestring.core.nouns import Trace
 
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 MOST_KNOWN = 2_000_000  # words remembered before all are forgotten: 200 MB at most
 MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+def words_in(text: str) -> list[str]:
+    """The words of a text, in order."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).casefold()
+    return WORD.findall(text.lower())
 
 
 class Words:
@@ -31,7 +41,7 @@ class Words:
         """(hashes of all words in order, where each text begins and the last one ends)."""
         known, flat, ends = self._known, list[int](), [0]
         for text in texts:
-            words = WORD.findall(text.lower())
+            words = words_in(text)
             try:
                 flat += [known[word] for word in words]
             except KeyError:

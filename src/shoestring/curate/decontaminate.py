@@ -1,6 +1,7 @@
 """Drop what would teach the test: 13 words in a row of an evaluation set, or nearly one of its questions.
 
 against: files of evaluation questions (.jsonl with question or prompt, or messages; .txt, one a line; .gz too).
+Words are compared as they read: accents apart, full-width letters, invisible marks and capitals hide nothing.
 Exact: any run of `n` words of question, thinking and answer, across question and answer too, that stands in a question
 of the sets (GPT-3 appendix C used 13; fewer find phrases everybody uses). A set's question of fewer than `n` words
 counts when a trace's question is equal to it. Fuzzy: the trace's question holds at least `fuzzy` of the runs of 3

@@ -4,8 +4,9 @@ MinHash-LSH (Broder 1997; Indyk and Motwani 1998) over runs of 5 words of questi
 the library rensa's, the bands are found equal by sorting. `bands` of `rows` hashes each meet, for a pair of Jaccard
 similarity s, with probability 1 - (1 - s^rows)^bands: 0.998 at 0.8 with 21 x 6. A pair that meets is a repeat when the
 similarity estimated from all hashes is at least `threshold` less two and a half standard errors: hardly a pair at the
-threshold is missed, and some a little below it are taken too. A trace takes 0.7 kB of memory. Shorter texts are left to
-`dedup`; in a bucket a text is compared with the bucket's first and with the one before it.
+threshold is missed, and some a little below it are taken too. Words are compared as they read, not as they are encoded.
+A trace takes 0.7 kB of memory. Shorter texts are left to `dedup`; in a bucket a text is compared with the bucket's
+first and with the one before it.
 """
 
 from __future__ import annotations

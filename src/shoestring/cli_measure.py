@@ -81,7 +81,7 @@ def training_step(model: Any, sequences: int, length: int) -> Callable[[], Any]:
 
 def step_seconds(model: Any, sequences: int, length: int, repeats: int = 5) -> float:
     """Seconds of a real training step: forward, loss, backward, clipping, AdamW, balance."""
-    return timed(training_step(model, sequences, length), repeats, model.head_weight.device)
+    return timed(training_step(model, sequences, length), repeats, model.embedding.device)
 
 
 def real_steps(bench: Bench, cases: tuple[Any, ...] = STEPS, rounds: int = 2, each: int = 3) -> list[Step]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,6 @@ from shoestring.core.errors import UserError, did_you_mean
 from shoestring.core.manifest import run_digest
 from shoestring.core.registry import load_part
 from shoestring.core.run import Run, newest_run
-from shoestring.cost.hf import shape_from_hf
 from shoestring.cost.shape import ModelShape
 from shoestring.report import tables
 from shoestring.report.page import write_report
@@ -140,14 +138,11 @@ def _shapes(recipe: Recipe, inputs: Mapping[str, Found]) -> dict[str, ModelShape
 
 
 def _shape(found: Found, name: str) -> ModelShape:
+    from shoestring.models._counted import config_shape
+
     folder = checkpoint_of(found)
     assert folder is not None  # check_road saw it
-    try:
-        return shape_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")), name)
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no config.json: it is no checkpoint in Hugging Face layout.") from None
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'} is not valid JSON ({error}).") from None
+    return config_shape(folder, name)
 
 
 # ---- running it ---------------------------------------------------------------------------------------------------

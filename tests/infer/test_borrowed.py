@@ -73,7 +73,7 @@ def test_the_same_tokens_as_the_engine(pair: tuple[Engine, BorrowedGenerator], g
     assert any(len(c.token_ids) > 3 for group in borrowed.generate(PROMPTS, sampling) for c in group)
 
 
-@pytest.mark.parametrize("kind", ["gpt_neox", "olmo2", "mistral"])
+@pytest.mark.parametrize("kind", ["gpt_neox", "olmo2", "mistral", "mamba", "rwkv"])
 def test_padding_changes_nothing(kind: str, tmp_path: Path) -> None:
     """Greedy in a batch padded on the left against transformers' generate, each prompt alone; samples likewise."""
     borrowed = _theirs(tmp_path, kind)

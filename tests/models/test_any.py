@@ -93,6 +93,21 @@ def test_round_trip_and_bf16(tmp_path: Path) -> None:
     torch.testing.assert_close(hidden.float(), model(ids).hidden_BTD, rtol=0.05, atol=0.05)
 
 
+def test_a_pass_leaves_the_weights_alone(tmp_path: Path) -> None:
+    """RWKV halves weights of every sixth block when it is evaluated; what is saved must be what was loaded."""
+    made = _made(tmp_path / "a", "rwkv", num_hidden_layers=7, attention_hidden_size=32)
+    model, _ = checkpoint.load(made)
+    before = transformers.AutoModelForCausalLM.from_pretrained(made).state_dict()
+    ids = torch.randint(3, 64, (1, 6))
+    logits = model(ids).logits
+    checkpoint.save(model, None, tmp_path / "b")
+    again, _ = checkpoint.load(tmp_path / "b")
+    assert all(torch.equal(value, before[name]) for name, value in again.hf.state_dict().items())
+    assert torch.equal(again(ids).logits, logits)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(made).eval()
+    torch.testing.assert_close(logits, theirs(ids).logits, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["gemma2", "nanochat"])
 def test_a_softcap_is_part_of_logits_and_losses(kind: str, tmp_path: Path) -> None:
     """Of student and teacher, in value and gradient, at a temperature; and of what is scored."""
@@ -114,13 +129,23 @@ def test_a_softcap_is_part_of_logits_and_losses(kind: str, tmp_path: Path) -> No
         torch.testing.assert_close(ours.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_what_the_losses_do_not_follow_is_refused(tmp_path: Path) -> None:
-    made = _made(tmp_path, "phi")
-    model = transformers.AutoModelForCausalLM.from_pretrained(made)
-    torch.nn.init.normal_(model.lm_head.bias)
-    model.save_pretrained(made)
-    with pytest.raises(UserError, match="more than one product"):
-        checkpoint.load(made)
+def test_what_the_losses_do_not_follow_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = _made(tmp_path)
+    family = transformers.models.olmo2.modeling_olmo2.Olmo2ForCausalLM
+    plain = family.forward
+
+    def bent(self: Any, *given: Any, **more: Any) -> Any:
+        out = plain(self, *given, **more)
+        out.logits = out.logits.square()
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(family, "forward", bent)
+        with pytest.raises(UserError, match="more than a product with its head"):
+            checkpoint.load(made)
+        patch.setattr(family, "forward", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no kernel")))
+        with pytest.raises(UserError, match=r"cannot run it \(no kernel\)"):
+            checkpoint.load(made)
 
 
 def test_damage_is_said(tmp_path: Path) -> None:

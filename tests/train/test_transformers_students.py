@@ -10,12 +10,13 @@ import torch
 from distilling import COMPUTE, OPTIM, killed_and_resumed, run_stage, stage_of, trace_of, weights_of
 from safetensors.torch import load_file
 
+from shoestring.core.errors import UserError
 from shoestring.data.textbook import problems
 from shoestring.data.traces import TraceStore
 from shoestring.models import checkpoint
 from shoestring.models.any import AnyModel
 from shoestring.recipes import quickstart
-from shoestring.road import run_recipe
+from shoestring.road import plan_rows, run_recipe
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train import rl
 from shoestring.train.configs import AskStage, Decoding, EvalStage, Recipe, RlStage, TaskMix
@@ -116,3 +117,50 @@ def test_it_is_rewarded(theirs: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
     again = weights_of(killed_and_resumed(stage, tmp_path / "killed", monkeypatch, loop=rl))
     assert all(torch.equal(after[name], again[name]) for name in after)
+
+
+STATES: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 4, "time_step_rank": 4},
+    "rwkv": {"attention_hidden_size": 32, "num_hidden_layers": 2},
+    "jamba": {"num_hidden_layers": 2, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
+              "mamba_d_state": 4, "use_mamba_kernels": False, "num_attention_heads": 2, "num_key_value_heads": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("way", ["text", "forward_kl", "on_policy"])
+def test_a_student_with_a_state_learns_and_has_its_bill(
+    kind: str, way: str, folder: Path, traces: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Mamba, RWKV and a hybrid: priced before, counted after, and the bill says what it takes for granted."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "initializer_range": 0.1}
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=tokenizer.vocab_size, pad_token_id=None, bos_token_id=None, eos_token_id=tokenizer.end_id,
+        **sizes | STATES[kind],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = transformers.AutoModelForCausalLM.from_config(config)
+    made.save_pretrained(tmp_path / "stately")
+    tokenizer.save(tmp_path / "stately")
+    inputs = {"traces": traces} | ({} if way == "text" else {"teacher": folder})
+    more = {"decoding": SHORT, "mix": quickstart.EXAM} if way == "on_policy" else {}
+    stage = stage_of(tmp_path / "stately", way=way, inputs=inputs, **more)
+    (row,) = plan_rows(Recipe(name="x", stages=(stage,)), tmp_path / "runs")
+    assert row["about_flops"] > 0 and f'model_type "{kind}": parameters are counted' in row["assumed"]
+    run = run_stage(stage, tmp_path / "runs")
+    rows = run.metrics()
+    assert rows[-1]["loss"] < rows[0]["loss"] or way == "on_policy"
+    assert "approximately" in run.manifest["facts"]["counted"]
+    if way == "text":
+        least = 6 * sum(p.numel() for p in made.parameters() if p.ndim == 2) * run.manifest["cost"]["tokens"]
+        assert least * 0.5 < run.manifest["cost"]["train_flops"] < 1.5 * least
+
+
+def test_a_recurrent_student_that_does_not_fit_is_said_before_loading(
+    traces: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    config = transformers.AutoConfig.for_model("mamba", vocab_size=50_000, hidden_size=65_536, num_hidden_layers=64)
+    config.save_pretrained(tmp_path / "huge")
+    tokenizer.save(tmp_path / "huge")
+    with pytest.raises(UserError, match="take a student of at most about"):
+        run_stage(stage_of(tmp_path / "huge", inputs={"traces": traces}), tmp_path / "runs")

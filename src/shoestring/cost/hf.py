@@ -58,6 +58,15 @@ class _Keys:
         return default if value is None else bool(value)
 
 
+def known_type(config: Mapping[str, Any]) -> bool:
+    """Whether the sizes in a config are read by its own family's formulas, not by Llama's for want of better ones."""
+    inner = config.get("text_config")
+    merged = {**inner, "model_type": config.get("model_type")} if isinstance(inner, Mapping) else config
+    if any(merged.get(key) is not None for key in NO_ATTENTION):
+        return False
+    return str(merged.get("model_type") or "") in (*MLA_TYPES, *LLAMA_TYPES, *OLD_TYPES, "")
+
+
 def shape_from_hf(config: Mapping[str, Any], origin: str = "config.json") -> ModelShape:
     """The shape a Hugging Face config describes. Raises UserError for missing or contradictory keys."""
     if not isinstance(config, Mapping):

@@ -2,7 +2,7 @@
 
 Parameters (total, active, by part), FLOPs a token, key-value numbers a token. Sources: DeepSeek-V3 report
 (arXiv 2412.19437) sections 2.1, 2.2, 4.2 and its released config; Megatron-LM (arXiv 2104.04473) for the
-FLOP conventions. Left out: encoders, convolution and state-space layers.
+FLOP conventions. Left out: encoders; layers with a state are known as sums only (`counted`, `state_flops`).
 
 Conventions. A matrix product of n parameters costs 2n FLOPs a token forward and 6n in training. Attention is
 counted beside it, over S/2 keys (causal) or S keys (full, as many papers do). Router, shared expert and head
@@ -30,6 +30,7 @@ class ParamCount:
     norms: int
     head: int  # 0 when tied
     extra: int  # lookup tables beside the vocabulary's (positions, value embeddings): never active in a product
+    counted: int  # of a model that was counted whole: all between the two tables
     active: int  # touched by one token, without the input table (a tied table is counted: it is the head)
     active_with_tables: int
     mtp: int  # unique to the MTP modules; embedding and head are shared with the main model
@@ -38,7 +39,7 @@ class ParamCount:
     def total(self) -> int:
         """The main model, without MTP modules."""
         ffn = self.dense_ffn + self.experts + self.shared + self.router
-        return self.embedding + self.attention + ffn + self.norms + self.head + self.extra
+        return self.embedding + self.attention + ffn + self.norms + self.head + self.extra + self.counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,12 @@ class ModelShape:
     mtp_layers: int = 0
     window: int = 0  # sliding-window width; 0: none
     window_layers: int = 0  # how many layers use it
+    # a model whose modules were counted (models/_counted.py): its parts are not told apart
+    counted: int = 0  # parameters between the two tables; 0: by the sizes above
+    counted_products: int = 0  # of them in the products of one token
+    counted_active: int = 0  # of them met by one token
+    state_layers: int = 0  # layers with a state instead of attention
+    state_flops: int = 0  # forward FLOPs a token of convolutions and states, all layers
     note: str = field(default="", compare=False)  # what was taken for granted when this was read
 
     def __post_init__(self) -> None:
@@ -119,7 +126,7 @@ class ModelShape:
 
     def _check_experts(self) -> None:
         if not self.n_routed:
-            if not self.ffn:
+            if not self.ffn and not self.counted:
                 raise UserError("model shape: ffn is 0 and there are no experts; give the feed-forward width.")
             return
         if not 1 <= self.n_active <= self.n_routed:
@@ -216,6 +223,8 @@ class ModelShape:
 
     def params(self) -> ParamCount:
         """All parameters, by part."""
+        if self.counted:
+            return self._counted_params()
         moe = self.moe_layers
         dense_ffns = self.layers if self.dense_residual else self.layers - moe
         table = self.vocab * self.d_model
@@ -230,13 +239,23 @@ class ModelShape:
         return ParamCount(
             embedding=table, attention=attention, dense_ffn=dense, experts=experts, shared=shared, router=router,
             norms=norms, head=head, extra=self.extra_tables, active=active,
-            active_with_tables=active + head, mtp=self.mtp_params(),
+            active_with_tables=active + head, mtp=self.mtp_params(), counted=0,
+        )  # fmt: skip
+
+    def _counted_params(self) -> ParamCount:
+        table = self.vocab * self.d_model
+        head, active = 0 if self.tied else table, self.counted_active + table
+        return ParamCount(
+            embedding=table, attention=0, dense_ffn=0, experts=0, shared=0, router=0, norms=0, head=head, extra=0,
+            active=active, active_with_tables=active + head, mtp=0, counted=self.counted,
         )  # fmt: skip
 
     # ---- FLOPs and cache
     def matmul_params(self, *, mtp: bool = False) -> int:
         """Parameters in the matrix products of one token: no input table, norms or biases."""
         moe, d = self.moe_layers, self.d_model
+        if self.counted:
+            return self.counted_products + self.vocab * d
         dense_ffns = self.layers if self.dense_residual else self.layers - moe
         ffn = dense_ffns * self.ffn_mats * d * self.ffn + moe * self._moe_matrices()
         main = self.layers * self.attention_matrices() + ffn + self.vocab * d
@@ -258,7 +277,7 @@ class ModelShape:
     def attention_flops(self, seq_len: int, *, causal: bool = True, mtp: bool = False) -> float:
         """Scores and weighted values, forward, one token, all layers."""
         per_key = 2 * self.heads * (self.qk_dim + self.value_dim)
-        full = self.layers - self.window_layers + (self.mtp_layers if mtp else 0)
+        full = self.layers - self.window_layers - self.state_layers + (self.mtp_layers if mtp else 0)
         keys = full * self.mean_keys(seq_len, causal=causal)
         if self.window_layers:
             keys += self.window_layers * self.mean_keys(seq_len, causal=causal, window=self.window)
@@ -269,13 +288,14 @@ class ModelShape:
         if seq_len < 1:
             raise UserError(f"sequence length is {seq_len}; it must be at least 1.")
         forward = 2 * self.matmul_params(mtp=mtp) + self.attention_flops(seq_len, causal=causal, mtp=mtp)
+        forward += self.state_flops
         return 3 * forward if backward else forward
 
     def kv_numbers_per_token(self) -> int:
         """Numbers kept in the cache for one token, windows ignored."""
         if self.kind == "mla":
             return self.layers * (self.kv_lora + self.qk_rope)
-        return self.layers * 2 * self.kv_heads * self.head_dim
+        return (self.layers - self.state_layers) * 2 * self.kv_heads * self.head_dim
 
     def kv_numbers(self, context: int) -> int:
         """Numbers in the cache of one sequence of `context` tokens; window layers keep at most their window."""

@@ -3,7 +3,8 @@
 Their forward pass and their caches, our draws: a logits processor samples each row as the engine does (sampler.py, with
 random numbers that are a function of seed, prompt, sample and position) and leaves one token for `generate` to take. So
 seeds repeat, logprobs are those of the distribution that was drawn from, and at the same weights the tokens are the
-engine's, up to the rounding of logits. Prompts of a batch are padded on the left and masked.
+engine's, up to the rounding of logits. Prompts of a batch are padded on the left and masked; where that or company
+changes what a row says (RWKV in transformers 5: it is tried), every row goes alone.
 Left out: events, stop strings, grammars, penalties, thinking budgets, lists of likeliest tokens (a request for one of
 them is refused); no prefix is shared between prompts or samples.
 """
@@ -41,6 +42,7 @@ class BorrowedGenerator:
         if not getattr(model.hf, "can_generate", lambda: False)():
             raise UserError(f"{type(model.hf).__name__} of transformers cannot generate; give a causal language model.")
         self.model, self.tokenizer = model, tokenizer
+        self.together = _together(model)
 
     def update_weights(self, model: Any) -> None:
         """Generate and score with `model` from now on."""
@@ -68,7 +70,8 @@ class BorrowedGenerator:
         found: dict[tuple[int, int], Completion] = {}
         while rows:
             longest = len(prompts[rows[min(ROWS, len(rows)) - 1][0]]) + sampling.max_new_tokens
-            some, rows = rows[: max(1, min(ROWS, PLACES // longest))], rows[max(1, min(ROWS, PLACES // longest)) :]
+            count = max(1, min(ROWS, PLACES // longest)) if self.together else 1
+            some, rows = rows[:count], rows[count:]
             draws = _Draws([draw_key(seed, *row) for row in some], sampling, self._stop_ids(sampling))
             self._run([prompts[place] for place, _ in some], draws, sampling)
             found.update(zip(some, self._completions(draws), strict=True))
@@ -95,7 +98,7 @@ class BorrowedGenerator:
         """One call of `generate`; what it draws is in `draws`."""
         from transformers import GenerationConfig, LogitsProcessorList
 
-        hf, device = self.model.hf, self.model.head_weight.device
+        hf, device = self.model.hf, self.model.embedding.device
         width = max(map(len, prompts))
         pad = 0 if self.tokenizer is None else self.tokenizer.pad
         tokens_BT = torch.full((len(prompts), width), pad, dtype=torch.int64)
@@ -130,6 +133,29 @@ class BorrowedGenerator:
         reasons: list[FinishReason] = ["stop" if ended else "length" for ended in draws.ended]
         told = zip(texts, draws.tokens, draws.logprobs, reasons, strict=True)
         return [Completion(text, ids, logprobs, reason) for text, ids, logprobs, reason in told]
+
+
+@torch.no_grad()
+def _together(model: Any) -> bool:
+    """Whether a row, behind masked padding and beside another row, says what it says alone."""
+    from transformers import GenerationConfig
+
+    ids = torch.arange(12, device=model.embedding.device) % model.config.vocab_size
+    alone_BT, both_BT = ids[None, 4:], torch.stack([ids, ids])
+    mask_BT = torch.ones_like(both_BT)
+    mask_BT[1, :4] = 0
+    config = GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=0, output_logits=True,
+                              return_dict_in_generate=True)  # fmt: skip
+    asked = ((alone_BT, torch.ones_like(alone_BT)), (both_BT, mask_BT))
+    try:
+        alone, beside = (
+            torch.stack(model.hf.generate(ids_BT, attention_mask=mask, generation_config=config).logits)[:, -1].float()
+            for ids_BT, mask in asked
+        )
+    except RuntimeError:  # shapes that fit one row only
+        return False
+    near = 1e-4 if model.embedding.dtype == torch.float32 else 2e-2
+    return float((alone - beside).abs().max()) <= near * float(alone.abs().max())
 
 
 class _Draws:

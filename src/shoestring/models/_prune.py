@@ -51,7 +51,7 @@ def importance(model: Any, batches: Iterable[tuple[Tensor, Tensor | None, Tensor
     """
     if not hasattr(model, "model"):
         raise UserError("prune: this model runs through transformers; only deepseek, llama, qwen2 and qwen3 can be.")
-    layers, device = model.model.layers, model.head_weight.device
+    layers, device = model.model.layers, model.embedding.device
     found = Importance(torch.zeros(model.config.hidden_size, device=device), torch.zeros(len(layers), device=device))
     ears, seen = _Ears(found), 0
     handles = ears.put_on(model)

@@ -1,8 +1,9 @@
 """Any causal language model of `transformers`, as a student or a teacher, behind the interface of our own families.
 
 For architectures that `models/` does not have itself; loading, saving and key names are theirs. Losses see the states
-and the head: a scale of the logits (Cohere, Granite) goes onto the states, a softcap (Gemma 2) is told to the losses,
-and anything else between the two (a bias) is refused.
+and the head: a scale of the logits (Cohere, Granite) goes onto the states, a softcap (Gemma 2) is told to the losses, a
+bias of the head (Phi-2, GPT-J) is one more column of its table that meets a constant at the end of every state, and
+anything else between the two is refused.
 
 Sequences packed into a row are told apart by their positions, which begin anew with each: from them transformers makes
 the masks of every layer, sliding windows too (a mask of ours would stand in for those). Where that does not keep them
@@ -22,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoestring.core.errors import UserError
-from shoestring.cost.hf import shape_from_hf
 from shoestring.cost.shape import ModelShape
+from shoestring.models._counted import counted_shape
 from shoestring.nn.decoder import Output
 from shoestring.nn.head_rows import bend_
 from shoestring.nn.kernels import FP32, Kernels
@@ -35,8 +36,8 @@ MODEL_TYPES = ()  # whatever no other family claims, when transformers knows it
 class AnyConfig:
     """Their config object, with the names that ours have."""
 
-    def __init__(self, theirs: Any) -> None:
-        self.theirs = theirs
+    def __init__(self, theirs: Any, shape: ModelShape) -> None:
+        self.theirs, self._shape = theirs, shape
         text = theirs.get_text_config()
         self.vocab_size: int = text.vocab_size
         self.hidden_size: int = text.hidden_size
@@ -47,7 +48,7 @@ class AnyConfig:
         self.softcap = float(next(filter(None, (getattr(text, name, None) for name in SOFTCAPS)), 0.0))
 
     def shape(self) -> ModelShape:
-        return shape_from_hf(self.to_hf())
+        return self._shape
 
     def to_hf(self) -> dict[str, Any]:
         raw: dict[str, Any] = self.theirs.to_dict()
@@ -61,8 +62,10 @@ class AnyModel(nn.Module):
 
     def __init__(self, theirs: Any) -> None:
         super().__init__()
+        if getattr(theirs.config, "rescale_every", 0):  # RWKV's help for fp16: in evaluation it divides its own weights
+            theirs.config.rescale_every = 0
         self.hf = theirs
-        self.config = AnyConfig(theirs.config)
+        self.config = AnyConfig(theirs.config, counted_shape(theirs))
         self.kernels: Kernels = FP32
         self.scale = 1.0  # of the logits, beyond the product with the head
         self.packs = True  # whether it keeps the sequences of a row apart by their positions
@@ -87,9 +90,16 @@ class AnyModel(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D]."""
-        weight: Tensor = self.hf.get_output_embeddings().weight
-        return weight
+        """[V, D]; [V, D + 1] where the head has a bias, that in the last column. Gradients reach both."""
+        head = self.hf.get_output_embeddings()
+        weight: Tensor = head.weight
+        bias = getattr(head, "bias", None)
+        return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+
+    @property
+    def constant(self) -> float:
+        """What ends every state so that a bias in the head's last column is added; 0 where there is none."""
+        return 0.0 if getattr(self.hf.get_output_embeddings(), "bias", None) is None else self.scale
 
     @property
     def softcap(self) -> float:
@@ -123,6 +133,8 @@ class AnyModel(nn.Module):
             else:
                 last_BTD = self._alone(tokens_BT, segments_BT)
         hidden_BTD = last_BTD.to(dtype) if self.scale == 1.0 else last_BTD.to(dtype) * self.scale
+        if constant := self.constant:
+            hidden_BTD = F.pad(hidden_BTD, (0, 1), value=constant)
         return Output(hidden_BTD, self.unembed(hidden_BTD) if logits else None)
 
     def _last(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
@@ -198,27 +210,32 @@ def _places(segments_BT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _check_head(model: AnyModel, folder: Path) -> None:
-    """Four tokens, twice: their logits and ours, which may differ by a factor."""
-    tokens_BT = torch.arange(4, device=model.head_weight.device)[None] % model.config.vocab_size
-    theirs = model.hf(input_ids=tokens_BT, use_cache=False).logits.double()
+    """Four tokens, twice: their logits and ours, which may differ by a factor. Raises UserError where they differ by
+    more, or cannot be had."""
+    tokens_BT = torch.arange(4, device=model.embedding.device)[None] % model.config.vocab_size
+    try:
+        theirs = model.hf(input_ids=tokens_BT, use_cache=False).logits.double()
+    except (ValueError, RuntimeError, AttributeError, TypeError, IndexError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{folder}: transformers loads this model and cannot run it ({reason}).") from None
     ours = model.unembed(model(tokens_BT, logits=False).hidden_BTD).double()
     scale = float((theirs * ours).sum() / ours.square().sum().clamp_min(1e-300))
-    near = 1e-5 if model.head_weight.dtype == torch.float32 else 1e-2
+    near = 1e-5 if model.embedding.dtype == torch.float32 else 1e-2
     if abs(scale - 1) > near and not model.softcap:
         model.scale = scale
     if not torch.allclose(theirs, model.scale * ours, rtol=near, atol=near * float(theirs.abs().max())):
         raise UserError(
-            f"{folder}: logits of {model.config.theirs.model_type} are more than one product with its head (a bias?), "
-            "which the losses here do not follow; train it with other software."
+            f"{folder}: logits of {model.config.theirs.model_type} are more than a product with its head and "
+            "its bias, which the losses here do not follow; train it with other software."
         )
 
 
 @torch.no_grad()
 def _packs(model: AnyModel) -> bool:
     """Whether the second of two sequences in a row is what it is alone."""
-    tokens_BT = torch.arange(9, device=model.head_weight.device)[None] % model.config.vocab_size
+    tokens_BT = torch.arange(9, device=model.embedding.device)[None] % model.config.vocab_size
     segments_BT = torch.tensor([[0] * 5 + [1] * 4], device=tokens_BT.device)
     packed = model(tokens_BT, segments_BT=segments_BT, logits=False).hidden_BTD[:, 5:].float()
     alone = model(tokens_BT[:, 5:], logits=False).hidden_BTD.float()
-    near = 1e-4 if model.head_weight.dtype == torch.float32 else 2e-2
+    near = 1e-4 if model.embedding.dtype == torch.float32 else 2e-2
     return float((packed - alone).abs().max()) <= near * float(alone.abs().max())

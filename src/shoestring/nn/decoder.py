@@ -103,6 +103,7 @@ class Decoder(nn.Module):
 
     config: Any  # the family's: names and meanings of Hugging Face's config.json
     softcap = 0.0  # behind the head: none in our families (models/any.py has some)
+    constant = 0.0  # at the end of every state, for a bias of the head: likewise
 
     def __init__(
         self, blocks: Iterable[Block], *, vocab: int, d_model: int, eps: float, tied: bool, rope: Rope,

@@ -96,4 +96,4 @@ def merged(model: Any) -> Any:
             values[f"{name}.weight"] = module.weight.detach()
     plain = type(model)(model.config, kernels=model.kernels)
     plain.load_state_dict(values)
-    return plain.to(model.head_weight.device)
+    return plain.to(model.embedding.device)

@@ -42,7 +42,7 @@ class Reader:
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
         """[N, C] of the target tokens that carry weight. Raises UserError when they are not finite."""
-        batch = batch.to(self.model.head_weight.device)
+        batch = batch.to(self.model.embedding.device)
         _, keep_N = flat_tokens(batch)
         out = self.model(
             batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT, logits=False
@@ -75,7 +75,7 @@ class Beside:
         stage = self.stage
         batch.teacher = said[0] if len(said) == 1 else Several(said, stage.shares, stage.teacher_pool)
         if self.taps is not None:
-            place_N = flat_tokens(batch)[1].to(self.readers[0].model.head_weight.device)
+            place_N = flat_tokens(batch)[1].to(self.readers[0].model.embedding.device)
             batch.teacher = WithStates(batch.teacher, self.taps.take(place_N))
 
     def logprobs(self, batch: Batch) -> Tensor:

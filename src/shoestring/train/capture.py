@@ -37,7 +37,8 @@ def run(stage: CaptureStage, ctx: Context) -> Outcome:
         licences=sorted({t.licence for t in traces}),
     )  # fmt: skip
     vocab = tokenizer.vocab_size
-    k = model.head_weight.shape[1] if stage.kind == "hidden" else stage.k
+    head_VC, constant = model.head_weight[:vocab], float(model.constant)
+    k = head_VC.shape[1] - bool(constant) if stage.kind == "hidden" else stage.k
     if stage.kind == "topk" and k >= vocab:
         raise UserError(f"{ctx.run.name}: k is {k}, the vocabulary only {vocab}; set k below it, or use kind=hidden.")
     teacher = ctx.run.manifest["parents"]["teacher"]["digest"]
@@ -45,7 +46,7 @@ def run(stage: CaptureStage, ctx: Context) -> Outcome:
     folder = ctx.run.path / "store"
     writer = LogitsWriter(folder, spec, shard_tokens=stage.shard_tokens)
     if stage.kind == "hidden" and not (folder / HEAD).exists():
-        _save_head(model.head_weight[:vocab], model.softcap, folder)
+        _save_head(head_VC, constant, model.softcap, folder)
     done = writer.sequences
     with ctx.progress(len(examples), unit="traces") as bar:
         for number, batch in _batches(examples, done, stage, ctx):
@@ -80,7 +81,7 @@ def _captured(
     """Each example with the records of its target tokens."""
     capacity = max(len(example.ids) for example in examples)
     batch = packed_batch(examples, [[i] for i in range(len(examples))], capacity, pad)
-    batch = batch.to(model.head_weight.device)
+    batch = batch.to(model.embedding.device)
     _, keep_N = flat_tokens(batch)
     out = model(batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT, logits=False)
     records = _records(model, out.hidden_BTD.flatten(0, 1)[keep_N], number, spec, stage)
@@ -91,7 +92,7 @@ def _captured(
 def _records(model: Any, hidden_NC: Tensor, number: int, spec: Spec, stage: CaptureStage) -> np.ndarray:
     try:
         if spec.kind == "hidden":
-            return hidden_records(spec, hidden_NC.float().cpu().numpy())
+            return hidden_records(spec, hidden_NC[:, : spec.k].float().cpu().numpy())
         generator = step_generator(stage.seed, 21, number)
         rows = chunk_rows(spec.vocab)
         return np.concatenate([_of_logits(model, chunk_nC, spec, generator) for chunk_nC in hidden_NC.split(rows)])
@@ -115,10 +116,14 @@ def _of_logits(model: Any, hidden_nC: Tensor, spec: Spec, generator: torch.Gener
     return topk_records(spec, ids_nK.cpu().numpy(), logp_nK.cpu().numpy(), tail_n.cpu().numpy())
 
 
-def _save_head(head_VC: Tensor, softcap: float, folder: Any) -> None:
+def _save_head(head_VC: Tensor, constant: float, softcap: float, folder: Any) -> None:
+    """The table and what else makes logits of states: a bias (its last column, met by `constant`), a softcap."""
     from safetensors.torch import save
 
-    kept = {"head": head_VC.detach().cpu().contiguous().clone()}
+    head_VC = head_VC.detach().cpu()
+    kept = {"head": (head_VC[:, :-1] if constant else head_VC).contiguous().clone()}
+    if constant:
+        kept["bias"] = head_VC[:, -1] * constant
     if softcap:
         kept["softcap"] = torch.tensor([softcap], dtype=torch.float64)
     write_bytes(folder / HEAD, save(kept))

@@ -6,16 +6,15 @@ train, and the student's answers run on or collapse (facts: distillation section
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Message, Trace
-from shoestring.cost.hf import shape_from_hf
 from shoestring.cost.shape import ModelShape
 from shoestring.data.batch import Example
+from shoestring.models._counted import config_shape
 from shoestring.text.chat import render
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import DistillStage
@@ -162,8 +161,4 @@ def _mend(
 
 
 def _shape(ctx: Context, role: str) -> ModelShape:
-    folder = ctx.checkpoint_of(role)
-    try:
-        return shape_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")), str(folder))
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no config.json: it is no checkpoint in Hugging Face layout.") from None
+    return config_shape(ctx.checkpoint_of(role))

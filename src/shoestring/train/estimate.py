@@ -41,6 +41,10 @@ def estimate(
             "about_seconds": round(seconds, 1), "about_usd": seconds / 3600 * recipe.usd_per_hour,
             "headline": stage.headline,
         })  # fmt: skip
+    notes = [shape.note if (shape := shapes[row["stage"]]) is not None else "" for row in rows]
+    if any(notes):
+        for row, note in zip(rows, notes, strict=True):
+            row["assumed"] = note
     return rows
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shoestring.core.errors import UserError
@@ -134,7 +135,10 @@ class _Kept:
             return sampled_targets(spec, records)
         assert self.head is not None
         head_VC, softcap = self.head
-        return Hidden(torch.from_numpy(read_hidden(spec, records)), head_VC, spec.vocab, softcap)
+        hidden_NC = torch.from_numpy(read_hidden(spec, records))
+        if head_VC.shape[1] > spec.k:  # the last column is a bias
+            hidden_NC = F.pad(hidden_NC, (0, 1), value=1.0)
+        return Hidden(hidden_NC, head_VC, spec.vocab, softcap)
 
 
 def sampled_targets(spec: Any, records: np.ndarray) -> Sampled:
@@ -144,11 +148,13 @@ def sampled_targets(spec: Any, records: np.ndarray) -> Sampled:
 
 
 def load_head(folder: Any) -> tuple[Tensor, float]:
-    """The teacher's head that lies beside stored hidden states, and the softcap behind it (0: none)."""
+    """The teacher's head that lies beside stored hidden states, a bias as its last column if it has one, and the
+    softcap behind it (0: none)."""
     from safetensors.torch import load_file
 
     kept = load_file(folder / HEAD)
-    return kept["head"], float(kept.get("softcap", 0.0))
+    head_VC = torch.cat([kept["head"], kept["bias"][:, None]], dim=1) if "bias" in kept else kept["head"]
+    return head_VC, float(kept.get("softcap", 0.0))
 
 
 def make_lesson(stage: DistillStage, ctx: Context, student: Any, tokenizer: Tokenizer) -> Any:

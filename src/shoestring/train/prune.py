@@ -37,11 +37,11 @@ def run(stage: PruneStage, ctx: Context) -> Outcome:
     some, held = split(_examples(stage, ctx, tokenizer), stage, ctx)
     batches = packed_batches(some, row_tokens=stage.row_tokens, tokens_per_microbatch=stage.tokens_per_microbatch,
                              pad_id=tokenizer.pad)  # fmt: skip
-    moved = [batch.to(model.head_weight.device) for batch in batches]
+    moved = [batch.to(model.embedding.device) for batch in batches]
     found = importance(model, ((b.tokens_BT, b.positions_BT, b.segments_BT) for b in moved))
     small = prune(model, found, layers=stage.layers, hidden=stage.hidden, ffn=stage.ffn, experts=stage.experts,
                   heads=stage.heads)  # fmt: skip
-    small.to(model.head_weight.device)
+    small.to(model.embedding.device)
     folder = ctx.run.begin_checkpoint(0)
     checkpoint.save(small, tokenizer, folder)
     path = ctx.run.commit_checkpoint(0)
@@ -100,7 +100,7 @@ def losses(model: Any, examples: Sequence[Example], stage: PruneStage, tokenizer
     for start in range(0, len(examples), per):
         some = examples[start : start + per]
         batch = packed_batch(some, [[i] for i in range(len(some))], max(len(e.ids) for e in some), tokenizer.pad)
-        batch = batch.to(model.head_weight.device)
+        batch = batch.to(model.embedding.device)
         tokens, keep_N = flat_tokens(batch)
         out = model(batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT, logits=False)
         head_VD = model.head_weight[: tokenizer.vocab_size]

@@ -69,7 +69,8 @@ def use_kernels(model: Any, ctx: Context, compute: Compute, *, tokens: int, seq_
     keep_freed_memory()
     model.to(checked_device(compute.device))
     model.kernels = ctx.machine.kernels(model.config, compute, tokens=tokens, seq_len=seq_len)
-    ctx.run.note(kernels=str(model.kernels), processor=ctx.machine.key)
+    counted = model.config.shape().note  # what the FLOPs of the bill take for granted
+    ctx.run.note(kernels=str(model.kernels), processor=ctx.machine.key, **({"counted": counted} if counted else {}))
 
 
 def load_model(ctx: Context, role: str) -> tuple[Any, Tokenizer]:
@@ -170,7 +171,7 @@ def _load_training(state: TrainState, path: Path) -> None:
     counters = read_json(path / "training.json")
     if counters.get("schema") != TRAINING_SCHEMA:
         raise UserError(f"{path}/training.json: schema {counters.get('schema')}; this version reads {TRAINING_SCHEMA}.")
-    device = state.model.head_weight.device
+    device = state.model.embedding.device
     if (path / ADAPTERS).exists():
         kept = open_safetensors(path / ADAPTERS)
         moved = lora.moved(state.model)

@@ -73,7 +73,7 @@ class Taps:
 
 def attach(model: Any, pairs: Sequence[tuple[int, int]], widths: tuple[int, int], seed: int) -> None:
     """Give the student projections for these pairs of layers. `widths`: of student and teacher."""
-    model.add_module(NAME, Projections(pairs, widths, seed).to(model.head_weight.device))
+    model.add_module(NAME, Projections(pairs, widths, seed).to(model.embedding.device))
 
 
 def projections(model: Any) -> Projections | None:

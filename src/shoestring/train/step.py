@@ -106,7 +106,7 @@ def accumulate(
     with_mtp = mtp_lambda > 0 and getattr(model.config, "num_nextn_predict_layers", 0) > 0
     loss_sum, load_LE = 0.0, None
     sums: dict[str, float] = {}
-    device = model.head_weight.device
+    device = model.embedding.device
     for batch in batches:
         batch = batch if device.type == "cpu" else batch.to(device)
         out = model(

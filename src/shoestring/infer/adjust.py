@@ -20,18 +20,9 @@ from shoestring.infer.sequence import Sequence
 BANNED = float("-inf")
 
 
-def adjusts(sequence: Sequence) -> bool:
-    """Whether this row's logits are touched at all; constant over a sequence's life, so most batches skip it."""
-    s = sequence.sampling
-    return bool(
-        s.logit_bias or s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1.0
-        or s.min_new_tokens or s.thinking_budget is not None or sequence.grammar is not None
-    )  # fmt: skip
-
-
 def adjust(logits_RV: Tensor, sequences: list[Sequence]) -> Tensor:
     """The logits with every row's changes; a copy when there are any."""
-    rows = [row for row, sequence in enumerate(sequences) if adjusts(sequence)]
+    rows = [row for row, s in enumerate(sequences) if s.request.adjusts or s.grammar is not None]
     if not rows:
         return logits_RV
     logits_RV = logits_RV.float().clone()

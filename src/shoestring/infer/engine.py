@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import numpy as np
 import torch
 
 from shoestring.core.errors import UserError
@@ -269,9 +270,9 @@ class Engine:
         works = self._runner.arrange(self._scheduler.schedule(drafts=drafts))
         if not works:
             return []
-        asked = [work.sequence.sampling for work in works]
-        routed = any(sampling.routed_experts for sampling in asked)
-        whole = self._drafter is not None or any(sampling.prompt_logprobs is not None for sampling in asked)
+        watched = [request.sampling for work in works if (request := work.sequence.request).watches]
+        routed = any(sampling.routed_experts for sampling in watched)
+        whole = self._drafter is not None or any(sampling.prompt_logprobs is not None for sampling in watched)
         ran = self._runner.run(works, routed=routed, whole=whole)
         self._scheduler.computed(works)
         rows = self._rows(works, ran)
@@ -291,12 +292,10 @@ class Engine:
         for work in works:
             start, end = end, end + work.end - work.start
             sequence = work.sequence
-            if sequence.sampling.routed_experts and ran.routed_LNA is not None:
-                sequence.record(work.start, ran.routed_LNA[:, start:end].transpose(0, 1))
-            if sequence.sampling.prompt_logprobs is not None:
-                read_prompt(sequence.request, work.start, ran.hidden_ND[start:end], self._runner.logits)
+            if sequence.request.watches:
+                self._watch(work, ran, start, end)
             last, end = end - 1, end + work.drafted
-            if not work.ends:
+            if work.end < len(sequence.ids):
                 continue
             rows.append((sequence, last))
             if sequence.followers:
@@ -307,11 +306,18 @@ class Engine:
                     rows.append((follower, last))
         return rows
 
+    def _watch(self, work: Work, ran: Ran, start: int, end: int) -> None:
+        """Keep what this request asked for of the pass's rows [start, end), besides its next token."""
+        request = work.sequence.request
+        if request.sampling.routed_experts and ran.routed_LNA is not None:
+            work.sequence.record(work.start, ran.routed_LNA[:, start:end].transpose(0, 1))
+        if request.sampling.prompt_logprobs is not None:
+            read_prompt(request, work.start, ran.hidden_ND[start:end], self._runner.logits)
+
     def _sample(self, ran: Ran, rows: list[tuple[Sequence, int]]) -> list[Event]:
         """Draw the next token of these sequences from the logits of these rows."""
-        index_R = torch.tensor([row for _, row in rows], device=self.device)
-        sequences = [sequence for sequence, _ in rows]
-        logits_RV = self._runner.logits(ran.hidden_ND.index_select(0, index_R))
+        sequences, index = [sequence for sequence, _ in rows], np.array([row for _, row in rows])
+        logits_RV = self._runner.logits(ran.hidden_ND.index_select(0, torch.from_numpy(index).to(self.device)))
         u_R = uniforms([s.key for s in sequences], [len(s.logprobs) for s in sequences])
         drawn = sample(
             adjust(logits_RV, sequences), torch.from_numpy(u_R).to(self.device), [s.request.sampling for s in sequences]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -128,7 +129,8 @@ class ModelRunner:
 
         whole: False where only the hidden states from which a next token is sampled are wanted; others may be NaN.
         """
-        works = [single for work in works for single in (self._singles(work) if work.drafted else [work])]
+        if any(work.drafted for work in works):
+            works = [single for work in works for single in (self._singles(work) if work.drafted else [work])]
         if self.layers is not None:
             return self._natively(works, routed, whole or routed)
         if not self.tile:
@@ -145,12 +147,13 @@ class ModelRunner:
 
     def _natively(self, works: list[Work], routed: bool, whole: bool) -> Ran:
         """Rows of one token in one native call, then the chunks; short prompts are rows too."""
-        works = [single for work in works for single in (self._singles(work) if self._by_rows(work) else [work])]
+        if works[-1].end - works[-1].start > 1:  # else all are rows already
+            works = [single for work in works for single in (self._singles(work) if self._by_rows(work) else [work])]
         R = next((i for i, work in enumerate(works) if work.end - work.start > 1), len(works))
         if not R:
             return self._pass(works, routed)
         rows = self._rows(works[:R])
-        tokens_R = torch.tensor([work.sequence.token(work.start) for work in works[:R]])
+        tokens_R = torch.from_numpy(np.array([work.sequence.token(work.start) for work in works[:R]]))
         keep = None if whole else [row for row, work in enumerate(works[:R]) if work.ends]
         keep = None if keep is not None and len(keep) == R else keep
         assert self.layers is not None

@@ -67,8 +67,11 @@ def _plain_rows(logits_RV: Tensor, samplings: Sequence[Sampling]) -> list[int]:
     """
     if logits_RV.device.type != "cpu" or native.why_not() is not None:
         return []
-    plain = (not s.top_logprobs and not (s.temperature and restricts(s)) for s in samplings)
-    return [row for row, is_plain in enumerate(plain) if is_plain]
+    kinds = {id(s): s for s in samplings}  # a rollout's rows share one
+    plain = {name for name, s in kinds.items() if not s.top_logprobs and not (s.temperature and restricts(s))}
+    if len(plain) == len(kinds):
+        return list(range(len(samplings)))
+    return [row for row, s in enumerate(samplings) if id(s) in plain]
 
 
 def _natively(logits_RV: Tensor, u_R: Tensor, samplings: Sequence[Sampling]) -> Drawn:

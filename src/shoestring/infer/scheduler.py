@@ -100,20 +100,20 @@ class Scheduler:
         """
         works: list[Work] = []
         left = self.budget
-        decoding = [sequence for sequence in self.running if sequence.decodes]
-        reading = [sequence for sequence in self.running if not sequence.decodes]
+        decoding: list[Sequence] = []
+        reading: list[Sequence] = []
+        for sequence in self.running:
+            (decoding if sequence.computed == len(sequence.ids) - 1 else reading).append(sequence)
+        size = self.blocks.size
         for sequence in (*decoding, *reading):
             if sequence.blocks is None or left == 0:
                 continue  # preempted for one before it; or its prompt waits for the next step's budget
-            end = min(len(sequence.ids), sequence.computed + left)
-            # a draft takes only what nobody else needs
-            drafted = int(drafts and sequence.may_draft and left > len(decoding) and end < self.positions)
-            drafted = (
-                drafted if -(-(end + drafted) // self.blocks.size) - len(sequence.blocks) <= self.blocks.free else 0
-            )
-            if self._grow(sequence, end + drafted, works):
-                works.append(Work(sequence, sequence.computed, end, drafted))
-                left -= end - sequence.computed + drafted
+            start = sequence.computed
+            end = min(len(sequence.ids), start + left)
+            drafted = int(drafts and left > len(decoding) and self._can_draft(sequence, end))
+            if end + drafted <= size * len(sequence.blocks) or self._grow(sequence, end + drafted, works):
+                works.append(Work(sequence, start, end, drafted))
+                left -= end - start + drafted
         while self.waiting and left and len(self.running) < self.most:
             work = self._admit(self.waiting[0], left)
             if work is None:
@@ -126,6 +126,11 @@ class Scheduler:
         self.counts.computed_tokens += self.budget - left
         works.sort(key=lambda work: work.end - work.start > 1)  # what computes one token decodes; stable
         return works
+
+    def _can_draft(self, sequence: Sequence, end: int) -> bool:
+        """Whether a draft is checked behind `end`: it takes only what nobody else needs."""
+        missing = end // self.blocks.size + 1 - len(sequence.blocks or [])
+        return sequence.may_draft and end < self.positions and missing <= self.blocks.free
 
     def _grow(self, sequence: Sequence, end: int, works: list[Work]) -> bool:
         """Blocks up to `end`, preempting the newest sequences while there are too few; False: it was itself."""

@@ -30,9 +30,15 @@ class Request:
     seed: int = 0  # the sampling's, or a fresh one
     samples: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    adjusts: bool = False  # logits before the draw, by what the sampling asks for
+    watches: bool = False  # more of a pass than the next token's logits
 
     def __post_init__(self) -> None:
-        self.seed = secrets.randbits(63) if self.sampling.seed is None else self.sampling.seed
+        s = self.sampling
+        self.seed = secrets.randbits(63) if s.seed is None else s.seed
+        penalties = s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1.0
+        self.adjusts = bool(s.logit_bias or penalties or s.min_new_tokens or s.thinking_budget is not None)
+        self.watches = s.routed_experts or s.prompt_logprobs is not None
 
     def read_anew(self) -> None:
         """Other weights: of a prompt that none of the samples has gone on from, nothing of the old ones is kept."""
@@ -153,11 +159,12 @@ class Sequence:
 
     def take(self, token: int, logprob: float) -> None:
         """`append` for a sequence whose events nobody reads and that only ids can stop."""
+        request = self.request
         self.ids.append(token)
         self.logprobs.append(logprob)
-        if token in self.request.stop_ids:
+        if token in request.stop_ids:
             self.finish_reason = "stop"
-        elif len(self.logprobs) >= self.request.sampling.max_new_tokens:
+        elif len(self.logprobs) >= request.sampling.max_new_tokens:
             self.finish_reason = "length"
 
     @property

@@ -33,11 +33,12 @@ static void NAME(turn)(const float *x, const float *cis, int64_t rope, int64_t i
 /* keys [count <= 16, W] -> a packed tile, zeros for those that are not there */
 static void NAME(turned)(const T *keys, int64_t W, int64_t count, T *to) {
 #ifdef WIDE
-    for (int64_t i = 0; i < W / PAIR; i += 16) {
+    for (int64_t i = 0, last = W / PAIR - 16;; i = i + 16 < last ? i + 16 : last) { /* the last square over its neighbour */
         vf r[16];
         UNROLL for (int j = 0; j < 16; j++) r[j] = j < count ? *(const vfu *)(keys + j * W + i * PAIR) : (vf){0};
         turn16(r);
         UNROLL for (int j = 0; j < 16; j++) *(vfu *)(to + (i + j) * PAIR * OUTS) = r[j];
+        if (i == last) break;
     }
 #else
     memset(to, 0, TILE(W) * sizeof(T));

@@ -23,7 +23,7 @@ typedef uint32_t i16u __attribute__((vector_size(64), aligned(2)));
 #define GROUP 64 /* outputs that are computed together, and the stride of what they are written to */
 #define TILE(in) (((in) + PAIR - 1) / PAIR * PAIR * OUTS) /* numbers in a packed tile */
 #define SCORES 32768 /* that are computed together: they stay in the second-level cache */
-#define TURNS(W) ((W) <= 128 && (W) % (16 * PAIR) == 0) /* keys of this width: then a lane of a score is a position */
+#define TURNS(W) ((W) <= 128 && (W) >= 16 * PAIR && (W) % PAIR == 0) /* keys: then a lane of a score is a position */
 
 typedef struct {
     const void *weight, *bias; /* bias may be null; weight too: no product */

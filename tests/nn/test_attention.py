@@ -10,6 +10,7 @@ from torch import Tensor
 from shoestring.data.batch import BRANCH
 from shoestring.nn import native
 from shoestring.nn.attention import Pass, attend_plain, cache_bias, segment_bias
+from shoestring.nn.attention_native import seen_in
 from shoestring.nn.kernels import Kernels
 
 REASON = native.why_not()
@@ -17,8 +18,13 @@ NATIVE = pytest.param("native", marks=pytest.mark.skipif(REASON is not None, rea
 WAYS = ("blocks", "sdpa", NATIVE)
 
 
-def attend(way: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    return Pass(torch.empty(0), bias, Kernels(attention=way)).attend(q, k, v, 0.3)  # type: ignore[arg-type]
+def attend(way: str, q: Tensor, k: Tensor, v: Tensor, segments_BT: Tensor | None) -> Tensor:
+    kernels, bias, seen = Kernels(attention=way), None, None  # type: ignore[arg-type]
+    if segments_BT is not None and way == "native":
+        seen = seen_in(segments_BT)
+    elif segments_BT is not None:
+        bias = segment_bias(segments_BT, torch.float32)
+    return Pass(torch.empty(0), bias, kernels, seen=seen).attend(q, k, v, 0.3)
 
 
 def case(B: int, H: int, G: int, T: int, K: int, W: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -32,10 +38,11 @@ def packed(B: int, T: int) -> Tensor:
     return torch.stack([(torch.arange(T) >= (b + 1) * T // (B + 2)).long() for b in range(B)])
 
 
-def both(way: str, leaves: list[Tensor], bias: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+def both(way: str, leaves: list[Tensor], segments_BT: Tensor | None) -> list[tuple[Tensor, Tensor]]:
     """(ours, plain) of the output and of each gradient."""
     found = []
-    for y in (attend(way, *leaves, bias), attend_plain(*leaves, 0.3, bias)):
+    bias = None if segments_BT is None else segment_bias(segments_BT, torch.float32)
+    for y in (attend(way, *leaves, segments_BT), attend_plain(*leaves, 0.3, bias)):
         seed = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
         found.append((y, *torch.autograd.grad((y * seed).sum(), leaves)))
     return list(zip(*found, strict=True))
@@ -49,8 +56,7 @@ def both(way: str, leaves: list[Tensor], bias: Tensor | None) -> list[tuple[Tens
 )
 def test_equals_plain(way: str, masked: bool, H: int, G: int, T: int, K: int, W: int) -> None:
     leaves = case(2, H, G, T, K, W)
-    bias = segment_bias(packed(2, T), torch.float32) if masked else None
-    for got, want in both(way, leaves, bias):
+    for got, want in both(way, leaves, packed(2, T) if masked else None):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
@@ -59,8 +65,8 @@ def test_any_size_of_blocks(heads: int, monkeypatch: pytest.MonkeyPatch) -> None
     T = 50
     monkeypatch.setattr("shoestring.nn.attention_blocks.ROWS", 16)
     monkeypatch.setattr("shoestring.nn.attention_blocks.SCORES", heads * 16 * T)
-    for bias in (None, segment_bias(packed(2, T), torch.float32)):
-        for got, want in both("blocks", case(2, 2, 2, T, 6, 4), bias):
+    for segments_BT in (None, packed(2, T)):
+        for got, want in both("blocks", case(2, 2, 2, T, 6, 4), segments_BT):
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 

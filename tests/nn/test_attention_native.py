@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoestring.core.errors import UserError
+from shoestring.data.batch import BRANCH
 from shoestring.nn import native
 from shoestring.nn.attention import attend_plain, segment_bias
-from shoestring.nn.attention_native import attend_native, is_fast, seen_by
+from shoestring.nn.attention_native import attend_native, is_fast, seen_in
 
 REASON = native.why_not()
 needs_native = pytest.mark.skipif(REASON is not None, reason=f"no native attention: {REASON}")
@@ -27,8 +29,23 @@ Attend = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 SCALE = 0.3
 
 
+def bits(bias_B1TT: Tensor) -> Tensor:
+    """What `seen_in` says of segments, of any mask: written anew, bit by bit."""
+    B, _, T, _ = bias_B1TT.shape
+    seen_BTS = np.zeros((B, -(-T // 16) * 16, -(-T // 16) * 16), bool)
+    seen_BTS[:, :T, :T] = (bias_B1TT[:, 0] == 0).numpy()
+    found = []
+    for t in range(0, T, 16):
+        queries_BIS = seen_BTS[:, t : t + 16]
+        words_BS = (queries_BIS * (1 << np.arange(16))[:, None]).sum(1)
+        meets = [words_BS[:, s : s + 16][:, : T - s] for s in range(0, T, 16)]
+        summary = [np.where((w == 0).all(1), 0, np.where((w == 0xFFFF).all(1), 2, 1)) for w in meets]
+        found.append(np.concatenate([words_BS, np.stack(summary, 1)], 1))
+    return torch.from_numpy(np.stack(found, 1).astype(np.uint16).view(np.int16))
+
+
 def ours(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    return attend_native(q, k, v, scale, None if bias is None else seen_by(bias))
+    return attend_native(q, k, v, scale, None if bias is None else bits(bias))
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
@@ -70,6 +87,17 @@ shapes = st.tuples(
     st.integers(1, 3), st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]), st.integers(1, 150), st.integers(1, 70),
     st.integers(1, 70),
 )  # fmt: skip
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(B=st.integers(1, 3), T=st.integers(1, 90), run=st.integers(1, 40), seed=st.integers(0, 1 << 20))
+def test_segments_say_who_sees_whom(B: int, T: int, run: int, seed: int) -> None:
+    """Segments, branches of them and padding, in runs or not, as `segment_bias` does with torch's operations."""
+    generator = torch.Generator().manual_seed(seed)
+    segment_BT, branch_BT = (torch.randint(*ends, (B, T), generator=generator) for ends in ((-2, 4), (0, 3)))
+    segments_BT = (segment_BT + branch_BT * BRANCH * (segment_BT >= 0)).repeat_interleave(run, 1)[:, :T]
+    assert torch.equal(seen_in(segments_BT), bits(segment_bias(segments_BT, torch.float32)))
 
 
 @needs_native
@@ -219,3 +247,5 @@ def test_without_a_library_it_says_so(monkeypatch: pytest.MonkeyPatch, fresh_lib
         attend_native(q.double(), k.double(), v.double(), SCALE, None)
     with pytest.raises(UserError, match=r"none for torch\.float32 on meta"):
         attend_native(q.to("meta"), k.to("meta"), v.to("meta"), SCALE, None)
+    with pytest.raises(UserError, match="SHOESTRING_NATIVE is 0"):
+        seen_in(torch.zeros(1, 4, dtype=torch.int64))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shoestring.data.batch import BRANCH
 from shoestring.nn.attention_blocks import attend_blocks
-from shoestring.nn.attention_native import attend_native, seen_by
+from shoestring.nn.attention_native import attend_native
 from shoestring.nn.cache import Cache
 from shoestring.nn.kernels import Kernels
 
@@ -71,19 +71,18 @@ class Pass:
     """What all layers of one forward pass share. Keys come from the cache when `n_keys` > 0, else from x alone."""
 
     cis: Tensor  # RoPE's table [(B,) T, 1, R/2]
-    bias: Tensor | None  # None: causal
+    bias: Tensor | None  # None: causal, or as `seen` says
     kernels: Kernels
     cache: Cache | None = None
     positions_BT: Tensor | None = None  # where to write in the cache; None: the next positions
     n_keys: int = 0
-    seen: Tensor | None = None  # the bias in bits, once a layer has asked for it
+    seen: Tensor | None = None  # instead of the bias, where attention is native
 
     def attend(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSW: Tensor, scale: float) -> Tensor:
         if self.kernels.attention == "plain":
             return attend_plain(q_BHTK, k_BGSK, v_BGSW, scale, self.bias)
         if self.kernels.attention == "native" and not self.n_keys:
-            if self.bias is not None and self.seen is None:
-                self.seen = seen_by(self.bias)
+            assert self.bias is None
             return attend_native(q_BHTK, k_BGSK, v_BGSW, scale, self.seen)
         if self.kernels.attention == "blocks" and not self.n_keys:
             return attend_blocks(q_BHTK, *_shared_keys(q_BHTK, k_BGSK, v_BGSW), scale, self.bias)

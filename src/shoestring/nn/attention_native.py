@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shoestring.core.errors import UserError
+from shoestring.data.batch import BRANCH
 from shoestring.nn import native
 from shoestring.nn.native import library
 
@@ -28,6 +29,12 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type != "cpu" or dtype not in SUFFIX:
         return f"there is none for {dtype} on {device.type}"
     return native.why_not()
+
+
+def _need(dtype: torch.dtype, device: torch.device) -> None:
+    reason = why_not(dtype, device)
+    if reason is not None:
+        raise UserError(f'attention is "native", which is not to be had: {reason}; mend that, or take "blocks".')
 
 
 def is_fast() -> bool:
@@ -62,17 +69,16 @@ def _rows(x_BHTK: Tensor) -> Tensor:
     return x_BHTK if x_BHTK.stride(-1) == 1 or x_BHTK.shape[-1] == 1 else x_BHTK.contiguous()
 
 
-def seen_by(bias_B1TT: Tensor) -> Tensor:
-    """The mask in bits [B, T/16, T rounded up to 16, and T/16]: bit i of [b, j, s] says whether query 16 j + i sees key
-    s; what follows, whether these queries see nothing (0), something (1) or all (2) of each 16 keys."""
-    B, _, T, _ = bias_B1TT.shape
-    bias = bias_B1TT if bias_B1TT[0, 0].is_contiguous() else bias_B1TT.contiguous()
+def seen_in(segments_BT: Tensor) -> Tensor:
+    """Who sees whom in bits [B, T/16, T rounded up to 16, and T/16]: bit i of [b, j, s] says whether query 16 j + i sees
+    key s; what follows, whether these queries see nothing (0), something (1) or all (2) of each 16 keys. The plain twin
+    is `segment_bias` (nn/attention.py). Raises UserError when there is no library."""
+    _need(torch.float32, segments_BT.device)
+    (B, T), segments_BT = segments_BT.shape, segments_BT.long().contiguous()
     steps = -(-T // STEP)
     seen = torch.empty(B, steps, steps * (STEP + 1), dtype=torch.int16)
-    fill = getattr(library(), f"shoestring_attention_seen_{SUFFIX[bias.dtype]}")
-    apart = bias.stride(0) * bias.element_size()
-    fill(
-        c_void_p(bias.data_ptr()), c_int64(apart), c_int64(B), c_int64(T), c_int64(torch.get_num_threads()),
+    library().shoestring_attention_seen(
+        c_void_p(segments_BT.data_ptr()), c_int64(BRANCH), c_int64(B), c_int64(T), c_int64(torch.get_num_threads()),
         c_void_p(seen.data_ptr()),
     )  # fmt: skip
     return seen
@@ -115,13 +121,11 @@ class _NativeAttention(torch.autograd.Function):
 
 
 def attend_native(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTW: Tensor, scale: float, seen: Tensor | None) -> Tensor:
-    """Attention [B, H, T, W] over as many keys as queries: causal, or where `seen` (of `seen_by`) has a bit.
+    """Attention [B, H, T, W] over as many keys as queries: causal, or where `seen` (of `seen_in`) has a bit.
 
     Numbers are fp32 or bf16 on a CPU, `scale` is positive. Where a query sees nothing the result is NaN, as in the
     twin. Raises UserError when there is no library.
     """
-    reason = why_not(q_BHTK.dtype, q_BHTK.device)
-    if reason is not None:
-        raise UserError(f'attention is "native", which is not to be had: {reason}; mend that, or take "blocks".')
+    _need(q_BHTK.dtype, q_BHTK.device)
     out: Tensor = _NativeAttention.apply(_rows(q_BHTK), _rows(k_BGTK), _rows(v_BGTW), scale, seen)
     return out

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoestring.nn.attention import Pass, cache_bias, segment_bias
+from shoestring.nn.attention_native import seen_in
 from shoestring.nn.cache import Cache
 from shoestring.nn.gqa import GQA
 from shoestring.nn.kernels import Kernels
@@ -163,8 +164,12 @@ class Decoder(nn.Module):
         T, dtype = tokens_BT.shape[1], self.kernels.torch_dtype
         if cache is None:
             positions = torch.arange(T, device=tokens_BT.device) if positions_BT is None else positions_BT
-            bias = None if segments_BT is None else segment_bias(segments_BT, dtype)
-            return Pass(self.rope.table(positions), bias, self.kernels)
+            cis = self.rope.table(positions)
+            if segments_BT is None:
+                return Pass(cis, None, self.kernels)
+            if self.kernels.attention == "native":
+                return Pass(cis, None, self.kernels, seen=seen_in(segments_BT))
+            return Pass(cis, segment_bias(segments_BT, dtype), self.kernels)
         if segments_BT is not None:
             raise ValueError("segments and a cache cannot be combined")
         if positions_BT is None:

@@ -152,26 +152,26 @@ static Run next_run(const Attention *x, int64_t b, int64_t t0, int64_t columns, 
 
 int shoestring_attention_lanes(void) { return LANES; } /* numbers in a vector */
 
-/* `seen`, of a mask that is 0 where a query sees a key, [B, T, T] with sequences `apart` bytes apart. */
-#define SEEN(name, type)                                                                                              \
-    void shoestring_attention_seen_##name(const type *mask, int64_t apart, int64_t B, int64_t T, int64_t threads,     \
-                                          uint16_t *seen) {                                                           \
-        const int64_t steps = up(T, STEP) / STEP, wide = (STEP + 1) * steps;                                          \
-        _Pragma("omp parallel for collapse(2) schedule(static) num_threads(threads)")                                \
-        for (int64_t b = 0; b < B; b++)                                                                               \
-            for (int64_t i = 0; i < steps; i++) {                                                                     \
-                uint16_t *to = seen + (b * steps + i) * wide;                                                         \
-                memset(to, 0, wide * sizeof *to);                                                                     \
-                for (int64_t t = i * STEP; t < least((i + 1) * STEP, T); t++) {                                       \
-                    const type *from = (const type *)((const char *)mask + b * apart) + t * T;                        \
-                    for (int64_t s = 0; s < T; s++) to[s] |= (from[s] == 0) << (t - i * STEP);                        \
-                }                                                                                                     \
-                for (int64_t s = 0; s < T; s += STEP) {                                                               \
-                    uint32_t any = 0, every = 0xffff;                                                                 \
-                    for (int64_t j = s; j < least(s + STEP, T); j++) any |= to[j], every &= to[j];                    \
-                    to[STEP * steps + s / STEP] = !any ? NOBODY : every == 0xffff ? EVERYBODY : SOME;                 \
-                }                                                                                                     \
-            }                                                                                                         \
-    }
-SEEN(f32, float)
-SEEN(bf16, int16_t)
+/* What a query sees of itself and before: its own segment, and that of a branch's stem (data/batch.py); `seen` as in
+   Attention, of segments [B, T]. */
+void shoestring_attention_seen(const int64_t *segments, int64_t branch, int64_t B, int64_t T, int64_t threads,
+                               uint16_t *seen) {
+    const int64_t steps = up(T, STEP) / STEP, wide = (STEP + 1) * steps;
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t i = 0; i < steps; i++) {
+            const int64_t *segment = segments + b * T, end = least((i + 1) * STEP, T);
+            uint16_t *to = seen + (b * steps + i) * wide, *meet = to + STEP * steps;
+            memset(to, 0, wide * sizeof *to);
+            for (int64_t t = i * STEP; t < end; t++) {
+                const int64_t own = segment[t], stem = own < branch ? own : own % branch;
+                for (int64_t s = 0; s <= t; s++)
+                    to[s] |= (uint16_t)((segment[s] == own) | (segment[s] == stem)) << (t - i * STEP);
+            }
+            for (int64_t s = 0; s < end; s += STEP) {
+                uint32_t any = 0, every = 0xffff;
+                for (int64_t j = s; j < least(s + STEP, T); j++) any |= to[j], every &= to[j];
+                meet[s / STEP] = !any ? NOBODY : every == 0xffff ? EVERYBODY : SOME;
+            }
+        }
+}

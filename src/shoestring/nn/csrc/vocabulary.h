@@ -22,16 +22,12 @@ void NAME(vocabulary)(T *x, const int64_t *ids, float temperature, int64_t N, in
             for (int64_t start = 0; start < V; start += 4096) {
                 const int64_t end = start + 4096 < V ? start + 4096 : V;
                 float sum = 0, dot = 0;
-                if (entropy)
-#pragma omp simd reduction(+ : dot)
-                    for (int64_t v = start; v < end; v++) {
-                        const float z = p[v] - top, e = exp1(z);
-                        dot += z < -87.0f ? 0.0f : e * z;
-                    }
-#pragma omp simd reduction(+ : sum)
+#pragma omp simd reduction(+ : sum, dot)
                 for (int64_t v = start; v < end; v++) {
-                    p[v] = exp1(p[v] - top);
+                    const float z = p[v] - top;
+                    p[v] = exp1(z);
                     sum += p[v];
+                    dot += z < -87.0f ? 0.0f : p[v] * z;
                 }
                 total += sum;
                 weighted += dot;

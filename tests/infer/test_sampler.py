@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoestring.core.nouns import Sampling
+from shoestring.infer import uniforms as random_numbers
 from shoestring.infer.sampler import draw_in_blocks, draw_natively, kept, sample
 from shoestring.nn import native
 
@@ -174,3 +175,13 @@ def test_rows_in_c_and_others_in_one_batch() -> None:
     assert drawn.tokens[0] == 5 and drawn.tokens[6] == int(logits_RV[6].argmax())
     exact_RV = torch.log_softmax(logits_RV.double(), dim=-1)
     assert drawn.logprobs[6] == pytest.approx(float(exact_RV[6].max()), abs=2e-6)
+
+
+def test_one_number_for_each_draw_however_many_are_made() -> None:
+    """The first is splitmix64's, published for seed 1234567; few rows, by Python's integers, get what many get."""
+    keys = [1234567, 0, (1 << 64) - 1, *(random_numbers.draw_key(7, row, 0) for row in range(40))]
+    positions = [0, 3, 1 << 40, *range(40)]
+    many = random_numbers.uniforms(keys, positions)
+    assert many[0] == (6457827717110365317 >> 11) * 2.0**-53
+    one_by_one = [random_numbers.uniforms([key], [at])[0] for key, at in zip(keys, positions, strict=True)]
+    assert many.tolist() == one_by_one and many.min() >= 0 and many.max() < 1

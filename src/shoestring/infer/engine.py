@@ -316,8 +316,10 @@ class Engine:
 
     def _sample(self, ran: Ran, rows: list[tuple[Sequence, int]]) -> list[Event]:
         """Draw the next token of these sequences from the logits of these rows."""
-        sequences, index = [sequence for sequence, _ in rows], np.array([row for _, row in rows])
-        logits_RV = self._runner.logits(ran.hidden_ND.index_select(0, torch.from_numpy(index).to(self.device)))
+        sequences, index, hidden_RD = [sequence for sequence, _ in rows], [row for _, row in rows], ran.hidden_ND
+        if index != list(range(len(hidden_RD))):  # as it is where nothing but decoding was done
+            hidden_RD = hidden_RD.index_select(0, torch.from_numpy(np.array(index)).to(self.device))
+        logits_RV = self._runner.logits(hidden_RD)
         u_R = uniforms([s.key for s in sequences], [len(s.logprobs) for s in sequences])
         drawn = sample(
             adjust(logits_RV, sequences), torch.from_numpy(u_R).to(self.device), [s.request.sampling for s in sequences]

@@ -127,10 +127,10 @@ def pack_bf16(weight: Tensor, pages: Pages) -> Tensor:
 
 
 class Rows:
-    """R rows of one token each: `length_R` positions with the new one, `table_RJ` their blocks."""
+    """R rows of one token each: `length_R` positions with the new one (`longest` at most), `table_RJ` their blocks."""
 
-    def __init__(self, length_R: np.ndarray, table_RJ: np.ndarray):
-        self.length_R, self.table_RJ = length_R, table_RJ
+    def __init__(self, length_R: np.ndarray, table_RJ: np.ndarray, longest: int):
+        self.length_R, self.table_RJ, self.longest = length_R, table_RJ, longest
 
     def __len__(self) -> int:
         return len(self.length_R)
@@ -143,7 +143,7 @@ def make_rows(positions: Sequence[int], tables: Sequence[Sequence[int]], known: 
         known = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
         for row, table in enumerate(tables):
             known[row, : len(table)] = table
-    return Rows(length_R, known)
+    return Rows(length_R, known, max(positions) + 1)
 
 
 class Weights:
@@ -219,7 +219,7 @@ class NativeLayers:
         )
         self._model = self._shape(blocks, norm, store)
         self.moe_layers, self.top_k = sum(isinstance(block.mlp, MoE) for block in blocks), self._model.A
-        self._work = torch.empty(0, dtype=torch.uint8)
+        self._work, self._room = torch.empty(0, dtype=torch.uint8), (0, 0, 0)  # for rows, threads, positions
         self._turn = torch.empty(0)
 
     # ---- weights
@@ -312,8 +312,12 @@ class NativeLayers:
         """
         assert keep is None or not routed
         R, J = rows.table_RJ.shape
-        longest, threads = int(rows.length_R.max()), torch.get_num_threads()
-        self._grow(R, longest, threads, ahead)
+        longest, threads = rows.longest, torch.get_num_threads()
+        if (R, threads) != self._room[:2] or longest > self._room[2]:
+            self._grow(R, longest, threads)
+        if longest + ahead > len(self._turn):
+            positions_S = torch.arange(max(256, 2 * (longest + ahead)))
+            self._turn = torch.view_as_real(self._rope.table(positions_S)).flatten(1).contiguous()
         x_RD = x_RD.contiguous()
         hidden_RD = torch.empty_like(x_RD) if keep is None else torch.full_like(x_RD, torch.nan)
         chosen = torch.empty(self.moe_layers, R, self.top_k, dtype=torch.int64) if routed and self.moe_layers else None
@@ -328,14 +332,12 @@ class NativeLayers:
         self._decode(ctypes.byref(self._model), ctypes.byref(batch))
         return hidden_RD, chosen
 
-    def _grow(self, R: int, longest: int, threads: int, ahead: int) -> None:
-        """Work space and RoPE's table, when they are too small."""
-        size = self._size(ctypes.byref(self._model), c_int64(R), c_int64(longest), c_int64(threads))
+    def _grow(self, R: int, longest: int, threads: int) -> None:
+        """Work space, if it is too small, for these and some longer rows."""
+        self._room = (R, threads, longest + 64)
+        size = self._size(ctypes.byref(self._model), c_int64(R), c_int64(self._room[2]), c_int64(threads))
         if size > len(self._work):
             self._work = torch.empty(size + size // 4, dtype=torch.uint8)
-        if longest + ahead > len(self._turn):
-            positions_S = torch.arange(max(256, 2 * (longest + ahead)))
-            self._turn = torch.view_as_real(self._rope.table(positions_S)).flatten(1).contiguous()
 
 
 def _plain(gqa: GQA) -> tuple[list[Linear], RMSNorm | None, RMSNorm | None]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shoestring.infer.attend import FixedPlan, Plan, make_plan
@@ -195,7 +194,7 @@ class ModelRunner:
 
     def embed(self, tokens_N: Tensor) -> Tensor:
         """Their rows of the input table, in the dtype of products."""
-        return F.embedding(tokens_N, self.table_VD).to(self.dtype)
+        return self.table_VD.index_select(0, tokens_N).to(self.dtype)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """fp32 [R, V]."""

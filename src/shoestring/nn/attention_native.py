@@ -70,9 +70,12 @@ def _rows(x_BHTK: Tensor) -> Tensor:
 
 
 def seen_in(segments_BT: Tensor) -> Tensor:
-    """Who sees whom in bits [B, T/16, T rounded up to 16, and T/16]: bit i of [b, j, s] says whether query 16 j + i sees
-    key s; what follows, whether these queries see nothing (0), something (1) or all (2) of each 16 keys. The plain twin
-    is `segment_bias` (nn/attention.py). Raises UserError when there is no library."""
+    """Who sees whom in bits, [B, T/16, T rounded up to 16, and T/16].
+
+    Bit i of [b, j, s] says whether query 16 j + i sees key s; what follows, whether these queries see nothing (0),
+    something (1) or all (2) of each 16 keys. The plain twin is `segment_bias` (nn/attention.py). Raises UserError when
+    there is no library.
+    """
     _need(torch.float32, segments_BT.device)
     (B, T), segments_BT = segments_BT.shape, segments_BT.long().contiguous()
     steps = -(-T // STEP)

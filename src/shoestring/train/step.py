@@ -100,7 +100,7 @@ def accumulate(
     """Gradients of one optimiser batch into `.grad`. Returns (mean loss of the objective, its metrics as means,
     expert load [L, E] summed over the micro-batches or None)."""
     weight, weight2 = total_weight(batches), sum(float(b.weight2_BT.sum()) for b in batches)
-    tokens = sum(batch.tokens for batch in batches)
+    rows = sum(len(batch.tokens_BT) for batch in batches)
     if weight <= 0:
         raise ValueError("no token of this batch carries weight: there is nothing to learn from")
     with_mtp = mtp_lambda > 0 and getattr(model.config, "num_nextn_predict_layers", 0) > 0
@@ -124,7 +124,7 @@ def accumulate(
             loss = loss + mtp_lambda * mtp_mean
             metrics["mtp"] = mtp_mean.detach()
         if balance_alpha > 0 and out.balance is not None:
-            share = batch.tokens / tokens
+            share = len(batch.tokens_BT) / rows  # a mean over rows, however they are split
             loss = loss + balance_alpha * share * out.balance
             metrics["balance"] = out.balance.detach() * share
         loss.backward()

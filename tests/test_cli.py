@@ -58,7 +58,9 @@ def road(monkeypatch):
         )
 
     fake.resolve_recipe, fake.stage_recipe, fake.run_recipe = resolve_recipe, stage_recipe, run_recipe
-    fake.plan_rows = lambda recipe, runs: fake.rows
+    fake.priced = {"about_tokens": 9, "about_flops": 8.0, "about_seconds": 7.0, "about_usd": 0.5}
+    fake.planned = [{"stage": "rl", "headline": True, **fake.priced}]
+    fake.plan_rows = lambda recipe, runs: fake.planned
     monkeypatch.setitem(sys.modules, "shoestring.road", fake)
     return fake
 
@@ -203,7 +205,8 @@ def test_run(call, road):
 def test_dry_run_runs_nothing(call, road):
     code, out, _ = call("run", "quickstart", "--dry-run", "--json")
     assert code == 0
-    assert json.loads(out) == {"schema": 1, "recipe": "quickstart", "plan": road.rows}
+    totals = {name: road.priced for name in ("headline", "everything")}
+    assert json.loads(out) == {"schema": 1, "recipe": "quickstart", "plan": road.planned, "totals": totals}
     assert [asked[0] for asked in road.asked] == ["resolve"]
 
 

@@ -128,6 +128,12 @@ def test_a_dry_run_prices_every_stage_and_loads_nothing(tmp_path: Path) -> None:
     assert [row["stage"] for row in rows][:3] == ["tokenizer", "teacher-pretrain", "teacher-sft"]
     trained = [row for row in rows if row["kind"] not in ("tokenizer",)]
     assert all(row["about_flops"] > 0 and row["about_usd"] > 0 for row in trained)
+    # the bill of docs/quickstart.md, as it was measured
+    flops = {row["stage"]: row["about_flops"] for row in rows}
+    assert flops["teacher-pretrain"] == pytest.approx(1.04e13, rel=0.05)
+    assert flops["student-pretrain"] == pytest.approx(1.79e12, rel=0.1)
+    assert 1.27e12 < flops["teacher-rl"] < 2 * 1.27e12  # as if every group were trained on
+    assert sum(row["about_seconds"] for row in rows) == pytest.approx(448, rel=0.25)
     study = plan_rows(resolve_recipe("study-quickstart", []), tmp_path)
     assert sum(row["about_seconds"] for row in study) < 60 * 60
 
@@ -143,6 +149,13 @@ def test_the_whole_road_at_smoke_size(tmp_path: Path, capsys: pytest.CaptureFixt
         given = made[budget]["cost"]["train_flops"]
         assert spent[-1] >= given and all(flops < given for flops in spent[:-1])  # it stops at the step that reaches it
     assert made["ask"]["facts"].keys() >= {"kernels"} and made["teacher-rl"]["facts"]["preflight"]["samples"] == 16
+    weights = {
+        name: next(o["sha256"] for o in manifest["outputs"] if o["path"].endswith("model.safetensors"))
+        for name, manifest in made.items() if "model.safetensors" in json.dumps(manifest["outputs"])
+    }  # fmt: skip
+    assert len(set(weights.values())) == len(weights) == 9  # every stage that trains has changed its model
+    for rl in ("teacher-rl", "student-rl"):
+        assert max(row.get("ratio_error", 0.0) for row in result.runs[rl].metrics()) < 1e-5
     both = totals(tmp_path)
     assert 0 < both["headline"]["flops"] < both["everything"]["flops"]
     assert result.report_path is not None

@@ -168,10 +168,13 @@ def inputs_of(inputs: list[str] | None, named: dict[str, str | None]) -> dict[st
 def go(recipe: Recipe, runs: Path, dry_run: bool, again: bool, json: bool, quiet: bool) -> None:
     """Print the plan of a recipe, or run it and print what came of it."""
     from shoestring.road import plan_rows, run_recipe
+    from shoestring.train.estimate import plan_totals
 
     if dry_run:
         rows = plan_rows(recipe, runs)
-        _report({"schema": 1, "recipe": recipe.name, "plan": rows}, rows, json)
+        totals = plan_totals(rows)
+        shown = [{"stage": name, "kind": "total", **total} for name, total in totals.items()] if len(rows) > 1 else []
+        _report({"schema": 1, "recipe": recipe.name, "plan": rows, "totals": totals}, [*rows, *shown], json)
         return
     result = run_recipe(recipe, runs, again=again, quiet=quiet)
     _report(result.to_json(), [] if result.tables else result.rows, json)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,26 +57,33 @@ def test_a_stage_that_dies_between_checkpoints_ends_with_the_same_bits(
     """Every update of pretraining, SFT and RL is once the one before which the process dies."""
     recipe = _road("teacher-rl")
     run_recipe(recipe, tmp_path / "whole", quiet=True)
-    whole = step_module.train_step
-    count, deaths = 0, [1, 2, 5, 9, 15, 17, 20]
+    trains = step_module.train_step
+    deaths = {"pretrain": [1, 2, 5, 9, 15], "sft": [1, 3, 5], "rl": [1, 2, 3]}  # at which of its updates, counted on
 
-    def dying(*args, **options):  # type: ignore[no-untyped-def]
-        nonlocal count
-        count += 1
-        if deaths and count == deaths[0]:
-            deaths.pop(0)
-            raise Killed
-        return whole(*args, **options)
+    def dying(kind: str) -> Callable[..., Any]:
+        count = 0
 
-    for name in ("pretrain", "sft", "rl"):
-        monkeypatch.setattr(f"shoestring.train.{name}.train_step", dying)
-    for _ in range(12):
+        def step(*args: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if deaths[kind] and count == deaths[kind][0]:
+                deaths[kind].pop(0)
+                raise Killed
+            return trains(*args, **options)
+
+        return step
+
+    for kind in deaths:
+        monkeypatch.setattr(f"shoestring.train.{kind}.train_step", dying(kind))
+    for _ in range(15):
         try:
             run_recipe(recipe, tmp_path / "killed", quiet=True)
             break
         except Killed:
             continue
-    assert not deaths
+    assert not any(deaths.values()), deaths
+    whole = _hashes(tmp_path / "whole")
+    assert whole["teacher-rl"]["step_000003/model.safetensors"] != whole["teacher-sft"]["step_000004/model.safetensors"]
     assert _hashes(tmp_path / "killed") == _hashes(tmp_path / "whole")
     for run in runs_tree(tmp_path / "killed"):
         steps = [row["step"] for row in run.metrics()]

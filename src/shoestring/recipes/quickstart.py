@@ -60,6 +60,7 @@ class Size:
     preflight_problems: int = 64
     curate: tuple[str, ...] = ("correct", "dedup")
     rewards: tuple[str, ...] = ("correct", "format")
+    rl_tokens: int = 72
     minimum_mixed: float = 0.05
     reject_problems: int = 3000  # of the study's arm; its sampling comes off its budget
     checkpoint_every: int = 20  # the shortest stage has 60 steps
@@ -70,11 +71,12 @@ SIZES = {
     "smoke": Size(
         12, 12, 4, 3, 24, 4, 8, 2, 40_000, tokens_per_step=1024, problems_per_step=4, group_size=4,
         preflight_problems=4, minimum_mixed=0.0, reject_problems=4, checkpoint_every=2, curate=("dedup",),
-        rewards=("repetition",),
+        rewards=("length",), rl_tokens=112,
     ),
 }  # fmt: skip
 LONG_SHARE = 0.3
-REWARDS = {"correct": 1.0, "format": 0.1, "repetition": 1.0}  # the last only to give an untrained model a signal
+# The last only to give an untrained model a signal: some of its answers go on beyond the 96 tokens that are free.
+REWARDS = {"correct": 1.0, "format": 0.1, "length": 1.0}
 
 # Learnt on every length up to the hardest, examined on the hardest.
 LEARN = (
@@ -202,7 +204,7 @@ def rl_options(size: Size) -> dict[str, Any]:
     return {
         "mix": EXAM, "rewards": {name: REWARDS[name] for name in size.rewards},
         "problems_per_step": size.problems_per_step, "group_size": size.group_size,
-        "decoding": DECODING, "row_tokens": 224, "max_tries": 1,
+        "decoding": Decoding(temperature=1.0, max_new_tokens=size.rl_tokens), "row_tokens": 224, "max_tries": 1,
         "preflight_problems": size.preflight_problems, "minimum_mixed": size.minimum_mixed,
         "optim": Optim(lr=3e-4, weight_decay=0.0, warmup_steps=5, schedule="constant"), "balance_alpha": 0.0,
     }  # fmt: skip

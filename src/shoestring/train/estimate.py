@@ -1,7 +1,8 @@
 """What a recipe would cost, before it is run: steps, tokens, FLOPs, seconds and dollars a stage. Loads no torch.
 
-Tokens of training on answers are guessed from row lengths, those of sampling from half the longest answer; seconds
-from FLOPs at a share of a peak that small models reach on two cores. Guesses, and marked as such by "about".
+Tokens of training on answers are guessed from row lengths, those of RL from half the longest answer, a prompt read
+once for its group and every group trained on; seconds from FLOPs at a rate that small models reach on two cores.
+Guesses, and marked as such by "about".
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from shoestring.cost.hf import shape_from_hf
 from shoestring.cost.shape import ModelShape
 from shoestring.train.configs import PretrainStage, PruneStage, Recipe, Stage, TrainBase
 
-ASSUMED_FLOPS = 3.0e10  # FLOP/s that training of a 0.3M-parameter model reaches on two cores (docs/benchmarks.md)
+ASSUMED_FLOPS = 5.0e10  # FLOP/s that training of a 0.3M-parameter model reaches on two cores (docs/quickstart.md)
 ASSUMED_VOCAB = 320
 CAPTURED = 1000  # answers in a capture, where nothing better is known
 PROMPT_TOKENS = 16  # of a short problem
@@ -46,6 +47,13 @@ def estimate(
         for row, note in zip(rows, notes, strict=True):
             row["assumed"] = note
     return rows
+
+
+def plan_totals(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The two totals of a plan's rows: the headline's stages, and everything."""
+    counted = ("about_tokens", "about_flops", "about_seconds", "about_usd")
+    chosen = {"headline": [row for row in rows if row["headline"]], "everything": rows}
+    return {name: {key: sum(row[key] for row in some) for key in counted} for name, some in chosen.items()}
 
 
 def stage_shapes(recipe: Recipe, known: Mapping[str, ModelShape] = {}) -> dict[str, ModelShape | None]:
@@ -90,7 +98,8 @@ def _work(stage: Stage, shape: ModelShape | None, spent: dict[str, float]) -> tu
     """(tokens, FLOPs) of a stage; 0 FLOPs where the model is not known before it is loaded."""
     kind = stage.stage
     forward = 0.0 if shape is None else shape.flops_per_token(64, backward=False)
-    train = 0.0 if shape is None else shape.flops_per_token(64)
+    with_mtp = isinstance(stage, TrainBase) and stage.mtp_lambda > 0
+    train = 0.0 if shape is None else shape.flops_per_token(64, mtp=with_mtp)
     if isinstance(stage, TrainBase) and stage.match_flops:
         given, taken = (_sum(stage, roles, spent) for roles in (stage.match_flops, stage.spent_flops))
         flops = max(given - taken, 0.0)
@@ -100,7 +109,7 @@ def _work(stage: Stage, shape: ModelShape | None, spent: dict[str, float]) -> tu
         return tokens, tokens * train
     if kind == "rl":
         s: Any = stage
-        tokens = s.steps * s.problems_per_step * s.group_size * (s.decoding.max_new_tokens / 2 + PROMPT_TOKENS)
+        tokens = s.steps * s.problems_per_step * (PROMPT_TOKENS + s.group_size * s.decoding.max_new_tokens / 2)
         return tokens, tokens * (train + forward)
     if isinstance(stage, TrainBase):
         tokens = float((stage.steps or 0) * getattr(stage, "examples_per_step", 1) * ANSWER_TOKENS)

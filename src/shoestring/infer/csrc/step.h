@@ -56,7 +56,7 @@ static void NAME(latent_entry)(const Model *m, const Layer *l, const Batch *b, c
 
 /* the queries in the order of the cache's entries, and this token's entry written */
 static void NAME(latent_queries)(const Model *m, const Layer *l, const Batch *b, NAME(Work) * w, int t, int n) {
-    const int64_t R = b->R, H = m->H, K = m->nope + m->rope, W = m->C + m->rope, Y = NAME(first_width)(m);
+    const int64_t R = b->R, H = m->H, wide = m->nope, K = wide + m->rope, W = m->C + m->rope, Y = NAME(first_width)(m);
     for (int64_t r = low(R, 1, t, n); r < low(R, 1, t + 1, n); r++) {
         NAME(latent_entry)(m, l, b, w, r);
         if (m->q_lora) NAME(norm)(w->y + r * Y, l->q_norm, l->q_eps, m->q_lora, w->c + r * m->q_lora, 0);
@@ -72,7 +72,9 @@ static void NAME(latent_queries)(const Model *m, const Layer *l, const Batch *b,
     for (int64_t i = low(R * H, 1, t, n); i < low(R * H, 1, t + 1, n); i++) {
         const int64_t r = i / H, h = i % H;
         const float *from = q + r * ld + h * K, *cis = b->turn + (b->length[r] - 1) * m->rope;
-        for (int64_t d = 0; d < m->nope; d++) w->nope[i * m->nope + d] = ROUND(from[d]);
+        T *nope = w->nope + i * wide;
+#pragma omp simd
+        for (int64_t d = 0; d < wide; d++) nope[d] = ROUND(from[d]);
         NAME(turn)(from + m->nope, cis, m->rope, m->interleaved, w->query + i * W + m->C);
     }
 #pragma omp barrier
@@ -277,6 +279,7 @@ void NAME(shoestring_decode)(const Model *m, const Batch *b) {
         const int t = omp_get_thread_num(), n = omp_get_num_threads();
         const int64_t D = m->D, end = low(b->R, 1, t + 1, n) * D;
         int64_t *chosen = b->chosen;
+#pragma omp simd
         for (int64_t i = low(b->R, 1, t, n) * D; i < end; i++) work.x[i] = FLOAT(((const T *)b->x)[i]);
         for (int64_t i = 0; i < m->layers; i++) {
             if (b->keep && i == m->layers - 1) { /* of the other rows nobody asks for more than keys and values */

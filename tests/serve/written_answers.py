@@ -77,7 +77,17 @@ class Provider(BaseHTTPRequestHandler):
 
     def _answer(self, asked: dict[str, Any], question: str) -> None:
         Provider.count += 1
-        if "evil" in question:
+        if question.startswith("repeat "):  # repeat 3 "ab" says ababab
+            _, count, text = question.split(" ", 2)
+            whole = json.loads(text) * int(count)
+            for start in range(0, len(whole), 1000):
+                self._say({"content": whole[start : start + 1000]})
+        elif "slowly" in question:
+            for word in ["a", "thought", "that", "takes", "its", "time", "and", "then", "some", "more", "of", "it"] * 8:
+                self._say({"reasoning_content": word + " "})
+                time.sleep(0.05)
+            self._speak("Done thinking.")
+        elif "evil" in question:
             self._speak(EVIL)
         elif "markdown" in question:
             self._speak(MARKDOWN)

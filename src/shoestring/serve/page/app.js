@@ -106,9 +106,18 @@ function request(turn, slot, model) {
 
 async function hold(turn, slot, answer, control) {
   let drawn = 0;
+  let took = 0;
   const draw = () => {
     if (drawn) return;
-    drawn = setTimeout(() => ((drawn = 0), refresh(turn, slot)), 40);
+    drawn = setTimeout(
+      () => {
+        drawn = 0;
+        const began = performance.now();
+        refresh(turn, slot);
+        took = performance.now() - began;
+      },
+      Math.max(40, 5 * took), // a long answer is drawn less often: the page has to stay at hand
+    );
   };
   const before = answer.text;
   try {
@@ -217,12 +226,14 @@ function banner(text) {
   $("banner").hidden = !text;
 }
 
+let refused = false; // for want of a key that is known
 async function load() {
   try {
     [about, models] = await Promise.all([getJSON("/page/about.json"), getJSON("/v1/models").then((found) => found.data)]);
   } catch (error) {
     if (error instanceof Refused && error.status === 401) {
-      banner("This server wants an API key: enter yours in the settings.");
+      refused = true;
+      banner(hasKey() ? `The API key is refused: ${error.message}` : "This server wants an API key: enter yours in the settings.");
       openSettings(true);
     } else if (error instanceof Refused) banner(error.message);
     else watch();
@@ -235,7 +246,8 @@ async function load() {
     $(`model-${slot}`).replaceChildren(...options);
     $(`model-${slot}`).value = settings.models[slot];
   }
-  if ($("banner").textContent.includes("API key")) banner("");
+  if (refused) banner("");
+  refused = false;
   $("key").placeholder = about.keys ? "sk-…" : "None needed";
   if (!running.size) show();
 }
@@ -325,7 +337,14 @@ function wire() {
     URL.revokeObjectURL(url);
   });
   $("forget").addEventListener("click", () => confirm("Delete all conversations in this browser?") && (store.clear(), show()));
-  window.addEventListener("beforeunload", () => store.saveNow());
+  // A phone that puts the page aside may never come back to it: what is there by then is kept.
+  for (const left of ["beforeunload", "pagehide"]) window.addEventListener(left, () => store.saveNow());
+  document.addEventListener("visibilitychange", () => document.hidden && store.saveNow());
+  window.addEventListener("storage", (event) => {
+    if (!store.heard(event)) return;
+    if (running.size) list();
+    else show();
+  });
 }
 
 theme();

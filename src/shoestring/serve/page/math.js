@@ -1,5 +1,5 @@
 // A part of TeX to MathML, which browsers draw themselves: fractions, roots, scripts, Greek, relations, matrices, text.
-// What is not known is shown as it was written.
+// What is not known, or nested more than DEEPEST deep, is shown as it was written.
 const NS = "http://www.w3.org/1998/Math/MathML";
 const el = (tag, children = [], attributes = {}) => {
   const node = document.createElementNS(NS, tag);
@@ -7,6 +7,8 @@ const el = (tag, children = [], attributes = {}) => {
   node.append(...[].concat(children));
   return node;
 };
+
+const DEEPEST = 40;
 
 const GREEK = "alpha α beta β gamma γ delta δ epsilon ϵ varepsilon ε zeta ζ eta η theta θ vartheta ϑ iota ι kappa κ lambda λ mu μ nu ν xi ξ pi π rho ρ sigma σ tau τ upsilon υ phi ϕ varphi φ chi χ psi ψ omega ω Gamma Γ Delta Δ Theta Θ Lambda Λ Xi Ξ Pi Π Sigma Σ Phi Φ Psi Ψ Omega Ω ell ℓ infty ∞ partial ∂ nabla ∇ hbar ℏ emptyset ∅ varnothing ∅ Re ℜ Im ℑ aleph ℵ";
 const OPERATORS = "cdot ⋅ times × div ÷ pm ± mp ∓ le ≤ leq ≤ ge ≥ geq ≥ ne ≠ neq ≠ approx ≈ equiv ≡ sim ∼ simeq ≃ cong ≅ propto ∝ ll ≪ gg ≫ to → rightarrow → leftarrow ← Rightarrow ⇒ Leftarrow ⇐ implies ⟹ iff ⟺ leftrightarrow ↔ Leftrightarrow ⇔ mapsto ↦ in ∈ notin ∉ ni ∋ subset ⊂ subseteq ⊆ supset ⊃ supseteq ⊇ cup ∪ cap ∩ setminus ∖ wedge ∧ land ∧ vee ∨ lor ∨ neg ¬ lnot ¬ forall ∀ exists ∃ mid ∣ nmid ∤ parallel ∥ perp ⟂ angle ∠ circ ∘ bullet ∙ star ⋆ ast ∗ oplus ⊕ otimes ⊗ ldots … dots … cdots ⋯ vdots ⋮ ddots ⋱ prime ′ lfloor ⌊ rfloor ⌋ lceil ⌈ rceil ⌉ langle ⟨ rangle ⟩ lvert | rvert | vert | Vert ‖ colon : therefore ∴ because ∵ square □ blacksquare ■ triangle △ checkmark ✓ degree °";
@@ -38,6 +40,7 @@ class Parser {
   constructor(text) {
     this.tokens = text.match(/\\[a-zA-Z]+\*?|\\[\s\S]|[{}^_&]|\d+(?:[.,]\d+)*|\s+|[\s\S]/gu)?.filter((t) => t.trim() || t === "\\ ") || [];
     this.at = 0;
+    this.depth = 0;
   }
   get end() {
     return this.at >= this.tokens.length;
@@ -55,6 +58,12 @@ class Parser {
     return nodes;
   }
   scripted() {
+    if (++this.depth > DEEPEST) throw new Error("deep");
+    const node = this.withScripts();
+    this.depth -= 1;
+    return node;
+  }
+  withScripts() {
     let over = false;
     let base;
     if (this.peek() === "^" || this.peek() === "_") base = el("mrow");

@@ -6,10 +6,12 @@ const ROOT = "root";
 
 const id = () => Math.random().toString(36).slice(2, 10) + Date.now().toString(36);
 
-export const settings = Object.assign(
-  { temperature: 0.7, top_p: 1, max_tokens: "", seed: "", thinking: "", probabilities: true, system: "", theme: "auto", models: [], compare: false },
-  read(SETTINGS, {}),
+const DEFAULTS = { temperature: 0.7, top_p: 1, max_tokens: "", seed: "", thinking: "", probabilities: true, system: "", theme: "auto", models: [], compare: false };
+const chosen = Object.entries(Object(read(SETTINGS, {}))).filter(
+  ([name, value]) => name in DEFAULTS && typeof value === typeof DEFAULTS[name] && Array.isArray(value) === Array.isArray(DEFAULTS[name]),
 );
+export const settings = { ...DEFAULTS, ...Object.fromEntries(chosen) };
+if (!["auto", "light", "dark"].includes(settings.theme)) settings.theme = "auto";
 
 export function saveSettings() {
   write(SETTINGS, settings);
@@ -32,10 +34,50 @@ function write(place, value) {
   }
 }
 
+const object = (value) => Boolean(value) && typeof value === "object" && !Array.isArray(value);
+
+// What is kept may be of another program, or older, or cut: a conversation that is not whole is left out, and the page
+// still opens.
+function whole(conversation) {
+  const { id, title, turns, children, active } = object(conversation) ? conversation : {};
+  return (
+    typeof id === "string" && typeof title === "string" && [turns, children, active].every(object) && Object.values(children).every(Array.isArray) &&
+    Object.values(turns).every(
+      (turn) =>
+        object(turn) && typeof turn.question === "string" && object(turn.answers) && object(turn.chosen) && children[turn.parent]?.includes(turn.id) &&
+        Object.entries(turn.answers).every(([slot, list]) => Array.isArray(list) && list.every((answer) => object(answer) && typeof answer.text === "string") && list[turn.chosen[slot]]),
+    )
+  );
+}
+
+const kept = (found) => (Array.isArray(found) ? found.filter(whole) : []);
+
 export class Store {
   constructor() {
-    this.all = read(PLACE, []);
+    this.all = kept(read(PLACE, []));
     this.current = this.all[0] || null;
+  }
+
+  // Another tab of this browser has saved: its new and newer conversations come here, those it deleted go; the one that
+  // is open here stays as it is. Whether anything changed.
+  heard(event) {
+    if (event.key !== PLACE) return false;
+    const parsed = (text) => {
+      try {
+        return kept(JSON.parse(text));
+      } catch {
+        return [];
+      }
+    };
+    const [before, now] = [parsed(event.oldValue), parsed(event.newValue)];
+    const gone = new Set(before.map((one) => one.id).filter((id) => !now.some((one) => one.id === id)));
+    const theirs = new Map(now.map((one) => [one.id, one]));
+    const mine = this.all.filter((one) => one === this.current || !gone.has(one.id));
+    this.all = mine.map((one) => (one !== this.current && theirs.get(one.id)?.updated >= one.updated ? theirs.get(one.id) : one));
+    const here = new Set(this.all.map((one) => one.id));
+    this.all.push(...now.filter((one) => !here.has(one.id)));
+    this.all.sort((a, b) => (b.updated || 0) - (a.updated || 0));
+    return true;
   }
 
   // Save soon; when there is no room, first the token probabilities of older conversations go, then the oldest.

@@ -70,25 +70,43 @@ export function fill(node, turn, slot, act) {
   node.classList.toggle("streaming", streaming);
   node.setAttribute("aria-busy", String(streaming));
   const body = node.querySelector(".body");
-  const open = body.querySelector(".thinking")?.open ?? false;
   const parts = [];
-  if (answer.thinking || answer.thinkingBegan) parts.push(thinking(answer, open, streaming));
+  if (answer.thinking || answer.thinkingBegan) thinking(body, answer, streaming);
+  else body.querySelector(":scope > .thinking")?.remove();
   if (answer.showTokens && answer.tokens?.length) parts.push(tokenView(answer.tokens));
-  else if (answer.text) parts.push(make("div", { class: "said" }, markdown(answer.text)));
+  else if (answer.text) parts.push(said(answer.text));
   else if (streaming) parts.push(make("p", { class: "waiting" }, answer.queued ? "Waiting for a turn…" : answer.thinkingBegan ? "" : "…"));
   if (answer.error) parts.push(trouble(answer, () => act.regenerate(turn, slot)));
   else if (answer.state === "stopped") parts.push(make("p", { class: "note" }, "Stopped."));
   else if (answer.finish === "length") parts.push(make("p", { class: "note" }, "Cut off: the longest answer allowed."));
-  body.replaceChildren(...parts);
+  while (body.lastChild && !body.lastChild.matches?.(".thinking")) body.lastChild.remove();
+  body.append(...parts);
   node.querySelector("footer").replaceChildren(...(streaming ? [live(answer)] : foot(turn, slot, answer, versions, act)));
 }
 
-function thinking(answer, open, streaming) {
+// What cannot be drawn is shown as it was written: no answer may keep the page from opening.
+function said(text) {
+  try {
+    return make("div", { class: "said" }, markdown(text));
+  } catch {
+    return make("div", { class: "said" }, make("p", {}, text));
+  }
+}
+
+// The thinking stays the same element while it grows: who is opening it, or reading it, is not thrown out.
+function thinking(body, answer, streaming) {
   const busy = streaming && !answer.text;
   const time = answer.thinkingMs ?? Date.now() - answer.thinkingBegan;
   const count = answer.usage?.completion_tokens_details?.reasoning_tokens;
   const words = busy ? `Thinking, ${seconds(time)}` : `Thought for ${seconds(time)}${count ? `, ${count} tokens` : ""}`;
-  return make("details", { class: busy ? "thinking busy" : "thinking", open: open || undefined }, make("summary", {}, words), make("div", { class: "thought" }, answer.thinking));
+  let node = body.querySelector(":scope > .thinking");
+  if (!node) body.prepend((node = make("details", {}, make("summary"), make("div", { class: "thought" }))));
+  node.className = busy ? "thinking busy" : "thinking";
+  const [summary, thought] = node.children;
+  if (summary.textContent !== words) summary.textContent = words;
+  const shown = thought.textContent.length;
+  if (answer.thinking.startsWith(thought.textContent)) thought.append(answer.thinking.slice(shown));
+  else thought.textContent = answer.thinking;
 }
 
 function trouble(answer, again) {

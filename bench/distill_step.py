@@ -90,7 +90,7 @@ def serve_ours(options: dict[str, Any]) -> None:
     rows_BT = tokens(options).tolist()
     prompt, new = options["prompt"], options["new"]
     weight = [0.0] * prompt + [1.0] * new
-    engine = Engine(student, tokenizer) if case == "on" else None
+    engine = Engine(student, tokenizer, room=state.room) if case == "on" else None
     sampling = Sampling(max_new_tokens=new, ignore_eos=True)
 
     def step() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from shoestring.infer.engine import Engine
 from shoestring.infer.pages import LARGE, Pages
 from shoestring.infer.products import through_int8
 from shoestring.models.dense import Dense, DenseConfig
+from shoestring.nn.room import Room
 
 from .conftest import V, deepseek, dense
 from .test_paged import FAMILIES, IDS, hidden_of, pieces_of, relative, v3
@@ -337,3 +338,17 @@ def test_packing_in_c_is_the_plain_packing(shape: tuple[int, ...]) -> None:
     assert made.shape == plain.shape
     both = [words.contiguous().view(torch.bfloat16) for words in (made, plain)]
     torch.testing.assert_close(*both, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_native
+def test_a_trainers_room_holds_the_head_until_it_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoestring.nn.room.LARGE", 1)
+    room, weight = Room(), torch.randn(100, 24)
+    head = native.NativeHead(weight, torch.bfloat16, room)
+    hidden = torch.randn(3, 24).bfloat16()
+    logits = head(hidden)
+    torch.testing.assert_close(logits, hidden.float() @ weight.bfloat16().float().t(), rtol=1e-3, atol=1e-3)
+    assert head(hidden[:2]).data_ptr() == logits.data_ptr()
+    assert len(room) == 0
+    del head
+    assert len(room) > 0

@@ -102,6 +102,16 @@ def test_a_block_is_lent_to_one_tensor_at_a_time_and_again_when_that_is_gone() -
     assert room.empty((LARGE * 2,), torch.uint8).data_ptr() not in (place, second.data_ptr())
 
 
+def test_of_several_free_blocks_the_smallest_that_fits_is_lent() -> None:
+    room = Room()
+    shapes = [(n * LARGE,) for n in (6, 5, 4)]
+    made = [room.empty(shape, torch.uint8) for shape in shapes]
+    places = [tensor.data_ptr() for tensor in made]
+    made.clear()
+    assert [room.empty(shape, torch.uint8).data_ptr() for shape in shapes[::-1]] == places[::-1]
+    assert len(room) == sum(n * LARGE for n in (6, 5, 4))
+
+
 def test_a_cast_is_torchs_with_and_without_room() -> None:
     wide = torch.linspace(-3, 3, LARGE // 2 + 7)
     for room in (None, Room()):

@@ -33,6 +33,7 @@ from shoestring.infer.score import Scored, score
 from shoestring.infer.sequence import Request, Sequence
 from shoestring.infer.speculative import Choice, Drafter, check_drafts, make_drafts
 from shoestring.infer.uniforms import uniforms
+from shoestring.nn.room import Room
 
 if TYPE_CHECKING:
     from shoestring.text.tokenizer import Tokenizer
@@ -56,13 +57,14 @@ class Engine:
     native: decoding steps in C (infer/native.py); "auto": where a compiler is there to build them.
     quantise: "int8" rounds the layers' weights to 8 bits, a scale for each row (not the head, the router, the norms):
     faster at a few rows, other numbers (docs/engine.md). Needs native steps; `score` keeps the model's own weights.
+    room: memory of a trainer's step, in which the prepared head lies until `let_go`, when the trainer has it again.
     """
 
     def __init__(
         self, model: Any, tokenizer: Tokenizer | None = None, *, max_batch_tokens: int = 2048,
         block_size: int | None = None, cache_tokens: int = 1 << 17, max_sequences: int = 512,
         deterministic: bool = False, prefix_cache: bool = True, speculative: bool | Literal["auto"] = False,
-        native: bool | Literal["auto"] = "auto", quantise: Literal["int8"] | None = None,
+        native: bool | Literal["auto"] = "auto", quantise: Literal["int8"] | None = None, room: Room | None = None,
     ):  # fmt: skip
         if hasattr(model, "hf"):  # a model of transformers says what samples it
             model.new_cache(1, 1)
@@ -87,7 +89,7 @@ class Engine:
         self._speculative = speculative
         if quantise not in (None, "int8"):
             raise UserError(f'quantise is {quantise!r}; it must be None or "int8".')
-        self._int8 = quantise is not None
+        self._int8, self._room = quantise is not None, room
         self._native = _natively(True if self._int8 else native, model, block_size)
         self._blocks, self._size = cache_tokens // block_size, block_size
         self._limits = (max_batch_tokens, min(max_sequences, max_batch_tokens), prefix_cache)
@@ -102,7 +104,7 @@ class Engine:
         more = int(bool(self._speculative) and len(getattr(model, "mtp", ())) > 0)
         self._runner = ModelRunner(
             model, blocks=self._blocks, block_size=self._size, tile=TILE if self.deterministic else 0,
-            more_layers=more, native=self._native, int8=self._int8,
+            more_layers=more, native=self._native, int8=self._int8, room=self._room,
         )  # fmt: skip
         blocks = BlockManager(self._blocks, self._size)
         self._scheduler = Scheduler(blocks, *self._limits, model.config.max_position_embeddings)

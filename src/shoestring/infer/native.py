@@ -29,9 +29,11 @@ from shoestring.nn.linear import Linear, SwiGLU
 from shoestring.nn.mla import MLA
 from shoestring.nn.moe import MoE
 from shoestring.nn.norm import RMSNorm
+from shoestring.nn.room import Room
 
 SOURCES = Path(__file__).parent / "csrc"
 TILE = 16  # outputs of a packed tile
+KEPT = 1 << 23  # logits whose place is kept from step to step: 32 MB, what glibc would keep
 WORD = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -149,10 +151,10 @@ def make_rows(positions: Sequence[int], tables: Sequence[Sequence[int]], known: 
 class Weights:
     """Weights as csrc reads them: in the model's dtype or int8, in huge pages, packed."""
 
-    def __init__(self, dtype: torch.dtype, *, int8: bool = False):
+    def __init__(self, dtype: torch.dtype, *, int8: bool = False, room: Room | None = None):
         self.dtype, self._int8 = dtype, int8
         self._kept: list[Tensor] = []
-        self._pages = Pages()
+        self._pages = Pages(room)
 
     def at(self, tensor: Tensor | None, dtype: torch.dtype | None = None) -> int | None:
         """Where it lies, in this dtype and in huge pages; it is kept alive."""
@@ -187,16 +189,22 @@ class Weights:
 
 
 class NativeHead:
-    """hidden [R, D] -> logits fp32 [R, V]; a row does not depend on the others."""
+    """hidden [R, D] -> logits fp32 [R, V], there until the next ones; a row does not depend on the others."""
 
-    def __init__(self, weight_VD: Tensor, dtype: torch.dtype):
-        self._weights = Weights(dtype)
+    def __init__(self, weight_VD: Tensor, dtype: torch.dtype, room: Room | None = None):
+        self._weights = Weights(dtype, room=room)
         self._matrix = self._weights.matrix(weight_VD)
         self._product = getattr(library(), f"shoestring_product_{SUFFIX[dtype]}")
+        self._logits = torch.empty(0)
 
     def __call__(self, hidden_RD: Tensor) -> Tensor:
-        hidden_RD = hidden_RD.contiguous()
-        logits_RV = torch.empty(len(hidden_RD), self._matrix.out)
+        """They lie where the last ones lay, up to KEPT numbers: new ones at every step tear holes into the heap, 18 MB
+        for 4 rows of 151,936."""
+        hidden_RD, size = hidden_RD.contiguous(), len(hidden_RD) * self._matrix.out
+        if len(self._logits) < size <= KEPT:
+            self._logits = torch.empty(size)
+        room = self._logits[:size] if size <= KEPT else torch.empty(size)
+        logits_RV = room.view(len(hidden_RD), self._matrix.out)
         self._product(
             ctypes.byref(self._matrix), c_void_p(hidden_RD.data_ptr()), c_int64(len(hidden_RD)),
             c_void_p(logits_RV.data_ptr()), c_int64(torch.get_num_threads()),

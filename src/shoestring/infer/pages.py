@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from shoestring.nn.room import Room
+
 HUGE = 2 << 20  # bytes of a huge page
 CHUNK = 4 * HUGE
 LARGE = 64 << 20  # bytes; a tensor of that size that needs no other dtype stays where it lies
@@ -45,10 +47,10 @@ def collapse(tensor: Tensor) -> None:
 
 
 class Pages:
-    """Copies of tensors side by side, each at a line of the cache."""
+    """Copies of tensors side by side, each at a line of the cache; in a trainer's `room`, where one is given."""
 
-    def __init__(self) -> None:
-        self._room = torch.empty(0, dtype=torch.uint8)
+    def __init__(self, room: Room | None = None) -> None:
+        self._room, self._lender = torch.empty(0, dtype=torch.uint8), room
 
     @staticmethod
     def keeps(tensor: Tensor, dtype: torch.dtype) -> bool:
@@ -66,7 +68,8 @@ class Pages:
         """Room for a tensor, not written yet."""
         size = math.prod(shape) * dtype.itemsize
         if size > len(self._room):
-            self._room = empty(max(CHUNK, -(-size // HUGE) * HUGE))
+            whole = max(CHUNK, -(-size // HUGE) * HUGE)
+            self._room = empty(whole) if self._lender is None else self._lender.empty((whole,), torch.uint8)
         made = self._room[:size].view(dtype).view(*shape)
         self._room = self._room[-(-size // 64) * 64 :]
         return made

@@ -20,6 +20,7 @@ from shoestring.nn.decoder import Block, Decoder
 from shoestring.nn.gqa import GQA
 from shoestring.nn.mla import MLA
 from shoestring.nn.moe import MoE
+from shoestring.nn.room import Room
 
 # Tokens of prompts up to this position are computed row by row, natively, with MLA and with ordinary attention: a pass
 # of their own costs more (LOG.md, entries 11, 15 and 22). A row of MLA meets the latent with every head, which costs
@@ -64,9 +65,9 @@ class ModelRunner:
 
     def __init__(
         self, model: Decoder, *, blocks: int, block_size: int, tile: int = 0, more_layers: int = 0,
-        native: bool = False, int8: bool = False,
+        native: bool = False, int8: bool = False, room: Room | None = None,
     ):  # fmt: skip
-        self.tile, self.native, self.int8 = tile, native, int8
+        self.tile, self.native, self.int8, self._room = tile, native, int8, room
         self.dtype = model.kernels.torch_dtype
         attention = next(block.self_attn for block in model.model.layers)
         latent = isinstance(attention, MLA)
@@ -88,7 +89,8 @@ class ModelRunner:
         self.model, self.device = model, model.embedding.device
         self._blocks: list[PreparedBlock] | None = None
         self.table_VD = model.embedding.detach()  # rows are cast as they are looked up
-        self.head = NativeHead(model.head_weight, self.dtype) if self.native else make.exactly(model.head_weight)
+        weight_VD = model.head_weight
+        self.head = NativeHead(weight_VD, self.dtype, self._room) if self.native else make.exactly(weight_VD)
         self.norm = Norm(model.model.norm, self.dtype)
         self.layers = self.native_layers(model.model.layers, model.model.norm, 0) if self.native else None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import sys
 import weakref
 
 import numpy as np
@@ -24,7 +25,7 @@ class Room:
     """Blocks of memory, each lent to one tensor at a time."""
 
     def __init__(self) -> None:
-        self._free: list[mmap.mmap] = []
+        self._free: list[np.ndarray] = []
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor on the CPU; what stands in it is anything."""
@@ -32,13 +33,12 @@ class Room:
         size = count * dtype.itemsize
         if size < LARGE:
             return torch.empty(shape, dtype=dtype)
-        fitting = [block for block in self._free if size <= len(block) <= WASTE * size + HUGE]
+        fitting = [i for i, block in enumerate(self._free) if size <= len(block) <= WASTE * size + HUGE]
         if fitting:
-            block = min(fitting, key=len)
-            self._free.remove(block)
+            block = self._free.pop(min(fitting, key=lambda i: len(self._free[i])))
         else:
             block = _block(-(-size // HUGE) * HUGE)
-        lent = np.frombuffer(block, np.uint8)
+        lent = block.view()
         weakref.finalize(lent, self._free.append, block).atexit = False
         return torch.frombuffer(lent, dtype=dtype, count=count).view(shape)
 
@@ -47,11 +47,16 @@ class Room:
         return sum(map(len, self._free))
 
 
-def _block(size: int) -> mmap.mmap:
-    made = mmap.mmap(-1, size)
-    with contextlib.suppress(AttributeError, OSError):  # a system or a kernel without huge pages
-        made.madvise(mmap.MADV_HUGEPAGE)
-    return made
+def _block(size: int) -> np.ndarray:
+    """Bytes that begin at a huge page; untouched, so not yet taken from the system."""
+    if not sys.platform.startswith("linux"):
+        return np.empty(size, np.uint8)
+    memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    start = -whole.ctypes.data % HUGE
+    return whole[start : start + size]
 
 
 def empty(

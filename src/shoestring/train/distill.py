@@ -32,7 +32,7 @@ def run(stage: DistillStage, ctx: Context) -> Outcome:
 
     state, tokenizer = start_or_resume(ctx, stage, lambda: load_model(ctx, "model"), adapt)
     use_kernels(state.model, ctx, stage.compute, tokens=stage.tokens_per_microbatch, seq_len=stage.row_tokens)
-    lesson = make_lesson(stage, ctx, state.model, tokenizer)
+    lesson = make_lesson(stage, ctx, state, tokenizer)
     objective = make_objective(stage, vocab=tokenizer.vocab_size)
     if settings is not None:
         objective = with_states(objective, state.model, settings)

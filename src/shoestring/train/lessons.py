@@ -157,7 +157,7 @@ def load_head(folder: Any) -> tuple[Tensor, float]:
     return head_VC, float(kept.get("softcap", 0.0))
 
 
-def make_lesson(stage: DistillStage, ctx: Context, student: Any, tokenizer: Tokenizer) -> Any:
+def make_lesson(stage: DistillStage, ctx: Context, state: TrainState, tokenizer: Tokenizer) -> Any:
     """The lesson of the stage's way. Raises UserError for whatever does not fit together."""
     if stage.way == "text":
         return TextLesson(stage, ctx, tokenizer)
@@ -166,12 +166,12 @@ def make_lesson(stage: DistillStage, ctx: Context, student: Any, tokenizer: Toke
     if stage.way == "on_policy":
         from shoestring.train.on_policy import OnPolicyLesson
 
-        return OnPolicyLesson(stage, ctx, student, tokenizer)
+        return OnPolicyLesson(stage, ctx, state, tokenizer)
     if stage.way in ("universal_logit", "span_likelihood"):
         from shoestring.train.across import AcrossLesson
 
-        return AcrossLesson(stage, ctx, student, tokenizer)
-    return OnlineLesson(stage, ctx, student, tokenizer)
+        return AcrossLesson(stage, ctx, state.model, tokenizer)
+    return OnlineLesson(stage, ctx, state.model, tokenizer)
 
 
 def make_objective(stage: DistillStage, *, vocab: int) -> Objective:

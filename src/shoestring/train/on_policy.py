@@ -36,10 +36,11 @@ from shoestring.train.step import TrainState, sampling_flops
 class OnPolicyLesson:
     """What the student writes to the step's prompts, and the teacher beside it."""
 
-    def __init__(self, stage: DistillStage, ctx: Context, student: Any, tokenizer: Tokenizer):
+    def __init__(self, stage: DistillStage, ctx: Context, state: TrainState, tokenizer: Tokenizer):
+        student = state.model
         self.stage, self.ctx, self.tokenizer = stage, ctx, tokenizer
         self.teacher = Beside(stage, ctx, student, tokenizer)
-        self.engine = generator_of(student, tokenizer)
+        self.engine = generator_of(student, tokenizer, state.room)
         padding = range(tokenizer.vocab_size, student.config.vocab_size)  # rows that are no tokens are never written
         self.banned = {row: float("-inf") for row in padding} or None
         self.kept: list[Example] = []

@@ -50,7 +50,7 @@ def run(stage: RlStage, ctx: Context) -> Outcome:
     use_kernels(state.model, ctx, stage.compute, tokens=stage.tokens_per_microbatch, seq_len=stage.row_tokens)
     if state.reference is not None:
         state.reference.kernels = state.model.kernels  # as in the run that was not interrupted
-    engine = generator_of(state.model, tokenizer)
+    engine = generator_of(state.model, tokenizer, state.room)
     budget = Budget.of(stage, ctx)
     with Grader(tasks=own_tasks(entry.task for entry in stage.mix)) as grade, \
             ctx.progress(budget.total, unit=budget.unit) as bar:  # fmt: skip

@@ -21,12 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoestring.losses._native import native_form
+from shoestring.losses._slices import sliced_kl
 from shoestring.losses._targets import Buffers, Form, Targets
-from shoestring.losses._teacher import accurate_rows, product
+from shoestring.losses._teacher import Hidden, accurate_rows, product
 from shoestring.losses._tokens import Tokens
 from shoestring.nn import elements
 from shoestring.nn.head_rows import add_outer, bend_, scaled
 from shoestring.nn.room import Room, cast, empty
+from shoestring.nn.slices import worth_it
 
 CHUNK_ELEMENTS = 1 << 22  # logits of one model alive at a time, in the dtype of products
 MIN_ROWS = 128  # fewer rows a chunk, and the products are slow and the pass over dU costs more than they do
@@ -43,6 +45,15 @@ def block_rows(vocab: int) -> int:
     return max(1, BLOCK_ELEMENTS // vocab)
 
 
+def _kept(
+    ctx: Any, value_N: Tensor, weight_N: Tensor, grad_ND: Tensor | None, grad_VD: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients laid by for the backward; what the forward returns."""
+    ctx.save_for_backward(grad_ND, grad_VD)
+    ctx.mark_non_differentiable(value_N)
+    return (value_N * weight_N).sum(), value_N
+
+
 class _DivergenceSum(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -50,17 +61,23 @@ class _DivergenceSum(torch.autograd.Function):
         temperature: float, vocab: int, chunk: int, native: bool, room: Room | None, softcap: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         N, dtype = hidden_ND.shape[0], hidden_ND.dtype
-        accurate = torch.promote_types(dtype, torch.float32)
-        table_VD = cast(room, weight_VD[:vocab], dtype)
-        scale_N1 = (weight_N.to(accurate) / temperature)[:, None]
-        value_N = torch.zeros(N, dtype=accurate, device=hidden_ND.device)
         grad_ND = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_VD = empty(room, weight_VD) if ctx.needs_input_grad[1] else None
         if grad_VD is not None:
             grad_VD[vocab if N else 0 :].zero_()  # the rest is written by the first chunk
-        buffers, quick = Buffers(room), None
-        if native and not softcap:
-            quick = native_form(form, hidden_ND, vocab, targets)
+        quick = native_form(form, hidden_ND, vocab, targets) if native and not softcap else None
+        if quick is not None and isinstance(targets, Hidden) and worth_it(native, hidden_ND, weight_VD[:vocab]):
+            part_VD = None if grad_VD is None else grad_VD[:vocab]
+            reverse = form.native == "reverse_kl"  # type: ignore[attr-defined]
+            value_N = sliced_kl(
+                hidden_ND, weight_VD[:vocab], weight_N, targets, reverse, temperature, grad_ND, part_VD, room
+            )  # fmt: skip
+            return _kept(ctx, value_N, weight_N, grad_ND, grad_VD)
+        accurate = torch.promote_types(dtype, torch.float32)
+        table_VD = cast(room, weight_VD[:vocab], dtype)
+        scale_N1 = (weight_N.to(accurate) / temperature)[:, None]
+        value_N = torch.zeros(N, dtype=accurate, device=hidden_ND.device)
+        buffers = Buffers(room)
         block = chunk if quick is not None else block_rows(targets.width(vocab))
         for start in range(0, N, chunk):
             rows = slice(start, min(start + chunk, N))
@@ -85,9 +102,7 @@ class _DivergenceSum(torch.autograd.Function):
                     grad_VD[:vocab], z_nV, (hidden_ND[rows] * scale_N1[rows]).to(dtype), first=start == 0,
                     native=elements.usable(native, z_nV),
                 )  # fmt: skip
-        ctx.save_for_backward(grad_ND, grad_VD)
-        ctx.mark_non_differentiable(value_N)
-        return (value_N * weight_N).sum(), value_N
+        return _kept(ctx, value_N, weight_N, grad_ND, grad_VD)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoestring.nn.head_rows import accurate, chunk_rows, rows_of, scaled, unwritten
+from shoestring.nn.head_rows import accurate, chunk_rows, scaled, unwritten
 from shoestring.nn.room import Room
+from shoestring.nn.slices import rows_of
 
 Terms = Callable[[Tensor, slice], Tensor]
 

@@ -1,7 +1,8 @@
 """Chunks of rows against the vocabulary's table: their logits, softmax and entropy, and the gradients through them.
 
 What the sums of `head.py` and the divergences of `losses/_fused.py` are made of. `Rows` is the plain twin; `NativeRows`
-reads each row in C (nn/csrc/elements.c), `BentRows` puts a softcap between products and softmax.
+reads each row in C (nn/csrc/elements.c), `BentRows` puts a softcap between products and softmax; for large tables there
+is `slices.SlicedRows`.
 """
 
 from __future__ import annotations
@@ -214,16 +215,3 @@ class BentRows(Rows):
 
     def slope(self, p_nV: Tensor, logp_n: Tensor, rows: slice) -> Tensor:
         return super().slope(p_nV, logp_n, rows).mul_(self.bend_nV)
-
-
-def rows_of(
-    hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int, native: bool,
-    room: Room | None, softcap: float,
-) -> Rows:  # fmt: skip
-    """The rows for these inputs: in C where that can be had and there is no softcap."""
-    if softcap:
-        bent = BentRows(hidden_ND, weight_VD, ids_N, temperature, chunk, room)
-        bent.softcap = softcap
-        return bent
-    way = NativeRows if elements.usable(native, hidden_ND) else Rows
-    return way(hidden_ND, weight_VD, ids_N, temperature, chunk, room)

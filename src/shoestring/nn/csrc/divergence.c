@@ -27,6 +27,23 @@ INLINE float exp_down(float x) { /* of x <= 0, to 2e-7 relative near 0; NaN stay
     return p;
 }
 
+/* Of a row: largest logits, sums of e^(z - top) and e^(t - top), and the sum of (z - t) times the first (reverse KL) or
+   of (t - z) times the second (forward KL), rescaled when a larger logit comes. */
+typedef struct {
+    double z_top, t_top, z_sum, t_sum, gap;
+} Row;
+#define UNREAD {-INFINITY, -INFINITY, 0, 0, 0}
+
+INLINE double value_of(const Row *row, int student) { /* Σ q ln(q/p) or Σ p ln(p/q) */
+    const double shift = row->t_top + log(row->t_sum) - row->z_top - log(row->z_sum); /* ln Σ e^t - ln Σ e^z */
+    return student ? row->gap / row->z_sum + shift : row->gap / row->t_sum - shift;
+}
+
+void shoestring_kl_value(const Row *rows, int64_t N, int64_t student, float *value, int threads) {
+    (void)threads;
+    for (int64_t n = 0; n < N; n++) value[n] = (float)value_of(rows + n, student);
+}
+
 #define T float
 #define NAME(name) shoestring_##name##_f32
 #define FLOAT wide_f32

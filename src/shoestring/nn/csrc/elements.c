@@ -14,6 +14,10 @@
 
 INLINE int share(int threads, int64_t elements) { return elements < SMALL ? 1 : threads; }
 
+typedef struct { /* of a row of logits: the largest, sums of e = exp(z - top) and of e (z - top), the target's */
+    double top, sum, dot, target;
+} Seen;
+
 #define T float
 #define NAME(name) shoestring_##name##_f32
 #define FLOAT wide_f32

@@ -42,3 +42,49 @@ void NAME(vocabulary)(T *x, const int64_t *ids, float temperature, int64_t N, in
         free(p);
     }
 }
+
+/* The same where a row is seen V logits at a time, of which the first is token `first`: read them all, then make all of
+   their slopes. Seen must hold {-INFINITY, 0, 0, 0} before. */
+void NAME(logits_read)(const T *x, const int64_t *ids, float temperature, int64_t N, int64_t V, int64_t first,
+                       Seen *seen, int threads) {
+    const float by = 1.0f / temperature;
+#pragma omp parallel for schedule(static) num_threads(share(threads, N * V))
+    for (int64_t n = 0; n < N; n++) {
+        const T *row = x + n * V;
+        Seen *s = seen + n;
+        for (int64_t start = 0; start < V; start += 2048) {
+            const int64_t end = start + 2048 < V ? start + 2048 : V;
+            float top = (float)s->top, sum = 0, dot = 0;
+#pragma omp simd reduction(max : top)
+            for (int64_t v = start; v < end; v++) {
+                const float z = FLOAT(row[v]) * by;
+                top = z > top ? z : top;
+            }
+#pragma omp simd reduction(+ : sum, dot)
+            for (int64_t v = start; v < end; v++) {
+                const float z = FLOAT(row[v]) * by - top, e = exp1(z);
+                sum += e;
+                dot += z < -87.0f ? 0.0f : e * z;
+            }
+            const double less = s->sum ? s->top - top : 0, factor = exp(less);
+            s->dot = factor * (s->dot + less * s->sum) + dot;
+            s->sum = factor * s->sum + sum;
+            s->top = top;
+        }
+        if (ids[n] >= first && ids[n] < first + V) s->target = FLOAT(row[ids[n] - first]) * by;
+    }
+}
+
+void NAME(logits_slope)(T *x, const int64_t *ids, float temperature, int64_t N, int64_t V, int64_t first,
+                        const Seen *seen, int threads) {
+    const float by = 1.0f / temperature;
+#pragma omp parallel for schedule(static) num_threads(share(threads, N * V))
+    for (int64_t n = 0; n < N; n++) {
+        T *row = x + n * V;
+        const float top = (float)seen[n].top, part = (float)(1.0 / seen[n].sum);
+#pragma omp simd
+        for (int64_t v = 0; v < V; v++) row[v] = ROUND(exp1(FLOAT(row[v]) * by - top) * part);
+        if (ids[n] >= first && ids[n] < first + V)
+            row[ids[n] - first] = ROUND((float)expm1(seen[n].target - seen[n].top - log(seen[n].sum)));
+    }
+}

@@ -1,0 +1,149 @@
+"""Products with a large table some of its rows at a time, so that neither its copy in bf16 nor a chunk's logits exist.
+
+A table beyond LARGE is read twice for each chunk of tokens: once for what a row needs of all its logits (the largest,
+the sum of their exponentials), once for the gradients. Logits of a slice live in a core's cache. Most of them are made
+twice; those that fit into KEPT of the memory of the table's gradient are kept. In exchange the gradient is written
+once for each chunk of up to ROWS tokens (LOG.md, entry 24). The twins are `head_rows.NativeRows` and the chunks of
+`losses/_fused.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from shoestring.nn import elements, multiply
+from shoestring.nn.head_rows import BentRows, NativeRows, Rows, accurate, add_outer
+from shoestring.nn.room import Room, empty
+
+LARGE = 1 << 24  # numbers of a table; below, a copy and a chunk of logits are small beside all else
+SLICE = 2048  # rows of the table at a time; a multiple of the strips of csrc/
+ROWS = 512  # tokens of a chunk at most: 2 MB of logits for each side
+KEPT = 0.5  # bytes of kept logits over those of the table in fp32
+
+
+def worth_it(native: bool, hidden_ND: Tensor, table_VD: Tensor) -> bool:
+    """Whether native functions were chosen and fit, and the table is large."""
+    return table_VD.numel() >= LARGE and elements.usable(native, hidden_ND)
+
+
+def parts(N: int, most: int = ROWS) -> list[slice]:
+    """Even parts of N rows."""
+    count = -(-N // most)
+    return [slice(N * i // count, N * (i + 1) // count) for i in range(count)]
+
+
+def cuts(vocab: int) -> list[slice]:
+    """The slices of a table."""
+    return [slice(start, min(start + SLICE, vocab)) for start in range(0, vocab, SLICE)]
+
+
+class Memory:
+    """Logits that are kept between the two readings, and those that are not."""
+
+    def __init__(self, hidden_ND: Tensor, table_VD: Tensor, vocab: int, sides: int, room: Room | None):
+        n = max((part.stop - part.start for part in parts(len(hidden_ND))), default=0)
+        most = int(KEPT * 4 * table_VD.numel()) // hidden_ND.element_size() // max(1, n * SLICE)
+        self.slices = min(most, sides * len(cuts(vocab)))
+        self.kept = empty(room, hidden_ND, (self.slices, n * SLICE))
+        self.passing = torch.empty(sides, n * SLICE, dtype=hidden_ND.dtype)
+
+
+class Side:
+    """Hidden states [n, D] against a table; `first`: how many slices the memory keeps for others."""
+
+    def __init__(self, hidden_nD: Tensor, table_VD: Tensor, memory: Memory, which: int = 0, first: int = 0):
+        self.hidden_nD, self.table_VD, self._which = hidden_nD, table_VD, which
+        self._kept, self._passing = memory.kept[first:], memory.passing[which]
+
+    def logits(self, i: int, cut: slice, again: bool = False) -> Tensor:
+        """[n, slice] of slice i; the same memory may serve the next. `again`: it was asked for before."""
+        kept = i < len(self._kept)
+        width = cut.stop - cut.start
+        n = len(self.hidden_nD)
+        z_nv = (self._kept[i] if kept else self._passing)[: n * width].view(n, width)
+        return z_nv if again and kept else product(self.hidden_nD, self.table_VD[cut], z_nv)
+
+
+def product(x_nD: Tensor, table_vD: Tensor, out_nv: Tensor) -> Tensor:
+    """Logits, in the dtype of x."""
+    if multiply.usable(True, x_nD, (table_vD,)):
+        return multiply.forward(x_nD, (table_vD,), out_nv)
+    return torch.mm(x_nD, table_vD.to(x_nD.dtype).t(), out=out_nv)
+
+
+def add_back(dz_nv: Tensor, table_vD: Tensor, into_nD: Tensor) -> None:
+    """Add dz U to fp32 (or fp64)."""
+    if multiply.usable(True, dz_nv, (table_vD,)):
+        into_nD += multiply.inputs(dz_nv, (table_vD,))
+    else:
+        into_nD += torch.mm(dz_nv, table_vD.to(dz_nv.dtype))
+
+
+class SlicedRows(Rows):
+    """`Rows` whose slopes are not there: `slopes` gives what is known of each row, `add_gradients` makes them."""
+
+    native = True
+
+    def __init__(
+        self, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, room: Room | None
+    ):  # fmt: skip
+        self.hidden_ND, self.ids_N, self.temperature = hidden_ND, ids_N.contiguous(), temperature
+        self.table_VD = weight_VD.contiguous()
+        self.slices, self.cuts = parts(len(hidden_ND)), cuts(len(weight_VD))
+        self._memory = Memory(hidden_ND, weight_VD, len(weight_VD), 1, room)
+
+    def _side(self, rows: slice) -> Side:
+        return Side(self.hidden_ND[rows].contiguous(), self.table_VD, self._memory)
+
+    def _call(self, name: str, z_nv: Tensor, rows: slice, first: int, seen_n4: Tensor) -> None:
+        n, v = z_nv.shape
+        elements.call(name, z_nv.dtype, z_nv, self.ids_N[rows], self.temperature, n, v, first, seen_n4)
+
+    def slopes_and_entropy(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        side = self._side(rows)
+        seen_n4 = torch.tensor([-math.inf, 0.0, 0.0, 0.0], dtype=torch.float64).repeat(len(side.hidden_nD), 1)
+        for i, cut in enumerate(self.cuts):
+            self._call("logits_read", side.logits(i, cut), rows, cut.start, seen_n4)
+        top_n, sum_n, dot_n, target_n = seen_n4.unbind(1)
+        log_n = sum_n.log()
+        return seen_n4, (target_n - top_n - log_n).float(), (log_n - dot_n / sum_n).float()
+
+    def slopes(self, rows: slice) -> tuple[Tensor, Tensor]:
+        return self.slopes_and_entropy(rows)[:2]
+
+    def logprobs(self, rows: slice) -> tuple[Tensor, Tensor]:
+        return self.slopes_and_entropy(rows)[1:]
+
+    def add_gradients(
+        self, slope_nV: Tensor, factor_n: Tensor, rows: slice, grad_ND: Tensor | None, grad_VD: Tensor | None
+    ) -> None:
+        side, factor_n1 = self._side(rows), factor_n[:, None]
+        scaled_nD = (side.hidden_nD * factor_n1).to(side.hidden_nD.dtype)
+        back_nD = torch.zeros(scaled_nD.shape, dtype=accurate(scaled_nD.dtype))
+        for i, cut in enumerate(self.cuts):
+            z_nv = side.logits(i, cut, again=True)
+            self._call("logits_slope", z_nv, rows, cut.start, slope_nV)
+            if grad_ND is not None:
+                add_back(z_nv, self.table_VD[cut], back_nD)
+            if grad_VD is not None:
+                add_outer(grad_VD[cut], z_nv, scaled_nD, first=rows.start == 0, native=True)
+        if grad_ND is not None:
+            grad_ND[rows] = back_nD.mul_(factor_n1)
+
+
+def rows_of(
+    hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int, native: bool,
+    room: Room | None, softcap: float,
+) -> Rows:  # fmt: skip
+    """The rows for these inputs: in C where that can be had and there is no softcap."""
+    if softcap:
+        bent = BentRows(hidden_ND, weight_VD, ids_N, temperature, chunk, room)
+        bent.softcap = softcap
+        return bent
+    if worth_it(native, hidden_ND, weight_VD):
+        return SlicedRows(hidden_ND, weight_VD, ids_N, temperature, room)
+    way = NativeRows if elements.usable(native, hidden_ND) else Rows
+    return way(hidden_ND, weight_VD, ids_N, temperature, chunk, room)

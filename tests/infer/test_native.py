@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from shoestring.core.build_c import Missing
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Sampling
 from shoestring.infer import native, pages, runner
@@ -284,6 +286,18 @@ def test_without_a_compiler_steps_are_plain(
     with pytest.raises(UserError, match=reason):
         Engine(deepseek(), native=True)
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_what_is_missing_is_looked_for_once(monkeypatch: pytest.MonkeyPatch, fresh_library: None) -> None:
+    """Every step asks whether there is a library; the reason stays the same until the cache is cleared."""
+    monkeypatch.setenv("CC", "no-such-compiler")
+    looked = []
+    which = shutil.which
+    monkeypatch.setattr("shutil.which", lambda name: looked.append(name) or which(name))
+    for _ in range(3):
+        with pytest.raises(Missing, match="there is no C compiler"):
+            native.library()
+    assert looked == ["no-such-compiler"]
 
 
 @needs_native

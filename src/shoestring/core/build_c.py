@@ -7,6 +7,7 @@ Who asks for one has a plain twin to fall back on before anything is computed. A
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -14,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 FLAGS = (
@@ -25,6 +27,31 @@ _log = logging.getLogger("shoestring.core")
 
 class Missing(Exception):
     """Why the library cannot be had."""
+
+
+class once:
+    """functools.cache for a library, which keeps a Missing too: every step asks, and looking for a compiler takes time.
+
+    As there, `cache_clear` forgets.
+    """
+
+    def __init__(self, find: Callable[[], ctypes.CDLL]):
+        functools.update_wrapper(self, find)
+        self._find = find
+        self._found: ctypes.CDLL | str | None = None  # or why there is none
+
+    def __call__(self) -> ctypes.CDLL:
+        if self._found is None:
+            try:
+                self._found = self._find()
+            except Missing as missing:
+                self._found = str(missing)
+        if isinstance(self._found, str):
+            raise Missing(self._found)
+        return self._found
+
+    def cache_clear(self) -> None:
+        self._found = None
 
 
 def load(sources: Path, name: str, *, headers: Path | None = None) -> ctypes.CDLL:

@@ -8,7 +8,6 @@ A row's result does not depend on the other rows of the step, to the bit. core/b
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoestring.core.build_c import Missing, load
+from shoestring.core.build_c import Missing, load, once
 from shoestring.infer.pages import Pages
 from shoestring.infer.products import to_int8
 from shoestring.infer.store import Store
@@ -39,7 +38,7 @@ SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 # ---- the library
-@functools.cache
+@once
 def library() -> ctypes.CDLL:
     """Built or found in the cache. Raises Missing (core/build_c.py)."""
     made = load(SOURCES, "decode", headers=training.SOURCES)

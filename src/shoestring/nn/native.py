@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from pathlib import Path
 
-from shoestring.core.build_c import Missing, load
+from shoestring.core.build_c import Missing, load, once
 
 SOURCES = Path(__file__).parent / "csrc"
 
 
-@functools.cache
+@once
 def library() -> ctypes.CDLL:
     """All of csrc as one library, built or found in the cache. Raises Missing (core/build_c.py)."""
     return load(SOURCES, "train")

@@ -33,17 +33,17 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Make the draw repeatable.")] = None,
 ) -> None:
     """Read a line, answer it, and remember both."""
-    from shoestring.core.nouns import Message, Sampling
+    from shoestring.core.nouns import Sampling
     from shoestring.infer.engine import Engine
     from shoestring.models.checkpoint import load
-    from shoestring.text.chat import render, split_thinking
+    from shoestring.text.chat import render_turns, split_thinking, whole_answer
 
     network, tokenizer = load(weights_of(model))
     if tokenizer is None:
         raise UserError(f"{model} has no tokenizer.json; a chat needs the model's tokenizer beside its weights.")
     engine = Engine(network, tokenizer)
     sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
-    opening = [Message("system", system)] if system else []
+    opening = [{"role": "system", "content": system}] if system else []
     turns = list(opening)
     while (line := _line()) is not None:
         if line.strip() == "/new":
@@ -51,11 +51,11 @@ def chat(
             continue
         if not line.strip():
             continue
-        turns.append(Message("user", line.strip()))
-        prompt = render(turns, tokenizer, generation_prompt=True).ids
+        turns.append({"role": "user", "content": line.strip()})
+        prompt = render_turns(turns, tokenizer)
         text = _speak(engine, prompt, sampling)
-        thinking, answer = split_thinking(text)
-        turns.append(Message("assistant", answer or text, thinking))
+        _, answer = split_thinking(whole_answer(text, prompt, tokenizer))
+        turns.append({"role": "assistant", "content": answer or text})  # thoughts are not remembered
 
 
 def _speak(engine: Engine, prompt: list[int], sampling: Sampling) -> str:

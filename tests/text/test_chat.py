@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Message
-from shoestring.text.chat import render, split_thinking
+from shoestring.text.chat import render, render_turns, split_thinking
 from shoestring.text.tokenizer import SPECIALS, Tokenizer
 
 CHATML = """\
@@ -266,3 +267,35 @@ def test_thinking_is_part_of_the_answer_whatever_the_template_knows(
         assert rendered.ids.count(tokenizer.id_of("</think>")) == 1
     cut = render(talk, other, unfinished=True)
     assert other.decode(cut.ids[len(before) :]) == told[: told.rindex("1") + 1]
+
+
+DATED = "{{ strftime_now('%Y-%m-%d') }}{{ messages[0].content }}"
+
+
+def test_the_day_of_a_training_stands_still(tokenizer: Tokenizer) -> None:
+    """A stage that goes on tomorrow must render what it rendered today; a client's prompt has today's date."""
+    other = Tokenizer(tokenizer._full, config=tokenizer.config, chat_template=DATED)
+    assert other.decode(render([Message("user", "8")], other).ids) == "2024-07-268"
+    assert other.decode(render_turns([{"role": "user", "content": "8"}], other)) == f"{date.today()}8"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% set ns = namespace(__class__=1) %}", "{% set ns = namespace() %}{% set ns.__call__ = 1 %}",
+        "{% set ns = namespace({'_x': 1}) %}",
+    ],
+)  # fmt: skip
+def test_a_template_sets_no_name_that_python_looks_up(tokenizer: Tokenizer, source: str) -> None:
+    other = Tokenizer(tokenizer._full, config=tokenizer.config, chat_template=source)
+    with pytest.raises(UserError, match="a namespace holds no name like"):
+        render([Message("user", "8")], other)
+
+
+def test_json_in_a_template_is_written_as_it_asks(tokenizer: Tokenizer) -> None:
+    source = (
+        "{% set ns = namespace(self=1, n=2) %}"
+        "{{ {'b': ns.n, 'a': ns.self} | tojson(separators=(',', ':'), sort_keys=true) }}"
+    )
+    other = Tokenizer(tokenizer._full, config=tokenizer.config, chat_template=source)
+    assert other.decode(render([Message("user", "8")], other).ids) == '{"a":1,"b":2}'

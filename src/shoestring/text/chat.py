@@ -1,20 +1,18 @@
 """Chat templates: messages to token ids with a loss mask, and completions back to thinking and answer.
 
-The template language is Jinja2 in an ImmutableSandboxedEnvironment, set up as `transformers` sets it up, so any
-published template renders here and ours renders there, to the same ids. One difference is deliberate: what a message
-*contains* can never become a special token. Special strings inside a content are broken up by a private-use
-character before rendering; the rendered text is cut at the specials that remain, which only the template can have
-written; the private character is taken out; and the pieces are encoded blind to specials. For contents without
-special strings the ids equal those of `apply_chat_template`.
+Templates are run as `transformers` runs them (template.py), so any published one renders here and ours renders there,
+to the same ids. One difference is deliberate: what a message *contains* can never become a special token. Special
+strings inside a content are broken up by a private-use character before rendering; the rendered text is cut at the
+specials that remain, which only the template can have written; the private character is taken out; and the pieces are
+encoded blind to specials. For contents without special strings the ids equal those of `apply_chat_template`.
 
 Thinking of earlier turns is dropped, as R1's template does: everything the assistant thought before the last user
-turn is not part of the history. `render_turns` is for what clients send: tools and a template's own variables, no
-loss mask. Left out: images, named templates.
+turn is not part of the history. `render_turns` is for what clients send: tools, a template's own variables and today's
+date, no loss mask. Left out: images, named templates.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,12 +20,9 @@ from datetime import datetime
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-import jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Message
+from shoestring.text.template import fill
 
 if TYPE_CHECKING:
     from shoestring.text.tokenizer import Tokenizer
@@ -94,7 +89,7 @@ def render(
 
     @cache
     def text(count: int, prompt: bool) -> str:
-        return _fill(tokenizer.chat_template or "", turns[:count], tokenizer.special_tokens, prompt)
+        return fill(tokenizer.chat_template or "", turns[:count], tokenizer.special_tokens, prompt)
 
     whole, last = text(len(turns), generation_prompt), len(turns) - 1
     if turns[last]["role"] == "assistant" and not generation_prompt:
@@ -143,7 +138,7 @@ def _spoken(turns: list[dict[str, Any]], whole: str, start: str, tokenizer: Toke
 def _ended(turns: list[dict[str, Any]], content: str, tokenizer: Tokenizer) -> str:
     """The conversation as the template writes it with another last turn."""
     ending = [*turns[:-1], {"role": "assistant", "content": content}]
-    return _fill(tokenizer.chat_template or "", ending, tokenizer.special_tokens, False)
+    return fill(tokenizer.chat_template or "", ending, tokenizer.special_tokens, False)
 
 
 def _behind(turns: list[dict[str, Any]], tokenizer: Tokenizer, mark: str) -> str:
@@ -157,7 +152,7 @@ def _writes_thinking(source: str, specials: tuple[tuple[str, str], ...]) -> bool
     """Whether the template writes the thinking of a last turn where published ones expect it."""
     thought = "\ue000"
     turn = {"role": "assistant", "content": "a", "reasoning_content": thought}
-    return thought in _fill(source, [{"role": "user", "content": "q"}, turn], dict(specials), False)
+    return thought in fill(source, [{"role": "user", "content": "q"}, turn], dict(specials), False)
 
 
 def _cut_off(turns: list[dict[str, Any]], whole: str, tokenizer: Tokenizer, mark: str) -> str:
@@ -184,8 +179,8 @@ def render_turns(
     variables = variables or {}
     mark = _free_character({char for text in _strings([list(turns), variables]) for char in text})
     broken = _broken(list(turns), tokenizer, mark)
-    given = _broken(variables, tokenizer, mark)
-    text = _fill(tokenizer.chat_template, broken, tokenizer.special_tokens, ask and not continue_final, given)
+    given = {**_broken(variables, tokenizer, mark), "strftime_now": datetime.now().strftime}
+    text = fill(tokenizer.chat_template, broken, tokenizer.special_tokens, ask and not continue_final, given)
     if continue_final:
         last = str(broken[-1].get("content") or "").rstrip()
         place = text.rfind(last)
@@ -205,7 +200,7 @@ def user_opening(tokenizer: Tokenizer, system: str | None = None) -> tuple[str, 
     turns = [{"role": "system", "content": system}] if system else []
     mark = _free_character(set(system or ""))
     turns.append({"role": "user", "content": mark})
-    text = _fill(tokenizer.chat_template, turns, tokenizer.special_tokens, True)
+    text = fill(tokenizer.chat_template, turns, tokenizer.special_tokens, True)
     before, found, after = text.partition(mark)
     if not found:
         raise UserError("the chat template does not write what the user says; give the opening itself.")
@@ -306,46 +301,3 @@ def _pattern(specials: tuple[str, ...]) -> re.Pattern[str]:
     """Matches any special, the longest first, as one captured group."""
     choices = "|".join(re.escape(special) for special in sorted(specials, key=len, reverse=True))
     return re.compile(f"({choices or '(?!)'})")
-
-
-def _fill(
-    source: str, turns: list[dict[str, Any]], specials: dict[str, str], generation_prompt: bool,
-    variables: dict[str, Any] | None = None,
-) -> str:  # fmt: skip
-    given = {**(variables or {}), **specials, "messages": turns, "add_generation_prompt": generation_prompt}
-    try:
-        return _compiled(source).render(given)
-    except (jinja2.TemplateError, TypeError, AttributeError, LookupError, ValueError) as error:
-        raise UserError(f"the chat template cannot render these messages: {error}.") from error
-
-
-@lru_cache(maxsize=32)
-def _compiled(source: str) -> jinja2.Template:
-    """The template in the environment that transformers gives it (trimmed blocks, loop controls, tojson, ...)."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"the chat template is not valid Jinja (line {error.lineno}): {error.message}.") from error
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` ... `{% endgeneration %}` of published templates: rendered as if the tags were not there."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -114,6 +114,8 @@ class Tokenizer:
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
             (folder / "chat_template.jinja").write_text(self.chat_template, "utf-8")
+        else:
+            (folder / "chat_template.jinja").unlink(missing_ok=True)  # of a tokenizer that was saved here before
         (folder / "tokenizer.json").write_text(self._full.to_str(pretty=True), "utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
         (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2, ensure_ascii=False), "utf-8")

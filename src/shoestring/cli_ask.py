@@ -23,7 +23,7 @@ from shoestring.cli_options import (
     short,
 )
 from shoestring.cli_road import Inputs, stage_verb
-from shoestring.core.errors import UserError
+from shoestring.core.errors import UserError, without_password
 
 if TYPE_CHECKING:
     from shoestring.data.claims import Budget
@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
         "Ask a teacher many questions and keep every answer. Killed, the same command goes on; nothing is asked twice.",
         "shoestring ask --teacher https://api.deepseek.com/v1 --model deepseek-reasoner --questions q.jsonl "
         "--budget 20 --out traces/",
-        "shoestring ask --teacher http://127.0.0.1:8000 --model mine --questions gsm8k --count 500 --samples 4 "
+        "shoestring ask --teacher http://127.0.0.1:8000 --model mine --questions logic --count 100 --samples 4 "
         "--out traces/ --dry-run",
         "shoestring ask --from teacher=runs/rl-mine-0123",
     )
@@ -289,7 +289,7 @@ def _print(outcome: Outcome, out: Path | str) -> None:
     rows = [
         {"what": state, "rows": counts[state]} for state in ("answered", "planned", "sent", "failed") if counts[state]
     ]
-    print_table(rows, title=f"{_without_password(out)}: {sum(counts.values()):,} answers wanted")
+    print_table(rows, title=f"{without_password(out)}: {sum(counts.values()):,} answers wanted")
     usd = report["spent_usd"]
     print(f"{report['answers_now']:,} answers now in {short(outcome.seconds, 'seconds')} "
           f"({report['answers_per_s']:,.0f}/s), {short(report['tokens_in'])} tokens in, {short(report['tokens_out'])} out")  # fmt: skip
@@ -313,9 +313,3 @@ def _print(outcome: Outcome, out: Path | str) -> None:
         told = outcome.forecast
         print(f"all {told['questions']:,} would cost ${told['usd']:,.4f} (95 %: ${told['usd_95'][0]:,.4f} to "
               f"${told['usd_95'][1]:,.4f}), from {told['answers']} answers of {told['tokens_out']:.0f} tokens")  # fmt: skip
-
-
-def _without_password(out: Path | str) -> str:
-    import re
-
-    return re.sub(r"//([^:/@]+):[^@/]*@", r"//\1@", str(out))

@@ -109,12 +109,12 @@ def _key_in(path: Path) -> str:
         raise UserError(f"the key file {path} cannot be read: {error.strerror}.") from error
 
 
-def _store(where: str) -> Any:
+def _store(where: str, *, create: bool = False) -> Any:
     try:
         from shoestring.serve.keys import KeyStore
     except ImportError as error:
         raise UserError(f"{NEEDED} ({error.name} is missing)") from None
-    return KeyStore(where)
+    return KeyStore(where, create=create)
 
 
 def _limits(**values: Any) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def create(
         credit_usd=credit, rpm=rpm, tpm=tpm, concurrency=concurrency, daily_tokens=daily_tokens, models=models,
         owner=owner, org=org, logprobs=logprobs, max_n=max_n, distillation=distillation,
     )  # fmt: skip
-    secret, key = _store(store).create(name, **limits)
+    secret, key = _store(store, create=True).create(name, **limits)
     if json:
         emit_json(key.public() | {"key": secret})
     else:
@@ -164,7 +164,10 @@ def list_keys(store: Store = str(STORE), json: Json = False) -> None:
     if json:
         emit_json([key.public() for key in keys])
         return
-    print_table([_row(key) for key in keys])
+    if keys:
+        print_table([_row(key) for key in keys])
+    else:
+        print("There are no keys; `shoestring keys create NAME` makes one.")
 
 
 def _row(key: Any) -> dict[str, Any]:
@@ -230,5 +233,7 @@ def usage(
     rows = _store(store).totals(time.time() - 86400 * days if days else 0.0)
     if json:
         emit_json(rows)
-    else:
+    elif rows:
         print_table([{**row, "key": row["key"] or "(none)"} for row in rows])
+    else:
+        print("Nothing was asked" + (f" in the last {days:g} days." if days else "."))

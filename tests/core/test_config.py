@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
 from shoestring.core.config import Config, read_mapping
-from shoestring.core.errors import UserError
+from shoestring.core.errors import UserError, without_password
 
 
 class Optim(Config):
@@ -192,3 +192,15 @@ def test_yaml_is_read_as_people_mean_it(tmp_path):
     path.write_text("lr: 1e-4\nanswer: no\nday: 2024-01-01\nn: 010\nnothing:\nflag: true\n")
     expected = {"lr": 1e-4, "answer": "no", "day": "2024-01-01", "n": 10, "nothing": None, "flag": True}
     assert read_mapping(path) == expected
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgresql://ann:s3cret@db.example/traces#mine", "postgresql://ann:s3cret:x@db/traces",
+        "postgresql:///traces?user=ann&password=s3cret#mine", "https://ann:s3cret@host/v1",
+    ],
+)  # fmt: skip
+def test_no_password_is_shown(address):
+    assert "s3cret" not in without_password(address) and "ann" in without_password(address)
+    assert without_password("postgresql://ann@db:5432/traces") == "postgresql://ann@db:5432/traces"

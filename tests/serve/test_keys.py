@@ -89,3 +89,35 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert keys("usage") == []
     assert main(["keys", "revoke", "bob", *where]) == 2 and "no key called" in capsys.readouterr().err
     assert main(["keys", "list", *where]) == 0 and "revoked" in capsys.readouterr().out
+
+
+def test_only_create_makes_a_store_and_none_in_a_foreign_database(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["keys", "list"]) == 2 and "There is no store of keys" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    sqlite3.connect("other.db").execute("CREATE TABLE answers(x)")
+    assert main(["keys", "create", "ann", "--store", "other.db"]) == 2
+    assert "something else" in capsys.readouterr().err
+    assert sqlite3.connect("other.db").execute("SELECT count(*) FROM sqlite_master").fetchone() == (1,)
+    assert main(["keys", "create", "ann"]) == 0
+    assert (tmp_path / "shoestring-keys.db").stat().st_mode & 0o077 == 0  # remembered answers lie in it
+    capsys.readouterr()
+    assert main(["keys", "usage", "--days", "2"]) == 0 and "Nothing was asked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("amount", ["nan", "inf", "-inf"])
+def test_no_credit_without_an_amount(tmp_path: Path, capsys: pytest.CaptureFixture[str], amount: str):
+    """NaN is neither more nor less than anything: it would be credit without end."""
+    where = ["--store", str(tmp_path / "keys.db")]
+    assert main(["keys", "create", "ann", f"--credit={amount}", *where]) == 2
+    assert main(["keys", "create", "ann", *where]) == 0
+    assert main(["keys", "credit", *where, "--", "ann", amount]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_password_in_the_address_is_not_shown():
+    with pytest.raises(UserError) as error:
+        KeyStore("postgresql+nodriver://ann:s3cret@127.0.0.1:9/keys")
+    assert "s3cret" not in str(error.value) and "ann" in str(error.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -11,10 +12,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from waiting import eventually
 
-from shoestring.serve.keys import KeyStore
+from shoestring.serve.errors import ApiError
+from shoestring.serve.hooks import Call
+from shoestring.serve.keys import Key, KeyStore
+from shoestring.serve.limits import Account
+from shoestring.serve.meter import Meter
+from shoestring.serve.settings import ServeConfig, UpstreamSpec
+from shoestring.serve.upstream import Upstream
 from shoestring.text.tokenizer import Tokenizer
 
 CHUNK = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "odd"}
@@ -456,3 +464,46 @@ def test_an_upstream_without_a_tokenizer_to_ask(front: Any, ask: Any):
     head = {"authorization": f"Bearer {ask.secret}"}
     answer = front.post("/tokenize", {"model": "odd", "prompt": "x"}, headers=head)
     assert answer.status_code == 404 and "has no /tokenize" in answer.json()["error"]["message"]
+
+
+def answered(answer: httpx.Response) -> tuple[Upstream, Call, Account]:
+    """An upstream that answers so, without a network."""
+    config = ServeConfig(upstream=UpstreamSpec(url="http://far/v1", key="sk-secret-1"))
+    assert config.upstream is not None
+    upstream = Upstream(config.upstream, config, Meter(config))
+    upstream._client = httpx.AsyncClient(
+        transport=httpx.MockTransport(lambda _: answer), headers=upstream._client.headers
+    )
+    account = Account(Key(id="k", hash="h", shown="s", name="ann", credit_usd=1.0, concurrency=1))
+    return upstream, Call("r", "/v1/chat/completions", "odd", account.key, None, "c", {}), account
+
+
+def test_a_stream_that_nobody_begins_to_read_gives_its_place_back():
+    """Its generator has not run: without a first step, closing it would run nothing of it."""
+    upstream, call, account = answered(httpx.Response(200, content=b"data: [DONE]\n\n"))
+    call.stream = True
+
+    async def leave() -> None:
+        reply = await upstream.complete(call.endpoint, {"model": "odd", "stream": True, "messages": []}, call, account)
+        assert (upstream.running, account.running) == (1, 1)
+        await reply.frames.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(leave())
+    assert (upstream.running, account.running) == (0, 0)
+
+
+@pytest.mark.parametrize("status", [400, 401])
+def test_a_key_that_an_upstream_repeats_goes_nowhere(status: int, caplog: pytest.LogCaptureFixture):
+    said = httpx.Response(status, json={"error": {"message": "wrong key sk-secret-1 here"}})
+    upstream, call, account = answered(said)
+    with pytest.raises(ApiError) as error:
+        asyncio.run(upstream.complete(call.endpoint, {"model": "odd", "messages": []}, call, account))
+    assert "sk-secret-1" not in str(error.value.body()) + caplog.text
+
+
+def test_what_is_not_latin_is_not_billed_by_its_escapes():
+    answer = {"choices": [{"message": {"content": "一二三"}, "finish_reason": "stop"}]}
+    upstream, call, account = answered(httpx.Response(200, json=answer))
+    body = {"model": "odd", "messages": [{"role": "user", "content": "汉" * 300}]}
+    asyncio.run(upstream.complete(call.endpoint, body, call, account))
+    assert 100 <= call.tally.prompt <= 130 and call.tally.completion == 1

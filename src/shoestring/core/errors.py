@@ -8,6 +8,7 @@ and the run directory stays resumable.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -22,3 +23,9 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     if close:
         return f' Did you mean "{close[0]}"?'
     return f" Known: {', '.join(known)}." if 0 < len(known) <= 20 else ""
+
+
+def without_password(address: object) -> str:
+    """An address (of a database, of a server) as it may be shown and logged: its password taken out."""
+    hidden = re.sub(r"(//[^:/@]*):[^/]*@", r"\1@", str(address))
+    return re.sub(r"(?i)([?&](?:password|passwd|pwd)=)[^&#]*", r"\1…", hidden)

@@ -11,9 +11,9 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
-from shoestring.core.errors import UserError
+from shoestring.core.errors import UserError, without_password
 from shoestring.data.pg_sql import PgSql
 from shoestring.data.schema import ADDED, SCHEMA, pg_tables
 
@@ -43,21 +43,28 @@ class PgConnection:
         if not re.fullmatch(r"[a-z_][a-z0-9_]{0,50}", self.name):
             raise UserError(f'"{self.name}" cannot be the name of a store; use small letters, digits and _.')
         self.place = zlib.crc32(self.name.encode()) - 2**31  # the first half of its advisory locks
-        self.base: Any
-        options: dict[str, Any] = dict(OPTIONS)
-        self._side: Any
+        self.base: Any = None
+        self._side: Any = None
         try:
-            self.base = psycopg.connect(self.url, autocommit=True, **options)
-            self.sql = PgSql(self.base, self._errors, self._told)
-            self.base.execute("SET synchronous_commit = on")
-            for option, value in (("idle", GONE_S), ("interval", 10), ("count", 3)):
-                self.base.execute(f"SET tcp_keepalives_{option} = {value}")
-            self._open(create)
-            # a connection of its own for leases: `base` is in the middle of the journal's transaction most of the time
-            self._side = psycopg.connect(self.url, autocommit=True, **options)
-            self._side.execute(f"SET search_path TO {self.name}")
+            self._connect(psycopg.connect, create)
         except psycopg.Error as error:
+            self.close()
             raise self._told(error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, connect: Any, create: bool) -> None:
+        options: dict[str, Any] = dict(OPTIONS)
+        self.base = connect(self.url, autocommit=True, **options)
+        self.sql = PgSql(self.base, self._errors, self._told)
+        self.base.execute("SET synchronous_commit = on")
+        for option, value in (("idle", GONE_S), ("interval", 10), ("count", 3)):
+            self.base.execute(f"SET tcp_keepalives_{option} = {value}")
+        self._open(create)
+        # a connection of its own for leases: `base` is in the middle of the journal's transaction most of the time
+        self._side = connect(self.url, autocommit=True, **options)
+        self._side.execute(f"SET search_path TO {self.name}")
 
     def _open(self, create: bool) -> None:
         found = self.base.execute("SELECT to_regclass(%s)", (f"{self.name}.stores",)).fetchone()
@@ -87,8 +94,9 @@ class PgConnection:
         return self.name
 
     def close(self) -> None:
-        self.base.close()
-        self._side.close()
+        for connection in (self.base, self._side):
+            if connection is not None:
+                connection.close()
 
     def _one(self, statement: str, values: Sequence[Any] = ()) -> Any:
         return self.base.execute(statement, values).fetchone()
@@ -112,9 +120,10 @@ class PgConnection:
         if not isinstance(error, self._lost):
             return error
         host = urlsplit(self.url).hostname or "its socket"
-        words = " ".join(str(error).split())
+        words = without_password(" ".join(str(error).split()))
         if password := urlsplit(self.url).password:
-            words = words.replace(password, "…")
+            for form in {password, unquote(password)}:  # as it is written in the address, and as it is sent
+                words = words.replace(form, "…")
         return UserError(f"PostgreSQL at {host}: {words[:300]}; what is kept is kept, and the same command goes on.")
 
     @contextmanager

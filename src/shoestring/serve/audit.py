@@ -1,4 +1,5 @@
-"""The audit log: one JSON line a call, who asked how much when and what came of it; no prompt, no answer, no key.
+"""The audit log: one JSON line a call, who asked how much when and what came of it; never a key, and no prompt and no
+answer unless the operator asks for them (`audit_text`).
 
 Lines are appended by a thread of their own. A disk that is full must not stop the service nor pass in silence: the
 line is lost, the loss is counted, said in the log and in /health, and writing goes on as soon as there is room.
@@ -6,6 +7,7 @@ line is lost, the loss is counted, said in the log and in /health, and writing g
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -44,7 +46,7 @@ class AuditLog:
             written = os.write(self._fd, data)
             self._torn = written < len(data)
             if self._torn:
-                raise OSError(28, "only part of a line was written")
+                raise OSError(errno.ENOSPC, "only part of a line was written")
         except OSError as error:
             self.lost += 1
             if not self.failing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -56,7 +56,7 @@ class Exchange:
         except BaseException as error:
             await self._close(_status(error))
             raise
-        return Reply(SSE, self._frames(), dict(STREAM_HEADERS))
+        return Reply(SSE, await begun(self._frames()), dict(STREAM_HEADERS))
 
     async def _whole(self) -> bytes:
         tally = self._call.tally
@@ -72,9 +72,10 @@ class Exchange:
         await self._close(200)
         return json.dumps(found, ensure_ascii=False).encode()
 
-    async def _frames(self) -> AsyncIterator[bytes]:
+    async def _frames(self) -> AsyncGenerator[bytes, None]:
         tally, status = self._call.tally, GONE
         try:
+            yield b""  # for `begun`
             yield self._shape.opening(tally)
             batch = self._first
             while True:
@@ -101,6 +102,13 @@ class Exchange:
         self._call.tally.answers = [len(text) for text in self._shape.writer.texts()]
         usd = self._served.cost(self._call.tally)
         await self._meter.finish(self._call, status, usd, self._held, self._shape.writer.texts())
+
+
+async def begun(frames: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    """The frames, their first one, which is empty, taken. A generator that never ran ends without its `finally`: a
+    client that leaves before the first byte would keep its place, and what was reserved for it, for good."""
+    await anext(frames)
+    return frames
 
 
 def unexpected(error: Exception) -> ApiError:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import secrets
 import time
 from collections.abc import Iterable, Mapping
@@ -19,7 +21,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from shoestring.core.errors import UserError, did_you_mean
+from shoestring.core.errors import UserError, did_you_mean, without_password
 
 PREFIX = "sk-"
 SHOWN = 11  # first characters of a key that lists may show
@@ -92,20 +94,26 @@ def hashed(secret: str) -> str:
 class KeyStore:
     """The database. Every method is one short transaction; the server calls them from one thread of their own."""
 
-    def __init__(self, where: str | Path) -> None:
+    def __init__(self, where: str | Path, *, create: bool = True) -> None:
+        """Raises UserError for what cannot be opened, is a database of something else, or (`create` False) is not
+        there."""
         url = str(where)
         if "://" not in url:
-            Path(url).expanduser().parent.mkdir(parents=True, exist_ok=True)
-            url = f"sqlite:///{Path(url).expanduser()}"
+            url = f"sqlite:///{_own_file(Path(url).expanduser(), create)}"
         try:
             self._engine = sa.create_engine(url, connect_args={"timeout": 10} if url.startswith("sqlite") else {})
             if url.startswith("sqlite"):
                 sa.event.listen(self._engine, "connect", _pragmas)
+                there = set(sa.inspect(self._engine).get_table_names())
+                if there and KEYS.name not in there:
+                    raise UserError(f"{where} is a database of something else; give another file for the keys.")
             _metadata.create_all(self._engine)
             self._check_schema()
         except (sa.exc.SQLAlchemyError, ImportError) as error:
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-            raise UserError(f"the store of keys {where} cannot be opened: {reason}.") from error
+            raise UserError(
+                f"the store of keys {without_password(where)} cannot be opened: {without_password(reason)}."
+            ) from error
 
     def close(self) -> None:
         self._engine.dispose()
@@ -155,7 +163,9 @@ class KeyStore:
         return self.find(key.id)
 
     def add_credit(self, name: str, usd: float) -> Key:
-        """Top up: what had no limit gets one."""
+        """Top up: what had no limit gets one. Raises UserError for what is no amount."""
+        if not math.isfinite(usd):
+            raise UserError(f"{usd} is no amount of dollars.")
         key = self.find(name)
         more = sa.func.coalesce(KEYS.c.credit_usd, KEYS.c.spent_usd) + usd
         with self._engine.begin() as db:
@@ -232,6 +242,20 @@ class KeyStore:
             db.execute(sa.insert(ANSWERS).values(row))
 
 
+def _own_file(path: Path, create: bool) -> Path:
+    """The SQLite file, for its owner's eyes only when it is made here: remembered answers lie in it."""
+    if path.exists():
+        return path
+    if not create:
+        raise UserError(f"There is no store of keys {path}; `shoestring keys create NAME --store {path}` makes one.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    except OSError as error:
+        raise UserError(f"the store of keys {path} cannot be made: {error.strerror}.") from error
+    return path
+
+
 def _pragmas(connection: Any, _: Any) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")
@@ -249,8 +273,9 @@ def _row(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in row.items():
         if name not in CHANGEABLE:
             raise UserError(f'a key has no "{name}".{did_you_mean(name, CHANGEABLE)}')
-        if name in ("rpm", "tpm", "concurrency", "daily_tokens", "credit_usd") and value is not None and value < 0:
-            raise UserError(f"{name} is {value}; it must not be negative (leave it out for no limit).")
+        amount = name in ("rpm", "tpm", "concurrency", "daily_tokens", "credit_usd") and value is not None
+        if amount and not 0 <= value < math.inf:  # NaN too: every comparison with it would let the key through
+            raise UserError(f"{name} is {value}; it must not be negative or endless (leave it out for no limit).")
         if name in ("models", "flags"):
             row[name] = None if value is None else json.dumps(list(value) if name == "models" else dict(value))
     return row

@@ -14,13 +14,13 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from shoestring.serve.errors import ApiError, bad
-from shoestring.serve.exchange import GONE, JSON, SSE, STREAM_HEADERS, Reply
+from shoestring.serve.exchange import GONE, JSON, SSE, STREAM_HEADERS, Reply, begun
 from shoestring.serve.hooks import Call
 from shoestring.serve.limits import Account, Reservation
 from shoestring.serve.protocol import asks_logprobs
@@ -113,7 +113,7 @@ class Upstream:
         self.running += 1
         streaming = False
         try:
-            guess = int(len(json.dumps(body)) / CHARACTERS)
+            guess = int(len(json.dumps(body, ensure_ascii=False)) / CHARACTERS)  # escapes are longer than what is meant
             if account is not None:
                 new = call.max_tokens * answers
                 held = account.reserve(guess + new, self._usd(guess, 0, new))
@@ -142,7 +142,7 @@ class Upstream:
             raise
         finally:
             self.running -= not streaming
-        return Reply(SSE, self._frames(response, call, held, shown, guess, most), dict(STREAM_HEADERS))
+        return Reply(SSE, await begun(self._frames(response, call, held, shown, guess, most)), dict(STREAM_HEADERS))
 
     async def tokens(self, path: str, body: Mapping[str, Any] | None, model: str | None) -> bytes:
         """The JSON of its /tokenize, /detokenize, or /tokenizer_info (no body), beside its /v1. Raises ApiError."""
@@ -199,10 +199,11 @@ class Upstream:
 
     async def _frames(
         self, response: httpx.Response, call: Call, held: Reservation | None, shown: bool, guess: int, most: Most
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """The upstream's events, one by one; it ends well only with [DONE] or a finished response."""
         status, done, texts = GONE, False, [""]
         try:
+            yield b""  # for `begun`
             async for event in events(response, most):
                 if event.startswith(b":"):
                     yield KEEP_ALIVE

@@ -69,14 +69,17 @@ async def events(response: httpx.Response, most: Most) -> AsyncIterator[bytes]:
 
 
 async def refusal(response: httpx.Response) -> ApiError:
-    """What the upstream said, in our shape; its own faults are 502, its being busy stays 429 or 503."""
+    """What the upstream said, in our shape; its own faults are 502, its being busy stays 429 or 503. Where it repeats
+    the key it was sent, that goes neither into the log nor to a client."""
     data = await read_body(response)
+    key = response.request.headers.get("authorization", "").removeprefix("Bearer ")
     message, code = f"the upstream answered {response.status_code}.", None
     with contextlib.suppress(*UNREADABLE):
         said = json.loads(data)
         inner = said.get("error", said)
         message = str(inner.get("message") or message) if isinstance(inner, dict) else str(inner)
         code = inner.get("code") if isinstance(inner, dict) else None
+        message = message.replace(key, "…") if key else message
     status = response.status_code
     if status in (401, 402, 403):  # our key there, not the client's key here
         _log.error("the upstream refuses the key it was given: %s", message)

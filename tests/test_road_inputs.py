@@ -14,8 +14,8 @@ from shoestring.core import hub
 from shoestring.core.errors import UserError
 from shoestring.core.run import Run, runs_tree
 from shoestring.recipes import quickstart
-from shoestring.road import find_runs, plan_rows, run_recipe, stage_recipe
-from shoestring.road_inputs import check_road, data_of
+from shoestring.road import find_runs, plan_rows, report_recipe, resolve_recipe, run_recipe, stage_recipe
+from shoestring.road_inputs import check_road, data_of, digest_of_input
 from shoestring.train.configs import Compute, EvalStage, Recipe, SftStage, TaskMix, Textbook, TokenizerStage
 from shoestring.train.machine import threads
 
@@ -278,3 +278,17 @@ def test_the_threads_of_a_stage_are_its_own(tmp_path: Path, monkeypatch: pytest.
     assert torch.get_num_threads() == before
     with pytest.raises(UserError, match="threads"):
         Compute(threads=0)
+
+
+def test_another_chat_template_is_another_input(hugging_face: Path, tmp_path: Path) -> None:
+    """It decides what is trained on, as much as the weights do."""
+    folder = shutil.copytree(hugging_face, tmp_path / "model")
+    before = digest_of_input(folder)
+    template = folder / "chat_template.jinja"
+    template.write_text((template.read_text() if template.exists() else "") + "{# more #}")
+    assert digest_of_input(folder) != before
+
+
+def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run of recipe"):
+        report_recipe(resolve_recipe("quickstart", []), tmp_path / "nowhere")

@@ -100,13 +100,14 @@ def checkpoint_of(found: Found) -> Path | None:
 
 
 def digest_of_input(found: Found) -> str:
-    """A run's own digest, or 12 hex digits of a folder's weights and configs, or of what a store of traces says."""
+    """A run's own digest; or 12 hex digits of what a store of traces says, or of a folder's weights, configs and chat
+    template."""
     if isinstance(found, Run):
         return found.digest
     if found.is_file() or (found / TRACES).exists():
         return TraceStore(found).digest()
     hashed = hashlib.sha256()
-    for path in sorted(found.glob("*.json")) + sorted(found.glob("*.safetensors")):
+    for path in [path for kind in ("*.json", "*.safetensors", "*.jinja") for path in sorted(found.glob(kind))]:
         hashed.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(1 << 22):

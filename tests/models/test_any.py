@@ -16,6 +16,7 @@ from shoestring.losses._tokens import Tokens
 from shoestring.models import checkpoint
 from shoestring.models.any import AnyModel
 from shoestring.nn.kernels import Kernels
+from shoestring.text.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -166,3 +167,42 @@ def test_an_unknown_type_is_still_said(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace('"olmo2"', '"nonsense"'))
     with pytest.raises(UserError, match='"nonsense" is not supported'):
         checkpoint.load(folder)
+
+
+def test_a_save_that_is_cut_short_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers writes config.json first; ours promise that a folder which has one is whole."""
+    model, _ = checkpoint.load(_made(tmp_path / "a"))
+    saved = type(model.hf).save_pretrained
+
+    def cut(self: Any, folder: Path, **options: Any) -> None:
+        saved(self, folder, **options)
+        assert (Path(folder) / "config.json").exists() and not (tmp_path / "b" / "config.json").exists()
+        (Path(folder) / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(model.hf), "save_pretrained", cut)
+        checkpoint.save(model, None, tmp_path / "b")
+    assert not list((tmp_path / "b").iterdir())
+    checkpoint.save(model, None, tmp_path / "b", max_shard_bytes=10_000)
+    assert len(list((tmp_path / "b").glob("model-*.safetensors"))) > 1
+    checkpoint.save(model, None, tmp_path / "b")  # and the shards of an earlier save are gone
+    assert [path.name for path in (tmp_path / "b").glob("model*")] == ["model.safetensors"]
+    again, _ = checkpoint.load(tmp_path / "b")
+    assert torch.equal(again.head_weight, model.head_weight)
+
+
+def test_a_vocabulary_within_a_config_of_several_parts(tmp_path: Path) -> None:
+    """Of a model that also sees, config.json has vocab_size under text_config alone."""
+    tokenizer = Tokenizer.train(["hello there"], 300)
+    sees = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14}  # fmt: skip
+    text = TINY | {"vocab_size": tokenizer.vocab_size}
+    config = transformers.AutoConfig.for_model("gemma3", text_config=text, vision_config=sees)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    model, found = checkpoint.load(tmp_path)
+    checkpoint.save(model, found, tmp_path / "again")
+    ids = torch.tensor([[3, 4, 5]])
+    again, _ = checkpoint.load(tmp_path / "again")
+    assert torch.equal(again(ids).logits, model(ids).logits)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+_SOURCES = ("*.py", "*.c", "*.h")  # C too: kernels decide numbers as much as what calls them
 _VERSIONS_OF = ("shoestring", "torch", "numpy", "pydantic", "tokenizers", "safetensors", "transformers")
 
 
@@ -26,7 +27,7 @@ def code_digest() -> str:
     in an installed wheel, sees uncommitted and untracked files, and does not change with the documentation.
     """
     digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
+    for path in sorted(path for pattern in _SOURCES for path in _PACKAGE.rglob(pattern)):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0")
         digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]

@@ -72,8 +72,10 @@ class Intake:
 
     def _grammar(self, tokenizer: Tokenizer, request: Request) -> Grammar:
         """The vocabulary is laid out once for all requests that end at the same tokens, and kept for the last few."""
-        if request.stop_ids not in self._grammars:
+        made = self._grammars.pop(request.stop_ids, None)
+        if made is None:
             if len(self._grammars) == KEPT:
-                del self._grammars[next(iter(self._grammars))]
-            self._grammars[request.stop_ids] = Grammars(tokenizer, self._config.vocab_size, request.stop_ids)
-        return self._grammars[request.stop_ids].make(request.sampling)
+                del self._grammars[next(iter(self._grammars))]  # the one that was not asked for the longest
+            made = Grammars(tokenizer, self._config.vocab_size, request.stop_ids)
+        self._grammars[request.stop_ids] = made
+        return made.make(request.sampling)

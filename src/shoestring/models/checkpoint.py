@@ -19,7 +19,7 @@ from shoestring.core.atomic import write_json
 from shoestring.core.errors import UserError, did_you_mean
 from shoestring.core.hub import checkpoint_folder
 from shoestring.core.registry import list_parts, load_part
-from shoestring.models.checkpoint_files import Files, read_json, write_shards
+from shoestring.models.checkpoint_files import Files, appearing, read_json, write_shards
 from shoestring.models.checkpoint_names import disk_tensors, has_mtp, is_needless, mtp_copies
 from shoestring.nn.decoder import Decoder, Embedding
 from shoestring.nn.experts import Experts
@@ -69,7 +69,7 @@ def load(
     tokenizer = None
     if (folder / "tokenizer.json").exists():
         tokenizer = Tokenizer.load(folder)
-        tokenizer.check_vocab(raw["vocab_size"])
+        tokenizer.check_vocab(model.config.vocab_size)
     return model, tokenizer
 
 
@@ -85,17 +85,18 @@ def save(
         raise UserError(f"{folder} is a file; give a folder to save in.")
     raw = model.config.to_hf()
     if tokenizer is not None:
-        tokenizer.check_vocab(raw["vocab_size"])
+        tokenizer.check_vocab(model.config.vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
     theirs: Any = model
     if hasattr(theirs, "save_weights"):  # of transformers: its layout, its config.json
-        theirs.save_weights(folder, max_shard_bytes, None if dtype is None else DTYPES[dtype])
-        path = folder / "generation_config.json"
-        write_json(path, _generation((read_json(path) if path.exists() else {}), raw, tokenizer))
-        if tokenizer is not None:
-            tokenizer.save(folder, model_type=raw.get("model_type", ""))
+        with appearing(folder) as part:  # which it writes before the weights
+            theirs.save_weights(part, max_shard_bytes, None if dtype is None else DTYPES[dtype])
+            path = part / "generation_config.json"
+            write_json(path, _generation((read_json(path) if path.exists() else {}), raw, tokenizer))
+            if tokenizer is not None:
+                tokenizer.save(part, model_type=raw.get("model_type", ""))
         return folder
+    (folder / "config.json").unlink(missing_ok=True)
     tensors = disk_tensors(model) | mtp_copies(model)
     if dtype is not None:
         tensors = {name: _cast(name, tensor, DTYPES[dtype]) for name, tensor in tensors.items()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shoestring.core.atomic import disk_full, fsync_path, is_disk_full, write_json
+from shoestring.core.atomic import TEMPORARY, disk_full, fsync_path, is_disk_full, write_json
 from shoestring.core.errors import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -145,6 +147,29 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     with _replacing(path) as temporary:
         save_file(own, temporary, metadata={"format": "pt"})
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to fill within `folder`, whose files take their places there once all are whole, config.json last and
+    removed first: for writers that know no such order. Weights of an earlier save go. Raises DiskFull."""
+    part = Path(tempfile.mkdtemp(prefix=".", suffix=TEMPORARY, dir=folder))
+    try:
+        yield part
+        (folder / "config.json").unlink(missing_ok=True)
+        made = sorted(part.iterdir(), key=lambda path: path.name == "config.json")
+        for stale in folder.glob("model*.safetensors*"):
+            stale.unlink()
+        for path in made:
+            fsync_path(path)
+            os.replace(path, folder / path.name)
+        fsync_path(folder)
+    except BaseException as error:
+        if is_disk_full(error, folder):
+            raise disk_full(folder) from error
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager

@@ -206,12 +206,17 @@ class NativeRows(Rows):
 class BentRows(Rows):
     """The same behind a softcap."""
 
-    softcap = 0.0
+    def __init__(
+        self, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float, chunk: int, room: Room | None,
+        softcap: float,
+    ):  # fmt: skip
+        super().__init__(hidden_ND, weight_VD, ids_N, temperature, chunk, room)
+        self.softcap = softcap
+        self.bend_nV = empty(room, self.wide_nV, self.wide_nV.shape)  # what the softcap makes of a slope
 
     def logits(self, rows: slice) -> Tensor:
         wide_nV = self.product(rows)
-        self.bend_nV = torch.empty_like(wide_nV)
-        return bend_(wide_nV, self.softcap, self.temperature, self.bend_nV)
+        return bend_(wide_nV, self.softcap, self.temperature, self.bend_nV[: len(wide_nV)])
 
     def slope(self, p_nV: Tensor, logp_n: Tensor, rows: slice) -> Tensor:
-        return super().slope(p_nV, logp_n, rows).mul_(self.bend_nV)
+        return super().slope(p_nV, logp_n, rows).mul_(self.bend_nV[: len(p_nV)])

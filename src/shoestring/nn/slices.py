@@ -140,9 +140,7 @@ def rows_of(
 ) -> Rows:  # fmt: skip
     """The rows for these inputs: in C where that can be had and there is no softcap."""
     if softcap:
-        bent = BentRows(hidden_ND, weight_VD, ids_N, temperature, chunk, room)
-        bent.softcap = softcap
-        return bent
+        return BentRows(hidden_ND, weight_VD, ids_N, temperature, chunk, room, softcap)
     if worth_it(native, hidden_ND, weight_VD):
         return SlicedRows(hidden_ND, weight_VD, ids_N, temperature, room)
     way = NativeRows if elements.usable(native, hidden_ND) else Rows

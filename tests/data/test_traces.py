@@ -230,3 +230,30 @@ def test_conversations_are_traces_too(tmp_path: Path) -> None:
         path.write_text(json.dumps({"messages": broken}))
         with pytest.raises(UserError, match=r"line 1: .*a question and then an answer"):
             TraceStore(path).read()
+
+
+def test_an_answer_that_was_cut_off_stays_cut_off_in_a_conversation(tmp_path: Path) -> None:
+    """Else it would be taught as an answer that ends there."""
+    export_traces([example(id="1"), example(id="2", finish_reason="length")], path := tmp_path / "mine.chat.jsonl")
+    assert [trace.finish_reason for trace in TraceStore(path).read()] == ["stop", "length"]
+    path.write_text(path.read_text().replace('"length"', '"end_turn"'))  # another's word for an end of its own
+    assert [trace.finish_reason for trace in TraceStore(path).read()] == ["stop", "stop"]
+
+
+def test_a_store_on_a_read_only_disk_is_read(store: TraceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite would make files beside it; said to lie still, it does not."""
+    store.append(many(3))
+    before = sorted(store.path.parent.iterdir())
+    made: list[str] = []
+    connect = sqlite3.connect
+
+    def seen(address: str, **options: object) -> sqlite3.Connection:
+        made.append(address)
+        return connect(address, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(schema.os, "access", lambda *_: False)  # root may write everywhere but there
+    monkeypatch.setattr(schema.sqlite3, "connect", seen)
+    assert len(store.read()) == 3 and made[-1].endswith("?immutable=1")
+    assert sorted(store.path.parent.iterdir()) == before
+    Path(f"{store.path}-wal").write_bytes(b"1")  # somebody has written there: then it must not be said
+    assert "immutable" not in schema._address(store.path, writable=False)

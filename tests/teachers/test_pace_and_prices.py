@@ -130,6 +130,7 @@ def test_setbacks_of_a_server_slow_the_job_down(server: Server, tmp_path: Path) 
 def test_seconds_in_headers() -> None:
     for text, seconds in (
         ("2", 2), ("1.5", 1.5), ("6m0s", 360), ("20ms", 0.02), ("1h2m3.5s", 3723.5), ("-3", 0), ("soon", None),
+        ("1.2.3s", None), ("..s", None), ("nan", None),
         ("", None), (None, None),
     ):  # fmt: skip
         assert seconds_of(text) == seconds

@@ -16,6 +16,7 @@ from shoestring.core.errors import UserError
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "cancelled"]
+CUT_OFF = ("length", "content_filter", "cancelled")  # how an answer ends that was not over, a provider's too
 TRACE_SCHEMA = 1
 OPTIONAL = ("prompt_logprobs", "thinking_budget", "seed")
 COUNTS = ("n", "top_k", "max_new_tokens", "min_new_tokens", "top_logprobs", *OPTIONAL)

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from shoestring.core.atomic import check_place, disk_full, fsync_path, is_disk_full
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Trace
 from shoestring.data.traces import TraceStore
@@ -26,33 +27,44 @@ JSON_COLUMNS = ("messages", "decoding", "usage", "source")  # nested values, as 
 
 def export(traces: Iterable[Trace] | str | Path, path: str | Path) -> int:
     """Write `traces` (or those of a store) to `path`; how many. Raises UserError for an unknown form."""
-    path = Path(path)
+    path = check_name(Path(path))
     given = TraceStore(traces) if isinstance(traces, str | Path) else traces
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if path.name.endswith(".parquet"):
             count = _parquet(given, temporary)
-        elif path.name.endswith(".jsonl"):
+        else:
             row = chat_row if path.name.endswith(".chat.jsonl") else _row
             count = 0
             with open(temporary, "w", encoding="utf-8") as file:
                 for count, trace in enumerate(given, 1):  # noqa: B007 (the count is wanted)
                     file.write(json.dumps(row(trace)) + "\n")
-        else:
-            raise UserError(f"{path}: traces are exported as .jsonl, .chat.jsonl or .parquet; name the file so.")
+        fsync_path(temporary)
         os.replace(temporary, path)
+        fsync_path(path.parent)
+    except OSError as error:
+        if is_disk_full(error, path.parent):
+            raise disk_full(path) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return count
 
 
+def check_name(path: Path) -> Path:
+    """The path itself. Raises UserError when its name says no form, or where no file can be written."""
+    if not path.name.endswith((".jsonl", ".parquet")):
+        raise UserError(f"{path}: traces are exported as .jsonl, .chat.jsonl or .parquet; name the file so.")
+    return check_place(path)
+
+
 def chat_row(trace: Trace) -> dict[str, Any]:
-    """A trace as a conversation."""
+    """A trace as a conversation; that its answer was cut off stays said, or it would be taught to end there."""
     turn: dict[str, Any] = {"role": "assistant", "content": trace.answer}
     if trace.thinking is not None:
         turn["reasoning_content"] = trace.thinking
-    return {"messages": [*trace.messages, turn], "id": trace.id, "teacher": trace.teacher, "licence": trace.licence}
+    row = {"messages": [*trace.messages, turn], "id": trace.id, "teacher": trace.teacher, "licence": trace.licence}
+    return row if trace.finish_reason == "stop" else row | {"finish_reason": trace.finish_reason}
 
 
 def _row(trace: Trace) -> dict[str, Any]:

@@ -16,6 +16,7 @@ WAL with synchronous=FULL: a commit that returned survives a kill and a power cu
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 from collections.abc import Sequence
@@ -93,18 +94,36 @@ def open_file(file: Path, *, create: bool, writable: bool = True) -> sqlite3.Con
     """A connection in autocommit mode. Raises UserError for what is no store, or one of a newer version."""
     if not create and not file.is_file():
         raise UserError(f"There is no traces store {file}; `shoestring ask --out {file.parent}` makes one.")
+    if create:
+        file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if create:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        base = sqlite3.connect(file, timeout=30, isolation_level=None, check_same_thread=False, cached_statements=512)
+        base = sqlite3.connect(
+            _address(file, writable), uri=True, timeout=30, isolation_level=None, check_same_thread=False,
+            cached_statements=512,
+        )  # fmt: skip
+    except sqlite3.DatabaseError as error:
+        raise told(error, file) from error
+    try:
         _check(base, file)
         base.execute("PRAGMA journal_mode = WAL" if writable else "PRAGMA query_only = ON")
         base.execute("PRAGMA synchronous = FULL")
         if writable:
             _make(base)
     except sqlite3.DatabaseError as error:
+        base.close()
         raise told(error, file) from error
+    except BaseException:
+        base.close()
+        raise
     return base
+
+
+def _address(file: Path, writable: bool) -> str:
+    """The file as SQLite's URI. One in WAL mode cannot even be read where its folder takes no files beside it (a
+    read-only disk), unless it is said that nobody writes: true there once its log is empty."""
+    log = Path(f"{file}-wal")
+    still = not writable and not os.access(file.parent, os.W_OK) and not (log.exists() and log.stat().st_size)
+    return file.absolute().as_uri() + ("?immutable=1" if still else "")
 
 
 def told(error: sqlite3.Error, file: Path) -> Exception:
@@ -114,7 +133,7 @@ def told(error: sqlite3.Error, file: Path) -> Exception:
         return disk_full(file)
     if "not a database" in text or "malformed" in text:
         return UserError(f"{file} is not a traces store ({text}); give another folder, or restore it from a copy.")
-    if "unable to open" in text:
+    if "unable to open" in text or "readonly" in text:
         return UserError(f"{file} cannot be opened ({text}); check the folder and its permissions.")
     return error
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from shoestring.core.atomic import read_lines
 from shoestring.core.errors import UserError
-from shoestring.core.nouns import Trace
+from shoestring.core.nouns import CUT_OFF, Trace
 from shoestring.data.claims import Answer
 from shoestring.data.schema import ANSWERED, FILE, PICO, Sql, file_of, open_file
 from shoestring.data.store import Store
@@ -83,9 +83,10 @@ class TraceStore:
         store = Store(self.path, create=True, share=True)
         try:
             with store.transaction():
-                return _insert(store, list(traces))
-        finally:
+                stored = _insert(store, list(traces))
             store.base.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            return stored
+        finally:
             store.close()
 
     def read(self) -> list[Trace]:
@@ -93,7 +94,7 @@ class TraceStore:
         return list(self)
 
     def __iter__(self) -> Iterator[Trace]:
-        """The traces one by one, with flat memory."""
+        """The traces one by one: those of a store with flat memory, an export's read whole."""
         if not self.path.exists():
             return
         if self.path.suffix == ".jsonl":
@@ -263,10 +264,11 @@ def _of_chat(row: dict[str, Any]) -> Trace:
     if thinking is None and answer.lstrip().startswith("<think>") and "</think>" in answer:
         thinking, _, answer = answer.lstrip().removeprefix("<think>").partition("</think>")
         thinking, answer = thinking.strip(), answer.strip()
-    teacher = str(row.get("teacher") or "unknown")
+    teacher, finish = str(row.get("teacher") or "unknown"), row.get("finish_reason")
     return Trace(
         id=str(row.get("id") or trace_id(teacher, turns, {}, 0)), teacher=teacher, teacher_reported=teacher,
-        messages=asked, thinking=thinking, answer=answer, prompt_ids=None, token_ids=None, finish_reason="stop",
+        messages=asked, thinking=thinking, answer=answer, prompt_ids=None, token_ids=None,
+        finish_reason=finish if finish in CUT_OFF else "stop",
         task=None, problem_id=None, correct=None, decoding={}, usage={}, cost_usd=0.0,
         licence=str(row.get("licence") or row.get("license") or "unknown"), date="",
     )  # fmt: skip

@@ -83,10 +83,11 @@ class Asking:
             else:
                 ends[0].result()
         finally:
-            ticking.cancel()
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+            for task in (ticking, *workers):
+                task.cancel()
+            told, *_ = await asyncio.gather(ticking, *workers, return_exceptions=True)
+            if isinstance(told, Exception):  # a display that failed stops nothing, and is not passed over
+                self._error = self._error or told
             try:
                 await self.journal.close()
             finally:  # on a full disk too: acceptance reads the store, which is closed next
@@ -264,7 +265,7 @@ class Asking:
         lane.down_since = now if lane.down_since is None else lane.down_since
         gone = now - lane.down_since
         if gone > (lane.patience_s if lane.heard else min(lane.patience_s, 20.0)):
-            self.stop(f"{lane.name}: {trouble.told}; is the server running?", mistake=not lane.heard)
+            self.stop(f"{lane.name}: {trouble.told} (is the server running?)", mistake=not lane.heard)
             return False
         lane.pace.pause(min(15.0, 0.25 + gone / 2) * self._random.uniform(0.8, 1.2))
         return True

@@ -105,6 +105,7 @@ class Api:
     def check(self) -> None:
         """Raises UserError for what can be known to be wrong before anything is asked."""
         check_url(self.url)
+        key_from(self.key)
         if min(self.most, self.n, self.max_tokens, self.tries) < 1:
             raise UserError("concurrency, n, max tokens and tries must be at least 1.")
         if self.weight <= 0:

@@ -22,7 +22,7 @@ START = 16  # requests at once to begin with
 CUT = 0.75
 SLOWER = 4.0  # times the usual seconds an output token, and
 NEVER_SLOW_S = 1.0  # a request faster than this is not slow
-DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:([\d.]+)s)?(?:([\d.]+)ms)?")
+DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d*)?)s)?(?:(\d+(?:\.\d*)?)ms)?", re.ASCII)
 
 
 class Pace:

@@ -12,15 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from shoestring.core.errors import UserError
-from shoestring.core.nouns import Message, Trace
+from shoestring.core.nouns import CUT_OFF, Message, Trace
 from shoestring.data.batch import Example
 from shoestring.data.textbook import MixEntry, conversation, solved
 from shoestring.data.traces import TraceStore
 from shoestring.text.chat import render
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.context import Context
-
-CUT_OFF = ("length", "content_filter", "cancelled")
 
 
 def chat_example(messages: Sequence[Message], tokenizer: Tokenizer) -> Example:

@@ -111,9 +111,8 @@ def start_or_resume(
         return TrainState(model, _optimizers(model, stage)), tokenizer
     step, path = latest
     try:
-        if (
-            path / ADAPTERS
-        ).exists():  # the weights beside them are the sum; the adapters belong to those it began with
+        # beside adapters lie weights that are the sum already; the adapters belong to those the stage began with
+        if (path / ADAPTERS).exists():
             model, tokenizer = fresh()
         else:
             model, tokenizer = _load(path)

@@ -387,13 +387,14 @@ def test_chat_remembers_and_begins_anew(call, monkeypatch):
         def has_work(self):
             return bool(self.pieces)
 
-    def render(turns, tokenizer, generation_prompt):
-        seen.append([(turn.role, turn.content) for turn in turns])
-        return SimpleNamespace(ids=[1])
+    def render(turns, tokenizer):
+        seen.append([(turn["role"], turn["content"]) for turn in turns])
+        return [1]
 
-    monkeypatch.setattr(shoestring.models.checkpoint, "load", lambda path: ("model", "tokenizer"))
+    tokenizer = SimpleNamespace(decode=lambda ids: "<|assistant|>")
+    monkeypatch.setattr(shoestring.models.checkpoint, "load", lambda path: ("model", tokenizer))
     monkeypatch.setattr(shoestring.infer.engine, "Engine", Engine)
-    monkeypatch.setattr(shoestring.text.chat, "render", render)
+    monkeypatch.setattr(shoestring.text.chat, "render_turns", render)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n\n/new\nthree\n"))
     code, out, _ = call("chat", "folder", "--system", "Be brief.")
     assert code == 0
@@ -404,3 +405,91 @@ def test_chat_remembers_and_begins_anew(call, monkeypatch):
         [system, ("user", "one"), ("assistant", "42"), ("user", "two")],
         [system, ("user", "three")],
     ]
+
+
+# ---- where it is used -------------------------------------------------------------------------------------------
+
+
+def _examples():
+    """Every line that some --help shows behind a dollar sign, as a shell would take it."""
+    import typer
+
+    def walk(command, path):
+        for text in re.findall(r"\$ (shoestring (?:.*\\\n)*.*)", command.help or ""):
+            yield path, text
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from walk(inner, [*path, name])
+
+    return list(walk(typer.main.get_command(cli.app), []))
+
+
+@pytest.mark.parametrize(("path", "text"), _examples(), ids=lambda value: value if isinstance(value, str) else "")
+def test_every_example_is_one_that_can_be_typed(path, text):
+    """Its words are those of a verb and of options that exist; nothing a shell expands, no line too wide to copy."""
+    import shlex
+
+    import typer
+
+    assert all(len(line) < 76 for line in text.splitlines())
+    assert "$" not in re.sub(r"'[^']*'", "", text) and "…" not in text
+    words = shlex.split(text.replace("\\\n", ""))[1:]
+    command = typer.main.get_command(cli.app)
+    while words and words[0] in getattr(command, "commands", {}):
+        command = command.commands[words.pop(0)]
+    command = getattr(command, "commands", {}).get("run", command)  # `plan MODEL` is `plan run MODEL`
+    with command.make_context("shoestring", list(words)):
+        pass
+
+
+def test_a_place_that_cannot_be_had_is_a_sentence(call, road, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for words in (["plan", "validate", "--out", "file/page.md"], ["keys", "create", "ann", "--store", "file/keys.db"],
+                  ["check", "--news", "--out", "."], ["plan", "calibrate", "--out", "file/here.json"]):  # fmt: skip
+        code, _, err = call(*words)
+        assert code == 2 and err.count("\n") == 1 and "Traceback" not in err, words
+
+    def run_recipe(*_, **__):
+        raise OSError(30, "Read-only file system", "runs/x")
+
+    road.run_recipe = run_recipe
+    code, _, err = call("run", "quickstart")
+    assert (code, err) == (2, "runs/x: Read-only file system; give another place, or mend this one.\n")
+
+
+SELF = [sys.executable, "-m", "shoestring"]
+
+
+def test_output_that_cannot_be_kept_is_no_success():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*SELF, "list"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("No space left on device") and done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    command = f"'{sys.executable}' -m shoestring check --news | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout == "# The claims of the news, checked\n" and not done.stderr
+
+
+def test_letters_that_the_output_lacks_are_written_otherwise():
+    done = subprocess.run([sys.executable, "-m", "shoestring", "check", "--news"], capture_output=True,
+                          env={"PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert done.returncode == 0 and not done.stderr and done.stdout.isascii()
+
+
+def test_a_terminal_too_narrow_for_a_table_gets_its_rows(capsys, monkeypatch):
+    from rich.console import Console
+
+    from shoestring import cli_options
+
+    name = "teacher-pretrain-of-a-long-name"
+    rows = [{"stage": name, "tokens": 1234567, "seconds": 75.0, "usd": -12.5, "note": "[x]"}]
+    cli_options.print_table(rows)
+    wide = capsys.readouterr().out
+    assert name in wide and "-$12.50" in wide and "[x]" in wide
+    monkeypatch.setattr(cli_options, "console", lambda: Console(width=40))
+    cli_options.print_table(rows)
+    narrow = capsys.readouterr().out
+    assert name in narrow and "tokens 1.23M" in narrow and "note [x]" in narrow
+    assert max(map(len, narrow.splitlines())) <= 40

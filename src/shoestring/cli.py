@@ -6,6 +6,9 @@ output (`--json`: one document), everything else to standard error.
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import signal
 import sys
 import traceback
@@ -18,6 +21,11 @@ from shoestring import __version__, cli_chat, cli_export, cli_parts, cli_plan, c
 from shoestring.core.errors import UserError
 
 DONE, FAILED, MISTAKE = 0, 1, 2
+# a place that the user named and that cannot be read or written: said in a sentence, whichever verb stumbled over it
+PLACES = frozenset(
+    (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP,
+     errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT)
+)  # fmt: skip
 
 app = typer.Typer(
     name="shoestring",
@@ -51,12 +59,17 @@ for _verbs in (cli_road, cli_plan, cli_chat, cli_serve, cli_report, cli_export, 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     signal.signal(signal.SIGTERM, _terminated)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # where it is not UTF-8, a letter it lacks is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(sys.argv[1:] if argv is None else argv, prog_name="shoestring", standalone_mode=False)
+        sys.stdout.flush()  # a report that does not fit on its disk is no success
     except UserError as error:
         return _tell(error, str(error), MISTAKE)
     except KeyboardInterrupt:
         return _interrupted()
+    except BrokenPipeError as error:
+        return _pipe_closed(error)
     except Exception as error:
         return _usage_or_failure(error)
     return _interrupted() if code == 130 else code if isinstance(code, int) else DONE
@@ -71,16 +84,27 @@ def _interrupted() -> int:
     return FAILED
 
 
+def _pipe_closed(error: BrokenPipeError) -> int:
+    """Who read our output has left (`| head`): nobody is there to be told, and nothing more is written at the exit."""
+    if getattr(error, "__notes__", None):
+        return _tell(error, f"Failed: {error}", FAILED)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAILED
+
+
 def _usage_or_failure(error: Exception) -> int:
     sentence = getattr(error, "format_message", None)  # a usage error of the command-line parser
     if sentence is not None:
         if sentence():  # empty: nothing was asked, and the help has been shown
             print(f"{sentence()} (`shoestring --help` and `shoestring VERB --help` show how.)", file=sys.stderr)
         return MISTAKE
-    if not getattr(error, "__notes__", None):  # not from within a stage: a fault of the program
-        traceback.print_exc()
-        return FAILED
-    return _tell(error, f"Failed: {type(error).__name__}: {error}", FAILED)
+    if getattr(error, "__notes__", None):
+        return _tell(error, f"Failed: {type(error).__name__}: {error}", FAILED)
+    if isinstance(error, OSError) and error.errno in PLACES:
+        place = f"{error.filename}: " if error.filename else ""
+        return _tell(error, f"{place}{error.strerror}; give another place, or mend this one.", MISTAKE)
+    traceback.print_exc()  # not from within a stage: a fault of the program
+    return FAILED
 
 
 def _tell(error: BaseException, sentence: str, code: int) -> int:

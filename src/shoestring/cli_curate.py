@@ -44,13 +44,19 @@ def curate(
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Run the chain of filters over a store."""
+    from shoestring.core.atomic import check_place
     from shoestring.core.progress import Progress
     from shoestring.curate._sieve import run
     from shoestring.data.card import write_card
+    from shoestring.data.export import check_name
     from shoestring.data.export import export as write
     from shoestring.data.places import open_store
 
     chain = chain_of((filters or ",".join(USUAL)).split(","), against or [], option or [])
+    for path in export or []:
+        check_name(path)
+    for path in filter(None, (card, page)):
+        check_place(path)
     opened = open_store(store)
     try:
         (whole,) = opened.sql.execute("SELECT count(*) FROM answers").fetchone()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoestring.cli_options import RESULTS, RUNS, Json, RunsDir, described, emit_json, print_table
-from shoestring.core.errors import UserError
+from shoestring.core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from shoestring.core.run import Run
@@ -31,6 +31,7 @@ def register(app: typer.Typer) -> None:
     app.command("provenance", help=text, rich_help_panel=RESULTS)(provenance)
 
 
+DTYPES = ("float32", "bfloat16", "float16")
 Permission = Annotated[
     bool, typer.Option("--i-have-permission", help="Export though a teacher's terms forbid it or are not known.")
 ]
@@ -47,6 +48,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Exit 2 when a teacher's terms stand in the way and permission is not stated."""
+    from shoestring.core.atomic import check_place
     from shoestring.core.run import Run
     from shoestring.report.provenance import hindrances, sources
 
@@ -56,6 +58,9 @@ def export(
         raise UserError(f"run {made.name} is not finished or made no model; there is nothing to export.")
     if folder.exists():
         raise UserError(f"{folder} exists; give a folder that does not, so that nothing is overwritten.")
+    check_place(folder)
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f'--dtype is "{dtype}".{did_you_mean(dtype, DTYPES)}')
     found = sources(made.path)
     if (said := hindrances(found)) and not permission:
         raise UserError(f"{'; '.join(said)}: export with --i-have-permission if you do, and the card will say so.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,12 +25,24 @@ Again = Annotated[bool, typer.Option("--again", help="Make finished stages anew,
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
 RUNS = Path("runs")
+NARROW = 12  # characters of a column of text at least, before a table is given up
+EXAMPLE_WIDTH = 68  # so that no terminal of 80 columns breaks the line anew
 
 
 def described(summary: str, *examples: str) -> str:
-    """Help of a verb: what it does, and examples of its use."""
-    lines = "\n".join(f"  $ {example}" for example in examples)
+    """Help of a verb: what it does, and examples of its use, as they can be copied into a shell."""
+    lines = "\n".join(f"  $ {_folded(example)}" for example in examples)
     return f"{summary}\n\n\b\nExamples:\n{lines}"
+
+
+def _folded(command: str) -> str:
+    """A long command on several lines, each but the last ended so that a shell reads on."""
+    lines = [""]
+    for words in re.findall(r"""(?:--\S+ (?!-))?(?:'[^']*'|"[^"]*"|[^\s'"])+""", command):  # an option and its value
+        if len(lines[-1]) + len(words) > EXAMPLE_WIDTH:
+            lines.append("")
+        lines[-1] += f" {words}" if lines[-1] else words
+    return " \\\n      ".join(lines)
 
 
 def emit_json(document: Any) -> None:
@@ -46,20 +59,38 @@ def console(*, err: bool = False) -> Console:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], *, title: str | None = None) -> None:
-    """Rows of equal keys as a table on standard output; numbers to the right, in short form."""
+    """Rows of equal keys as a table on standard output, numbers to the right, in short form; where the terminal is too
+    narrow for it, row after row."""
     from rich import box
+    from rich.markup import escape
+    from rich.padding import Padding
     from rich.table import Table
+    from rich.text import Text
 
     if not rows:
         return
+    out, table = console(), Table(box=box.SIMPLE_HEAD)
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in columns:
+    told = [[short(row.get(column), column) for column in columns] for row in rows]
+    least = 1
+    for column, *cells in zip(columns, *told, strict=True):
         numeric = any(_is_number(row.get(column)) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
-    for row in rows:
-        table.add_row(*(short(row.get(column), column) for column in columns))
-    console().print(table)
+        longest = max(map(len, (column, *cells)))
+        least += 3 + (longest if numeric else min(longest, NARROW))
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold",
+                         min_width=None if numeric else min(longest, NARROW))  # fmt: skip
+    for cells in told:
+        table.add_row(*map(escape, cells))
+    if title:  # the table's own would be folded to its width
+        out.print(title, markup=False)
+    if least <= out.width:
+        out.print(table)
+        return
+    for first, *cells in told:
+        facts = [f"{column} {cell}" for column, cell in zip(columns[1:], cells, strict=True) if cell != "-"]
+        out.print(Padding(Text(first, "bold"), (1, 0, 0, 2)))
+        out.print(Padding(Text("  ".join(facts)), (0, 0, 0, 4)))
+    out.print()
 
 
 def readable(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +124,7 @@ def short(value: Any, column: str = "") -> str:
     if "seconds" in name:
         return _time(float(value))
     if "usd" in name:
-        return f"${value:,.2f}" if value >= 1 else f"${value:.4f}"
+        return f"{'-' if value < 0 else ''}${abs(value):,.{2 if abs(value) >= 1 else 4}f}"
     return _number(value)
 
 

@@ -5,59 +5,55 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
+from shoestring.cli_options import described, emit_json
+from shoestring.core.atomic import check_place, write_text
 from shoestring.core.errors import UserError
 
 PANEL = "What it would cost"
-PLAN_HELP = """Price a training run before it is run.
+PLAN_HELP = described(
+    "Price a training run before it is run.",
+    "shoestring plan deepseek-v3 --tokens 14.8T --on 2048xH800 --usd-per-hour 2",
+    "shoestring plan config.json --tokens 2T --on any --rule 2023-06-01:China --deadline 60d",
+    "shoestring plan quickstart --on 1xH100",
+)
+TABLE_HELP = described(
+    "Predict every row of a table of runs, each row left out of the fit.",
+    "shoestring plan table published_runs.csv",
+    "shoestring plan table mine.csv --json",
+)
+STAGE_HELP = described(
+    "Price one stage other than pretraining.",
+    "shoestring plan stage distill qwen2.5-7b --tokens 4.3B --epochs 2.5 --on 64xH100",
+    "shoestring plan stage rl deepseek-v3 --samples 5.3M --length 8000 --on 512xH800",
+)
+ASK_HELP = described(
+    "Price asking a teacher: its API against chips of one's own.",
+    'shoestring plan ask "deepseek-reasoner (R1)" --questions 1M --tokens-out 5355',
+    "shoestring plan ask gpt-5-mini --questions 200K --acceptance 0.5",
+)
+CHECK_HELP = described(
+    "What a claim about a run implies, and whether it holds.",
+    "shoestring check '2048 H800, 2.788M hours, $5.576M, 14.8T tokens, deepseek-v3'",  # a shell would read "$5"
+    "shoestring check --news --out claims.md",
+)
 
-Examples:
 
-  shoestring plan deepseek-v3 --tokens 14.8T --on 2048xH800 --usd-per-hour 2
-
-  shoestring plan config.json --tokens 2T --on any --rule 2023-06-01:China --deadline 60d
-
-  shoestring plan quickstart --on 1xH100
-"""
-TABLE_HELP = """Predict every row of a table of runs, each row left out of the fit.
-
-Examples:
-
-  shoestring plan table published_runs.csv
-
-  shoestring plan table mine.csv --json
-"""
-STAGE_HELP = """Price one stage other than pretraining.
-
-Examples:
-
-  shoestring plan stage distill qwen2.5-7b --tokens 4.3B --epochs 2.5 --on 64xH100
-
-  shoestring plan stage rl deepseek-v3 --samples 5.3M --length 8000 --on 512xH800
-"""
-ASK_HELP = """Price asking a teacher: its API against chips of one's own.
-
-Examples:
-
-  shoestring plan ask "deepseek-reasoner (R1)" --questions 1M --tokens-out 5355
-
-  shoestring plan ask gpt-5-mini --questions 200K --acceptance 0.5
-"""
-CHECK_HELP = """What a claim about a run implies, and whether it holds.
-
-Examples:
-
-  shoestring check "2048 H800, 2.788M hours, $5.576M, 14.8T tokens, deepseek-v3"
-
-  shoestring check --news --out docs/claims.md
-"""
+VALIDATE_HELP = described(
+    "The planner against what was published: V3 in four rows, R1 by stage, every published run.",
+    "shoestring plan validate",
+    "shoestring plan validate --out plan-validation.md",
+)
+CALIBRATE_HELP = described(
+    "Measure this machine's parts of a training step and its messages, so that plans for it are narrow.",
+    "shoestring plan calibrate",
+    "shoestring plan calibrate --device cuda --dtype bfloat16 --out gpu.json",
+)
 
 
 class _PlanGroup(typer.core.TyperGroup):
@@ -67,23 +63,6 @@ class _PlanGroup(typer.core.TyperGroup):
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
             args = ["run", *args]
         return super().parse_args(ctx, args)
-
-
-def _guarded(work: Callable[[], Any]) -> Any:
-    """Run; a user's mistake becomes one sentence and exit code 2."""
-    try:
-        return work()
-    except UserError as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise typer.Exit(2)
-
-
-def _json(document: Any) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
 def _plan_run(
@@ -107,36 +86,35 @@ def _plan_run(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="the table only")] = False,
 ) -> None:
-    def work() -> None:
-        from shoestring.cost import show_plan
-        from shoestring.cost.bill import ledger, to_rows
+    from shoestring.cost import show_plan
+    from shoestring.cost.bill import ledger, to_rows
 
-        if _is_recipe(model):
-            given = {"tokens": tokens, "batch": batch, "precision": precision, "layout": layout, "budget": budget,
-                     "deadline": deadline, "rule": rule, "calibration": calibration, "report": report, "bill": bill,
-                     "seq-len": seq_len != 4096, "by": by != "cost"}  # fmt: skip
-            _refuse([name for name, value in given.items() if value])
-            return _plan_recipe(model, on, usd_per_hour, as_json)
-        if not tokens:
-            raise UserError("give the training tokens: --tokens, like 14.8T.")
+    if _is_recipe(model):
+        given = {"tokens": tokens, "batch": batch, "precision": precision, "layout": layout, "budget": budget,
+                 "deadline": deadline, "rule": rule, "calibration": calibration, "report": report, "bill": bill,
+                 "seq-len": seq_len != 4096, "by": by != "cost"}  # fmt: skip
+        _refuse([name for name, value in given.items() if value])
+        return _plan_recipe(model, on, usd_per_hour, as_json)
+    if not tokens:
+        raise UserError("give the training tokens: --tokens, like 14.8T.")
+    if report is not None:
+        check_place(report)
 
-        options: dict[str, Any] = {"seq_len": seq_len, "global_batch": batch, "usd_per_hour": usd_per_hour}
-        answer = show_plan.make(
-            model, tokens, on, precision=precision, layout=layout, by=by, budget=budget, deadline=deadline, rule=rule,
-            calibration=calibration, **options,
-        )  # fmt: skip
-        if report is not None:
-            from shoestring.cost.page import write_report
+    options: dict[str, Any] = {"seq_len": seq_len, "global_batch": batch, "usd_per_hour": usd_per_hour}
+    answer = show_plan.make(
+        model, tokens, on, precision=precision, layout=layout, by=by, budget=budget, deadline=deadline, rule=rule,
+        calibration=calibration, **options,
+    )  # fmt: skip
+    if report is not None:
+        from shoestring.cost.page import write_report
 
-            write_report(answer, report)
-            if not quiet:
-                print(f"report: {report}", file=sys.stderr)
-        if as_json:
-            _json(answer.to_dict() | ({"bill": to_rows(ledger(answer.usd))} if bill else {}))
-        else:
-            print(show_plan.text(answer) + (show_plan.bill_text(answer) if bill else ""))
-
-    _guarded(work)
+        write_report(answer, report)
+        if not quiet:
+            print(f"report: {report}", file=sys.stderr)
+    if as_json:
+        emit_json(answer.to_dict() | ({"bill": to_rows(ledger(answer.usd))} if bill else {}))
+    else:
+        print(show_plan.text(answer) + (show_plan.bill_text(answer) if bill else ""))
 
 
 def _is_recipe(name: str) -> bool:
@@ -159,43 +137,32 @@ def _plan_recipe(name: str, on: str, usd_per_hour: float | None, as_json: bool) 
     if on == "any":
         raise UserError("a recipe is priced on chips of your choice: give --on, like 8xH100.")
     document = price.price(resolve_recipe(name, []), parse_cluster(on), usd_per_hour=usd_per_hour)
-    _json(document) if as_json else print(price.text(document))
+    emit_json(document) if as_json else print(price.text(document))
 
 
 def _plan_table(
     file: Annotated[Path, typer.Argument(help="CSV in the format of published_runs.csv")],
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output")] = False,
 ) -> None:
-    def work() -> None:
-        from shoestring.cost.rows import NEEDED
-        from shoestring.cost.show_plan import table_text
-        from shoestring.cost.table import predict_table
-        from shoestring.cost.tables import read_rows
+    from shoestring.cost.rows import NEEDED
+    from shoestring.cost.show_plan import table_text
+    from shoestring.cost.table import predict_table
+    from shoestring.cost.tables import read_rows
 
-        document = predict_table(read_rows(file, NEEDED))
-        _json(document) if as_json else print(table_text(document))
-
-    _guarded(work)
+    document = predict_table(read_rows(file, NEEDED))
+    emit_json(document) if as_json else print(table_text(document))
 
 
 def _plan_validate(
-    out: Annotated[Path, typer.Option(help="where to write")] = Path("docs/plan-validation.md"),
+    out: Annotated[Path | None, typer.Option(help="write the page here, not to standard output")] = None,
 ) -> None:
-    """Write the validation page: V3 in four rows, R1 by stage, every published run.
+    from shoestring.cost.validation import page
 
-    Examples:
-      shoestring plan validate
-
-      shoestring plan validate --out docs/plan-validation.md
-    """
-
-    def work() -> None:
-        from shoestring.cost.validation import page
-
-        out.write_text(page(), encoding="utf-8")
-        print(f"wrote {out}", file=sys.stderr)
-
-    _guarded(work)
+    if out is None:
+        print(page(), end="")
+        return
+    write_text(check_place(out), page())
+    print(f"wrote {out}", file=sys.stderr)
 
 
 def _plan_calibrate(
@@ -207,27 +174,17 @@ def _plan_calibrate(
     messages: Annotated[bool, typer.Option(help="also measure all-to-all between this machine's devices")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output")] = False,
 ) -> None:
-    """Measure this machine's parts of a training step and its messages, so that plans for it are narrow.
+    from shoestring import cli_measure
 
-    Examples:
-      shoestring plan calibrate
-
-      shoestring plan calibrate --device cuda --dtype bfloat16 --out gpu.json
-    """
-
-    def work() -> None:
-        from shoestring import cli_measure
-
-        if dtype not in ("float32", "bfloat16"):
-            raise UserError(f'--dtype is "{dtype}"; it is float32 or bfloat16.')
-        if threads < 0:
-            raise UserError(f"--threads is {threads}; give a number from 1 up, or 0 for torch's default.")
-        measured = cli_measure.measure(threads, steps=steps, device=device, dtype=dtype, messages=messages)
-        measured.save(out)
-        print(f"wrote {out}", file=sys.stderr)
-        _json(measured.to_dict()) if as_json else print(measured.text())
-
-    _guarded(work)
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f'--dtype is "{dtype}"; it is float32 or bfloat16.')
+    check_place(out)
+    if threads < 0:
+        raise UserError(f"--threads is {threads}; give a number from 1 up, or 0 for torch's default.")
+    measured = cli_measure.measure(threads, steps=steps, device=device, dtype=dtype, messages=messages)
+    measured.save(out)
+    print(f"wrote {out}", file=sys.stderr)
+    emit_json(measured.to_dict()) if as_json else print(measured.text())
 
 
 def _plan_stage(
@@ -243,14 +200,11 @@ def _plan_stage(
     usd_per_hour: Annotated[float | None, typer.Option(help="rent of one chip-hour")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output")] = False,
 ) -> None:
-    def work() -> None:
-        from shoestring.cost.show_stage import stage, stage_text
+    from shoestring.cost.show_stage import stage, stage_text
 
-        answer = stage(kind, model, on, tokens=tokens, samples=samples, length=length, teacher=teacher, epochs=epochs,
-                       acceptance=acceptance, usd_per_hour=usd_per_hour)  # fmt: skip
-        _json(answer) if as_json else print(stage_text(answer))
-
-    _guarded(work)
+    answer = stage(kind, model, on, tokens=tokens, samples=samples, length=length, teacher=teacher, epochs=epochs,
+                   acceptance=acceptance, usd_per_hour=usd_per_hour)  # fmt: skip
+    emit_json(answer) if as_json else print(stage_text(answer))
 
 
 def _plan_ask(
@@ -262,13 +216,10 @@ def _plan_ask(
     cached: Annotated[float, typer.Option(help="share of the input that is cached")] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output")] = False,
 ) -> None:
-    def work() -> None:
-        from shoestring.cost.show_stage import ask, ask_text
+    from shoestring.cost.show_stage import ask, ask_text
 
-        answer = ask(teacher, questions, tokens_in, tokens_out, acceptance=acceptance, cached=cached)
-        _json(answer) if as_json else print(ask_text(answer))
-
-    _guarded(work)
+    answer = ask(teacher, questions, tokens_in, tokens_out, acceptance=acceptance, cached=cached)
+    emit_json(answer) if as_json else print(ask_text(answer))
 
 
 def _check(
@@ -277,25 +228,22 @@ def _check(
     out: Annotated[Path | None, typer.Option(help="write the page here (with --news)")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output")] = False,
 ) -> None:
-    def work() -> None:
-        import shoestring.cost.claims as claims
-        import shoestring.cost.news as news_pages
+    import shoestring.cost.claims as claims
+    import shoestring.cost.news as news_pages
 
-        if news:
-            document = news_pages.answers()
-            if out is not None:
-                out.write_text(news_pages.page(document), encoding="utf-8")
-                print(f"wrote {out}", file=sys.stderr)
-            _json(document) if as_json else print(news_pages.page(document))
-            return
-        if not claim.strip():
-            raise UserError(
-                'give a claim in quotes, like "2048 H800, 2.788M hours, $5.576M, 14.8T tokens, deepseek-v3".'
-            )
-        verdict = claims.check(claim)
-        _json(verdict.to_dict()) if as_json else print(verdict.text())
-
-    _guarded(work)
+    if out is not None and not news:
+        raise UserError("--out belongs to --news; leave it out.")
+    if news:
+        document = news_pages.answers()
+        if out is not None:
+            write_text(check_place(out), news_pages.page(document))
+            print(f"wrote {out}", file=sys.stderr)
+        emit_json(document) if as_json else print(news_pages.page(document))
+        return
+    if not claim.strip():
+        raise UserError("give a claim in quotes, like '2048 H800, 2.788M hours, $5.576M, 14.8T tokens, deepseek-v3'.")
+    verdict = claims.check(claim)
+    emit_json(verdict.to_dict()) if as_json else print(verdict.text())
 
 
 def register(app: typer.Typer) -> None:
@@ -305,7 +253,7 @@ def register(app: typer.Typer) -> None:
     group.command("table", help=TABLE_HELP)(_plan_table)
     group.command("stage", help=STAGE_HELP)(_plan_stage)
     group.command("ask", help=ASK_HELP)(_plan_ask)
-    group.command("validate")(_plan_validate)
-    group.command("calibrate")(_plan_calibrate)
+    group.command("validate", help=VALIDATE_HELP)(_plan_validate)
+    group.command("calibrate", help=CALIBRATE_HELP)(_plan_calibrate)
     app.add_typer(group, name="plan", rich_help_panel=PANEL)
     app.command("check", help=CHECK_HELP, rich_help_panel=PANEL)(_check)

@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
         "shoestring synthesize --method evolve --seeds q.jsonl --count 5000 --teacher https://api.deepseek.com/v1 "
         "--model deepseek-chat --budget 5 --against gsm8k_test.jsonl --out prompts/ --dry-run",
         "shoestring synthesize --method nothing --teacher http://127.0.0.1:8000 --model mine --template mine/ "
-        "--count 1000 --out prompts/ && shoestring ask --questions prompts/questions.jsonl …",
+        "--count 1000 --out prompts/",
     )
     app.command("synthesize", help=text, rich_help_panel=ROAD)(synthesize)
 
@@ -40,7 +40,7 @@ def synthesize(
     teacher: Annotated[str | None, typer.Option(help="An OpenAI-compatible API's address; or a checkpoint, a run, recorded traces.")] = None,
     model: Annotated[str | None, typer.Option(help="The model's name there.")] = None,
     teachers: Annotated[Path | None, typer.Option(help="Several teachers: a JSON or YAML list of their options.")] = None,
-    template: Annotated[str | None, typer.Option(help="For `nothing`: the folder of the teacher's tokenizer, or chatml, llama3, deepseek.")] = None,
+    template: Annotated[str | None, typer.Option(help="For `nothing`: the folder of the teacher's tokenizer, a run, or chatml, llama3, deepseek.")] = None,
     system: Annotated[str | None, typer.Option(help="For `nothing`: a system prompt before the user's turn, to steer what is asked.")] = None,
     prefix: Annotated[str | None, typer.Option(help="For `nothing`: the text itself that opens the user's turn.")] = None,
     stop: Annotated[str | None, typer.Option(help="With --prefix: what ends the user's turn.")] = None,
@@ -122,6 +122,7 @@ def _pool(given: SimpleNamespace) -> Pool:
 
 def _stream(given: SimpleNamespace) -> tuple[Stream, tuple[str, ...], tuple[int, ...]]:
     """(the requests, what ends a user's turn, the ids of that)."""
+    from shoestring.cli_chat import weights_of
     from shoestring.curate import _writing
     from shoestring.curate._synthesis_ask import opening_of
 
@@ -139,7 +140,7 @@ def _stream(given: SimpleNamespace) -> tuple[Stream, tuple[str, ...], tuple[int,
         raise UserError(
             "--method nothing needs the teacher's template: --template FOLDER or a known name, or --prefix TEXT."
         )
-    before, after, ids = opening_of(template, given.system)
+    before, after, ids = opening_of(weights_of(template), given.system)
     return _writing.nothing(before), (after,) if after else (), ids
 
 
@@ -162,11 +163,12 @@ def _teacher(given: SimpleNamespace, stops: tuple[str, ...], ids: tuple[int, ...
         return over_http(
             given.out, _apis(given, stops, ids), _budget(given), retry_failed=given.retry_failed, quiet=given.quiet
         )
+    from shoestring.cli_chat import weights_of
     from shoestring.core.nouns import Sampling
     from shoestring.teachers._local import load_local
     from shoestring.text.tokenizer import Tokenizer
 
-    ends = (*ids, Tokenizer.load(given.teacher).end) if ids else ()
+    ends = (*ids, Tokenizer.load(weights_of(given.teacher)).end) if ids else ()
     decoding = Sampling(
         max_new_tokens=given.max_tokens, temperature=given.temperature, top_p=1.0 if given.top_p is None else given.top_p,
         seed=given.seed, stop_ids=ends,

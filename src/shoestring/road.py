@@ -236,9 +236,12 @@ def result_rows(recipe: Recipe, runs: Mapping[str, Run]) -> list[dict[str, Any]]
 
 
 def report_recipe(recipe: Recipe, runs_dir: Path, runs: Mapping[str, Run] | None = None) -> Path:
-    """Write the report of a recipe from what its finished runs left."""
-    if runs is None:
-        runs = find_runs(recipe, Path(runs_dir))
+    """Write the report of a recipe from what its finished runs left. Raises UserError where there is none of them."""
+    if runs is None and not (runs := find_runs(recipe, Path(runs_dir))):
+        raise UserError(
+            f'{runs_dir} holds no run of recipe "{recipe.name}" with these settings; run it first, or say where by '
+            "--runs, and what was changed by --set."
+        )
     path = Path(runs_dir) / f"report-{recipe.name}-{recipe.digest()}.html"
     return write_report(recipe, runs, Path(runs_dir), path)
 

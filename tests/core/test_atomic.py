@@ -6,12 +6,23 @@ import os
 import subprocess
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from shoestring.core import atomic
-from shoestring.core.atomic import DiskFull, append_line, commit_dir, is_disk_full, read_lines, write_json, write_text
+from shoestring.core.atomic import (
+    DiskFull,
+    append_line,
+    check_place,
+    commit_dir,
+    is_disk_full,
+    read_lines,
+    write_json,
+    write_text,
+)
 from shoestring.core.config import Config
+from shoestring.core.errors import UserError
 from shoestring.core.run import Run
 
 
@@ -145,3 +156,16 @@ def test_other_libraries_errors_for_a_full_disk_are_known(tmp_path):
     with small_disk(tmp_path / "disk") as disk:
         (disk / "fill").write_bytes(b"0" * 256 * 1024)
         assert is_disk_full(SafetensorError("I/O error"), disk)
+
+
+def test_a_reason_that_is_known_is_not_a_full_disk(tmp_path):
+    """/proc has no room at all, and "no such file" is what is wrong there."""
+    assert not is_disk_full(FileNotFoundError(2, "No such file or directory"), Path("/proc"))
+
+
+def test_a_place_is_tried_before_the_work(tmp_path):
+    assert check_place(tmp_path / "new" / "page.md").parent.is_dir() and not list((tmp_path / "new").iterdir())
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "x", Path("/proc/x")):
+        with pytest.raises(UserError, match=r"is a folder|cannot be written"):
+            check_place(path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 
 from shoestring.core.progress import Progress
 
@@ -63,3 +65,18 @@ def test_large_units():
     with Progress(3.5e12, title="control", unit="FLOPs", stream=stream) as bar:
         bar.update(3.5e12)
     assert stream.getvalue().startswith("control  3.50e+12/3.50e+12 FLOPs (100%)")
+
+
+def test_what_is_under_way_outlives_who_watches():
+    """`shoestring … 2>&1 | head`: a display that nobody reads any more must not end a training."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as gone:
+        try:
+            with Progress(3, title="sft", stream=gone, every_s=0) as bar:
+                for step in (1, 2, 3):
+                    bar.update(step)
+            assert bar.quiet
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                gone.close()

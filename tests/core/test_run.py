@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import subprocess
@@ -13,6 +15,7 @@ import pytest
 from shoestring.core import again, host, ledger, manifest
 from shoestring.core.config import Config
 from shoestring.core.errors import UserError
+from shoestring.core.lock import locked
 from shoestring.core.run import Run, runs_tree, totals
 
 
@@ -320,3 +323,40 @@ def test_core_loads_no_torch():
     modules = ", ".join(f"shoestring.core.{name}" for name in ("run", "progress", "parts", "ledger"))
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_who_opens_a_run_at_the_same_moment_finds_it(opened, monkeypatch):
+    """Two processes that both saw no run yet: the second must not write the first one's manifest anew."""
+    first = opened()
+    with first.attempt():
+        monkeypatch.setattr("shoestring.core.run.newest_run", lambda root, base: (None, 0))
+        with pytest.MonkeyPatch.context() as patch:  # a lock is its process's own: in this one it would be given again
+            patch.setattr("shoestring.core.run.locked", lambda path, what: contextlib.nullcontext())
+            assert opened().manifest["attempts"] == 1
+    assert json.loads((first.path / "manifest.json").read_text())["attempts"] == 1
+
+
+def test_the_code_of_a_run_is_its_kernels_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "_PACKAGE", tmp_path)
+    (tmp_path / "a.py").write_text("x = 1")
+    found = []
+    for text in ("int a;", "int b;"):
+        (tmp_path / "a.c").write_text(text)
+        found.append(host.code_digest.__wrapped__())
+    assert len(set(found)) == 2
+
+
+def test_a_ledger_of_something_else_is_said(tmp_path):
+    for line, words in (("[1]", "no entry"), ('{"schema": 1, "run": "x"}', "reads schema 1")):
+        (tmp_path / ledger.FILE).write_text(line + "\n")
+        with pytest.raises(UserError, match=words):
+            ledger.read(tmp_path)
+
+
+def test_a_disk_without_locks_is_not_another_process(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("shoestring.core.lock.fcntl.lockf", refuse)
+    with pytest.raises(UserError, match="cannot be locked"), locked(tmp_path / ".lock", "run x"):
+        pass

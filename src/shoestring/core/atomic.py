@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,8 +47,27 @@ def is_disk_full(error: BaseException, path: Path) -> bool:
         if any(os.strerror(code) in str(cause) for code in _FULL):
             return True
         cause = cause.__cause__ or cause.__context__
+    if isinstance(error, OSError) and error.errno is not None:
+        return False  # the system has named another reason
     wrote = isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or "write" in str(error).lower()
     return wrote and shutil.disk_usage(path).free < _NEARLY_NOTHING
+
+
+def check_place(path: Path) -> Path:
+    """`path` itself, its folder made. Raises UserError where no file can be written there: asked before the work whose
+    result it is to hold."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file in it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        if error.errno in _FULL:
+            raise disk_full(path) from error
+        raise UserError(f"{path} cannot be written ({error.strerror}); give another place.") from error
+    return path
 
 
 @contextmanager
@@ -83,7 +103,7 @@ def write_bytes(path: Path, data: bytes) -> Path:
             os.replace(temporary, path)
             fsync_path(path.parent)
     except BaseException:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # not there, or in a read-only folder: the first error is the news
             temporary.unlink()
         raise
     return path

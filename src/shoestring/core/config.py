@@ -256,7 +256,7 @@ def _sentence(model: type[BaseModel], error: pydantic.ValidationError, where: st
 
 def _likeliest(model: type[BaseModel], problems: list[Any]) -> list[Any]:
     """Where a value fits no member of a union, the complaints of the member that it is nearest to."""
-    for start in (loc for problem in problems for loc in [problem["loc"]]):
+    for start in [problem["loc"] for problem in problems]:
         for depth in range(len(start)):
             rivals = [problem for problem in problems if problem["loc"][:depth] == start[:depth]]
             tags = list(dict.fromkeys(problem["loc"][depth] for problem in rivals if len(problem["loc"]) > depth))
@@ -301,9 +301,7 @@ def _walk(annotation: Any, loc: list[str]) -> tuple[Any, list[str]]:
 def _step(annotation: Any, key: str) -> tuple[Any, bool]:
     """The annotation one step further: a field, an item, or (not written by a user) the member of a union."""
     members = _members(annotation)
-    if (
-        len(_choices(annotation)) > 1
-    ):  # the name of a member, as pydantic has it: a class, a tag, "int", "tuple[int, ...]"
+    if len(_choices(annotation)) > 1:  # a member by pydantic's name: a class, a tag, "int", "tuple[int, ...]"
         return next((member for member in members if key in _tags(member)), None), False
     for member in members:
         if _is_model(member) and key in member.model_fields:

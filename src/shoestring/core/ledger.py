@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,12 @@ def append(root: Path, entry: LedgerEntry) -> None:
 def read(root: Path) -> list[LedgerEntry]:
     """Every attempt under `root`, oldest first; a line torn by a kill is left out. Raises UserError."""
     known = {field.name for field in fields(LedgerEntry)}
+    needed = {f.name for f in fields(LedgerEntry) if f.default is MISSING and f.default_factory is MISSING}
     entries = []
     for row in read_lines(root / FILE):
-        if row.get("schema") != SCHEMA or set(row) - known:
+        if not isinstance(row, dict):
+            raise UserError(f"{root / FILE} has a line that is no entry; each is one JSON object. Remove or mend it.")
+        if row.get("schema") != SCHEMA or set(row) - known or needed - set(row):
             raise UserError(
                 f"{root / FILE} has an entry of schema {row.get('schema')!r}; this version of shoestring "
                 f"reads schema {SCHEMA}."

@@ -6,6 +6,7 @@ run from being resumed. Left out: threads of one process (they share the lock) a
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -21,7 +22,9 @@ def locked(path: Path, what: str) -> Iterator[None]:
     with open(path, "a+b", buffering=0) as file:  # unbuffered: on a full disk, closing has nothing left to write
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # not held by anybody: no locks can be had there
+                raise UserError(f"{path} cannot be locked ({error.strerror}); keep {what} on another disk.") from error
             file.seek(0)
             owner = file.read().decode().strip() or "unknown"
             raise UserError(f"Another process (pid {owner}) is at work on {what}; wait for it or stop it.") from None

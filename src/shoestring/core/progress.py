@@ -81,7 +81,15 @@ class Progress:
             self._last_line = now
             share = 100 * done / self.total if self.total else 100.0
             line = f"{self.title}  {_count(done)}/{_count(self.total)} {self.unit} ({share:.0f}%)"
-            print(f"{line}  {self._facts(now, done, tokens, metrics)}", file=self._stream, flush=True)
+            self._say(f"{line}  {self._facts(now, done, tokens, metrics)}")
+
+    def _say(self, line: str) -> None:
+        """Print a line; where nobody reads any more (a closed pipe, a terminal that is gone) nothing from then on:
+        what is under way is worth more than its display."""
+        try:
+            print(line, file=self._stream, flush=True)
+        except OSError:
+            self.quiet = True
 
     def _facts(self, now: float, done: float, tokens: int, metrics: dict[str, float]) -> str:
         assert self._first is not None

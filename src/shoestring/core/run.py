@@ -45,6 +45,7 @@ from shoestring.core.errors import UserError
 from shoestring.core.lock import locked
 from shoestring.core.metrics import Metrics
 
+LOCK = ".lock"
 _STEP = re.compile(r"step_(\d{6,})")
 _TOP_FACTS = ("chip", "sandbox")  # facts that have a field of their own in the manifest
 
@@ -103,9 +104,12 @@ class Run:
         )
         with told_when_full(root / name):
             (root / name).mkdir(parents=True, exist_ok=True)
-        write_json(root / name / "config.json", values)
-        manifest.write(root / name, fields)
-        return cls(root / name, fields)
+            with locked(root / name / LOCK, f"run {name}"):
+                # another process may have been faster, and be at work by now
+                if not (root / name / manifest.FILE).exists():
+                    write_json(root / name / "config.json", values)
+                    manifest.write(root / name, fields)
+        return cls.load(root / name)
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
@@ -162,7 +166,7 @@ class Run:
         kept in logs/. A killed attempt gets its line from the next one. Raises UserError when another process is at
         work on it, or when the run is finished.
         """
-        with told_when_full(self.path), locked(self.path / ".lock", f"run {self.name}"):
+        with told_when_full(self.path), locked(self.path / LOCK, f"run {self.name}"):
             self._fields = manifest.read(self.path)
             if self.finished:
                 raise UserError(f"Run {self.name} is finished and is never edited; --again makes it anew beside it.")

@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 
+from shoestring.core.atomic import DiskFull
 from shoestring.core.nouns import Trace
 from shoestring.core.registry import list_parts, load_part
 from shoestring.curate._contract import example
+from shoestring.curate._sieve import Filter, run
+from shoestring.data.store import Store
+from shoestring.data.traces import TraceStore
 
 FILTERS = [name for name in list_parts("curate") if name != "decontaminate"]
 TEXTS = [
@@ -170,3 +174,24 @@ def test_the_funnel_adds_up_against_a_count_by_hand() -> None:
             assert why
         else:
             assert not why or votes[q][said[t.answer]] <= number
+
+
+@pytest.mark.parametrize("room", range(6))
+def test_a_disk_that_fills_while_marks_are_written(tmp_path: Path, room: int) -> None:
+    """Wherever it happens it is one sentence, and afterwards the same chain comes to the same end."""
+    names = ["finished", "dedup", "correct"]
+    given = [example(id=f"t{i}", answer=f"{i % 900}" if i % 5 else "") for i in range(2000)]
+    ends = []
+    for folder, cramped in ((tmp_path / "a", False), (tmp_path / "b", True)):
+        TraceStore(folder).append(given)
+        store = Store(folder)
+        if cramped:
+            pages = store.base.execute("PRAGMA page_count").fetchone()[0]
+            store.base.execute(f"PRAGMA max_page_count = {pages + room}")
+            with pytest.raises(DiskFull, match="No space left"):
+                run(store, [Filter(name) for name in names])
+            store.base.execute("PRAGMA max_page_count = 1000000")
+        steps, view = run(store, [Filter(name) for name in names])
+        ends.append(([step.to_json() for step in steps], [trace.id for trace in view]))
+        store.close()
+    assert ends[0] == ends[1] and len(ends[0][1]) > 500

@@ -185,3 +185,21 @@ def test_one_number_for_each_draw_however_many_are_made() -> None:
     assert many[0] == (6457827717110365317 >> 11) * 2.0**-53
     one_by_one = [random_numbers.uniforms([key], [at])[0] for key, at in zip(keys, positions, strict=True)]
     assert many.tolist() == one_by_one and many.min() >= 0 and many.max() < 1
+
+
+@pytest.mark.parametrize("width", [6, 600])
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({"top_k": 2}, [1, 2]), ({"top_k": 3}, [1, 2, 4]), ({"top_p": 0.5}, [1, 2]), ({"top_p": 0.2}, [1]),
+        ({"top_k": 4, "top_p": 0.75}, [1, 2, 4]), ({"min_p": 1.0}, [1, 2, 4, 5]),
+    ],
+)  # fmt: skip
+def test_of_equals_the_smaller_id_is_kept(options: dict[str, float], chosen: list[int], width: int) -> None:
+    """Exactly k of them, and the fewest that reach top-p, as the documentation of the options says it; `transformers`
+    keeps every token that equals the k-th. Where nothing is equal the two are the same (test_every_option.py)."""
+    logits_RV = torch.full((2000, width), -40.0)
+    logits_RV[:, [1, 2, 4, 5]] = 0.0  # 1/4 each
+    drawn = sample(logits_RV, uniforms(2000), [Sampling(**options)] * 2000)  # type: ignore[arg-type]
+    assert sorted(set(drawn.tokens)) == chosen
+    assert drawn.logprobs == pytest.approx([-torch.tensor(float(len(chosen))).log().item()] * 2000, abs=1e-5)

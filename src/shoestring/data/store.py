@@ -47,7 +47,7 @@ class Store:
     def __init__(self, path: str | Path, *, create: bool = False, worker: int = 0, share: bool = False) -> None:
         self.file = file_of(path)
         self.base = open_file(self.file, create=create)
-        self.sql: Sql = self.base
+        self.sql: Sql = _Sql(self.base, self.file)
         self.ballast = Path(f"{self.file}.ballast")  # where the journal keeps space aside
         self.worker, self.share = worker, share
         self.budget = Budget()
@@ -311,6 +311,27 @@ class Store:
 
     def transaction(self) -> _Transaction:
         return _Transaction(self.base, self.file)
+
+
+class _Sql:
+    """Statements of a file's database; a full disk, or a broken file, is told in one sentence."""
+
+    __slots__ = ("_base", "_file")
+
+    def __init__(self, base: sqlite3.Connection, file: Path) -> None:
+        self._base, self._file = base, file
+
+    def execute(self, statement: str, values: Sequence[Any] = (), /) -> sqlite3.Cursor:
+        try:
+            return self._base.execute(statement, values)
+        except sqlite3.Error as error:
+            raise told(error, self._file) from error
+
+    def executemany(self, statement: str, rows: Any, /) -> sqlite3.Cursor:
+        try:
+            return self._base.executemany(statement, rows)
+        except sqlite3.Error as error:
+            raise told(error, self._file) from error
 
 
 class _Transaction:

@@ -117,8 +117,17 @@ def test_runs_that_cannot_be_kept(tmp_path: Path) -> None:
 def test_stage_verbs_ask_for_what_they_need() -> None:
     with pytest.raises(UserError, match="--from model=RUN"):
         stage_recipe("rl", [], {})
-    with pytest.raises(UserError, match="--from traces=RUN"):
+    with pytest.raises(UserError, match="--traces RUN"):
         stage_recipe("distill", [], {"model": "x"})
+    with pytest.raises(UserError, match="distill needs an input: --student RUN"):
+        stage_recipe("distill", [], {"teacher": "x", "traces": "y"})
+    given = {"model": "x", "teacher": "y", "teacher2": "z", "traces": "t"}
+    for sets in (["way=universal_logit", "teacher_pool=divergences"], ["teacher_pool=divergences", "way=jsd"]):
+        assert stage_recipe("distill", sets, given).stages[0].teacher_pool == "divergences"  # type: ignore[union-attr]
+    warm = stage_recipe("distill", ["way=on_policy", "temperature=0.9", "decoding.temperature=0.9"], given).stages[0]
+    assert warm.decoding.temperature == warm.temperature == 0.9  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=r'"reverse-kl"\. Did you mean "reverse_kl"\?$'):
+        stage_recipe("distill", ["way=reverse-kl"], given)
     made = stage_recipe("rl", ["steps=7"], {"model": "somewhere"})
     assert made.stages[0].steps == 7  # type: ignore[union-attr]
 

@@ -139,6 +139,8 @@ def provenance(
 def _found(name: str, runs: Path) -> Path:
     """The folder of a run or export by path, or of a run by name."""
     for path in (Path(name), runs / name):
-        if path.is_dir():
+        if (path / "manifest.json").exists() or (path / "provenance.json").exists():
             return path
+        if path.is_dir():
+            raise UserError(f"{path} was neither made by a run nor exported from one: what is behind it is not known.")
     raise UserError(f"{name} is neither a run directory nor an exported model.")

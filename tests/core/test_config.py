@@ -141,6 +141,40 @@ def test_set_mistakes_say_where_and_how_to_mend(assignment, sentence):
         Recipe().with_set(assignment)
 
 
+class Band(Config):
+    low: int = 1
+    high: int = 2
+    name: str = "x"
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low} is not below high {self.high}")
+        return self
+
+
+@pytest.mark.parametrize("given", [["low=5", "high=6"], ["high=6", "low=5"], ["low=5", "name=7", "high=1e1", "high=6"]])
+def test_values_that_are_valid_together_are_taken_in_any_order(given):
+    made = Band().with_sets(given)
+    assert (made.low, made.high) == (5, 6)
+    assert made.name == ("7" if len(given) == 4 else "x")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["low=5", "high=4"], r"^--set low=5: low 5 is not below high 2|^--set: low 5 is not below high 4"),
+        (["low=5", "hihg=6"], r'unknown key "hihg"\. Did you mean "high"\?'),
+        (["low=many", "high=6"], r'^--set low=many: "low" must be a valid integer'),
+        (["low=5"], r"^--set low=5: low 5 is not below high 2"),
+        (["low=5", "high"], r"low 5 is not below|not of the form"),
+    ],
+)
+def test_values_that_are_not_are_said(given, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Band().with_sets(given)
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [

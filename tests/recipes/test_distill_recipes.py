@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Trace
-from shoestring.data.textbook import solved
+from shoestring.data.textbook import problems, solved
 from shoestring.data.traces import TraceStore
 from shoestring.models import checkpoint
 from shoestring.models.dense import Dense, DenseConfig
@@ -81,3 +83,37 @@ def test_the_study_runs_whole_at_smoke_size(tmp_path: Path) -> None:
     result = run_recipe(study_distill.recipe("smoke", seeds=1), tmp_path, quiet=True)
     assert all(run.finished for run in result.runs.values())
     assert result.report_path is not None and result.report_path.exists()
+
+
+def test_three_ways_one_after_another(tmp_path: Path) -> None:
+    """Text, logits, the student's own text: each stage begins with the student before it, and can be left out."""
+    book = [problem.voices["short"] for problem in islice(problems(quickstart.LEARN, 3), 12)]
+    tokenizer = Tokenizer.train((f"{s.thinking} {s.answer}" for s in book), 300)
+    sizes: dict[str, Any] = {
+        "model_type": "qwen2", "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.1,
+        "vocab_size": tokenizer.vocab_size,
+    }  # fmt: skip
+    for name, seed in (("student", 0), ("teacher", 1)):
+        made = Dense(DenseConfig(**sizes), generator=torch.Generator().manual_seed(seed))
+        checkpoint.save(made, tokenizer, tmp_path / name)
+    asked = list(islice(problems(quickstart.LEARN, 3), 12))
+    lines = [
+        {"messages": [{"role": "user", "content": p.prompt},
+                      {"role": "assistant", "content": p.voices["short"].answer}]} for p in asked
+    ]  # fmt: skip
+    (tmp_path / "traces.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = [f"{role}={tmp_path / role}" for role in ("student", "teacher")] + [f"traces={tmp_path / 'traces.jsonl'}"]
+    steps = ["text=2", "logits=3", "on_policy=2", "max_new_tokens=8", "row_tokens=128"]
+    recipe = resolve_recipe("distill-ways", [*given, *steps])
+    assert [stage.name for stage in recipe.stages] == ["text", "logits", "on-policy"]
+    runs = run_recipe(recipe, tmp_path / "runs", quiet=True).runs
+    assert [len(runs[name].metrics()) for name in ("text", "logits", "on-policy")] == [2, 3, 2]
+    assert runs["logits"].manifest["parents"]["model"]["digest"] == runs["text"].manifest["digest"]
+    assert runs["on-policy"].metrics()[-1]["sampled_tokens"] > 0
+    short = resolve_recipe("distill-ways", [*given, "logits=0"])
+    assert [stage.inputs["model"] for stage in short.stages] == [str(tmp_path / "student"), "text"]
+    with pytest.raises(UserError, match="all 0 steps"):
+        resolve_recipe("distill-ways", [*given, "text=0", "logits=0", "on_policy=0"])
+    with pytest.raises(UserError, match="needs a student, a teacher and traces"):
+        resolve_recipe("distill-ways", [])

@@ -93,6 +93,10 @@ def test_transformers_says_the_same_and_the_papers_are_true(
     got = Engine(ours, tokenizer).generate([prompt], Sampling(temperature=0.0, max_new_tokens=12))[0][0].token_ids
     assert got == wanted
     capsys.readouterr()
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    assert main(["provenance", str(bare)]) == 2
+    assert "neither made by a run nor exported" in capsys.readouterr().err
     assert main(["provenance", str(out), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert {(s["kind"], s["name"]) for s in told["sources"]} >= {("teacher", "some-teacher"), ("model", "base")}

@@ -13,15 +13,16 @@ import torch
 from distilling import COMPUTE, OPTIM
 
 from shoestring.cli import main
+from shoestring.core.errors import UserError
 from shoestring.core.run import Run
 from shoestring.data.textbook import solved
 from shoestring.models import checkpoint
 from shoestring.models._prune import importance, prune
 from shoestring.models.dense import Dense, DenseConfig
 from shoestring.recipes import distill_pruned, quickstart
-from shoestring.road import resolve_recipe, run_recipe
+from shoestring.road import plan_rows, resolve_recipe, run_recipe
 from shoestring.text.tokenizer import Tokenizer
-from shoestring.train.configs import PruneStage
+from shoestring.train.configs import PruneStage, Recipe
 from shoestring.train.prune import _examples, split
 
 
@@ -164,3 +165,18 @@ def test_the_recipe_prunes_and_distils(large: Path, traces: Path, tmp_path: Path
 def test_the_recipe_needs_its_inputs() -> None:
     with pytest.raises(Exception, match="needs a teacher and traces"):
         distill_pruned.recipe()
+
+
+def test_a_size_that_does_not_fit_is_said_before_anything_is_measured(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in the dry run, with the stage's name."""
+    monkeypatch.setattr("shoestring.train.prune.importance", lambda *_: pytest.fail("measured first"))
+    config = json.loads((folder / "config.json").read_text())
+    few = config["num_experts_per_tok"] - 1
+    stage = PruneStage(name="small", inputs={"model": str(folder)}, corpus={"files": (str(text),)}, experts=few)  # type: ignore[arg-type]
+    recipe = Recipe(name="x", stages=(stage,))
+    with pytest.raises(UserError, match=f"{few} experts are too few .* keep at least|do not divide .* keep"):
+        run_recipe(recipe, tmp_path / "runs", quiet=True)
+    with pytest.raises(UserError, match='stage "small": '):
+        plan_rows(recipe, tmp_path / "runs")

@@ -9,6 +9,7 @@ Left out: environment variables, interpolation, includes. A recipe is a Python f
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import types
 from collections.abc import Iterable, Mapping
@@ -106,11 +107,38 @@ class Config(BaseModel, metaclass=_Strict):
         raise refused
 
     def with_sets(self, assignments: Iterable[str]) -> Self:
-        """`with_set` for each, in order."""
-        config = self
-        for assignment in assignments:
-            config = config.with_set(assignment)
-        return config
+        """All values changed, in order: each by `with_set`; where one is refused, all at once, for they may be valid
+        only together. Raises UserError for what is wrong then."""
+        given, config = list(assignments), self
+        try:
+            for assignment in given:
+                config = config.with_set(assignment)
+        except UserError as error:
+            if len(given) == 1:
+                raise
+            alone = error
+        else:
+            return config
+        parts = [assignment.partition("=") for assignment in given]
+        refused: UserError | None = None
+        for values in itertools.islice(itertools.product(*(_readings(text.strip()) for *_, text in parts)), 64):
+            changed = self.to_dict()
+            for (path, equals, _), value in zip(parts, values, strict=True):
+                if not equals or not path.strip():
+                    raise alone
+                _assign(changed, path.strip().split("."), value, path.strip())
+            try:
+                return self.from_dict(changed, where="--set")
+            except UserError as error:
+                refused = refused or error
+        assert refused is not None
+        raise alone if _body(alone) == _body(refused) else refused
+
+
+def _body(error: UserError) -> str:
+    """What is wrong, without the assignment that was named first."""
+    text = str(error)
+    return text[text.index(": ") :] if text.startswith("--set") and ": " in text else text
 
 
 def digest_of(value: Any) -> str:
@@ -240,7 +268,8 @@ def _sentence(model: type[BaseModel], error: pydantic.ValidationError, where: st
     elif first["type"] == "missing":
         text = f'"{place}" is missing.'
     elif first["type"] in ("value_error", "assertion_error"):
-        text = f"{place}: {message}." if place else f"{message}."
+        text = f"{place}: {message}" if place else message
+        text += "" if text.endswith("?") else "."
     elif first["type"] == "too_short":
         text = (
             f'"{place}" needs at least {first["ctx"]["min_length"]} item(s), and has {first["ctx"]["actual_length"]}.'

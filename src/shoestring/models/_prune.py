@@ -155,7 +155,7 @@ def prune(
     Raises UserError for a size that is no size of this model, or that its routing cannot serve.
     """
     config = model.config
-    _check(config, found, layers, hidden, ffn, experts, heads)
+    check_sizes(model, layers=layers, hidden=hidden, ffn=ffn, experts=experts, heads=heads)
     kept = kept_layers(found, layers)
     channels = _sorted(found.hidden_D, hidden)
     rows = {n: _sorted(score, ffn) for n, score in found.ffn.items()}
@@ -270,10 +270,15 @@ def _in_groups(score_E: Tensor, keep: int | None, groups: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _check(
-    config: Any, found: Importance, layers: int | None, hidden: int | None, ffn: int | None, experts: int | None,
-    heads: int | None,
+def check_sizes(
+    model: Any, *, layers: int | None = None, hidden: int | None = None, ffn: int | None = None,
+    experts: int | None = None, heads: int | None = None,
 ) -> None:  # fmt: skip
+    """Raises UserError for a size that is no size of this model, or that its routing cannot serve: what `prune` would
+    raise, before importance is measured."""
+    if not hasattr(model, "model"):
+        raise UserError("prune: this model runs through transformers; only deepseek, llama, qwen2 and qwen3 can be.")
+    config = model.config
     for name, wanted, there in (
         ("layers", layers, config.num_hidden_layers), ("hidden", hidden, config.hidden_size),
         ("ffn", ffn, config.intermediate_size), ("experts", experts, getattr(config, "n_routed_experts", 0)),
@@ -283,15 +288,23 @@ def _check(
             raise UserError(f"prune: {name} is {wanted}; this model has {there}.")
     if experts is not None:
         if experts % config.n_group:
-            raise UserError(f"prune: {experts} experts do not divide into the {config.n_group} groups of this model.")
+            near = max(config.n_group, experts // config.n_group * config.n_group)
+            raise UserError(
+                f"prune: {experts} experts do not divide into the {config.n_group} groups of this model; keep {near}, "
+                f"or another multiple of {config.n_group}."
+            )
         if config.num_experts_per_tok > experts // config.n_group * config.topk_group:
-            raise UserError(f"prune: {experts} experts are too few for {config.num_experts_per_tok} a token.")
+            least = -(-config.num_experts_per_tok // config.topk_group) * config.n_group
+            raise UserError(
+                f"prune: {experts} experts are too few for {config.num_experts_per_tok} a token out of "
+                f"{config.topk_group} of {config.n_group} groups; keep at least {least}."
+            )
     groups = getattr(config, "num_key_value_heads", 1)
     each = config.num_attention_heads // groups
     if heads is not None and heads % groups and heads % each:
         raise UserError(
             f"prune: {heads} heads neither divide into the {groups} groups of this model nor are whole groups "
-            f"of {each}."
+            f"of {each}; keep a multiple of {groups} or of {each}."
         )
-    if ffn is not None and not found.ffn:
+    if ffn is not None and not any(isinstance(block.mlp, SwiGLU) for block in model.model.layers):
         raise UserError("prune: this model has no dense feed-forward layer; leave ffn out.")

@@ -40,9 +40,12 @@ def recipe(kind: str, inputs: dict[str, str] | None = None) -> Recipe:
     }.get(kind, {"model"})  # fmt: skip
     if needed and not needed & set(given):
         example = "teacher" if kind in ("ask", "capture") else "tokenizer" if kind == "pretrain" else "model"
-        raise UserError(f"{kind} needs an input: --from {example}=RUN (one of: {', '.join(sorted(needed))}).")
+        short = "--student" if kind == "distill" else f"--from {example}="
+        which = f" (one of: {', '.join(sorted(needed))})" if len(needed) > 1 else ""
+        raise UserError(f"{kind} needs an input: {short}{' ' if kind == 'distill' else ''}RUN{which}.")
     if "traces" not in given and (kind == "capture" or (kind == "distill" and "teacher" not in given)):
-        raise UserError(f"{kind} needs the teacher's answers: --from traces=RUN, a run of `shoestring ask`.")
+        option = "--traces RUN" if kind == "distill" else "--from traces=RUN"
+        raise UserError(f"{kind} needs the teacher's answers: {option}, a run of `shoestring ask`.")
     return Recipe(name="mine", stages=(MAKERS[kind](given),))
 
 

@@ -126,7 +126,8 @@ class DistillStage(TrainBase):
                 )
             if self.policy_gradient and (self.on_policy_share < 1 or self.divergence or self.text_weight):
                 raise UserError(
-                    f"{where}: policy_gradient learns from sampled tokens alone: on_policy_share=1, no text."
+                    f"{where}: policy_gradient is the reverse KL's, from sampled tokens alone: leave divergence, "
+                    "text_weight and on_policy_share out."
                 )
         elif self.policy_gradient or self.on_policy_share < 1 or self.mix:
             raise UserError(f"{where}: policy_gradient, on_policy_share and mix belong to way=on_policy.")

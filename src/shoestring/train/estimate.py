@@ -86,12 +86,15 @@ def pruned_shape(stage: PruneStage, shape: ModelShape) -> ModelShape:
     layers, heads, kv_heads = stage.layers or shape.layers, stage.heads or shape.heads, shape.kv_heads
     if shape.kind == "gqa" and heads % kv_heads:  # whole groups go
         kv_heads = heads * kv_heads // shape.heads
-    return replace(
-        shape, layers=layers, heads=heads, kv_heads=kv_heads, d_model=stage.hidden or shape.d_model,
-        ffn=stage.ffn or shape.ffn, n_routed=stage.experts or shape.n_routed,
-        dense_layers=min(shape.dense_layers, layers), mtp_layers=0,
-        head_dim=shape.head_dim or (shape.d_model // shape.heads if shape.kind == "gqa" else 0),
-    )  # fmt: skip
+    try:
+        return replace(
+            shape, layers=layers, heads=heads, kv_heads=kv_heads, d_model=stage.hidden or shape.d_model,
+            ffn=stage.ffn or shape.ffn, n_routed=stage.experts or shape.n_routed,
+            dense_layers=min(shape.dense_layers, layers), mtp_layers=0,
+            head_dim=shape.head_dim or (shape.d_model // shape.heads if shape.kind == "gqa" else 0),
+        )  # fmt: skip
+    except UserError as error:
+        raise UserError(f'stage "{stage.name}": {str(error).removeprefix("model shape: ")}') from None
 
 
 def _work(stage: Stage, shape: ModelShape | None, spent: dict[str, float]) -> tuple[float, float]:

@@ -51,11 +51,10 @@ def serve_ours(options: dict[str, Any]) -> None:
     from shoestring.nn.choose import choose_kernels
     from shoestring.optim.make import optimizers
     from shoestring.recipes.quickstart import EXAM
-    from shoestring.train.advantage import advantages
     from shoestring.train.configs import Optim, RlStage
     from shoestring.train.machine import keep_freed_memory
     from shoestring.train.rl import own_tokens, row_tokens
-    from shoestring.train.rollouts import answer_groups, prompt_ids, rollout_example
+    from shoestring.train.rollouts import advantages, answer_groups, prompt_ids, rollout_example
     from shoestring.train.step import TrainState, train_step
 
     torch.set_num_threads(options["threads"])

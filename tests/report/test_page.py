@@ -125,6 +125,20 @@ def test_an_unfinished_run_and_damaged_files_do_not_stop_it(road, tmp_path):
     assert "teacher-rl (interrupted)" in text and "result.json unreadable" in text
 
 
+def test_what_is_no_number_is_said_beside_its_curve(road, tmp_path):
+    """A line that is not there must not look like one that was never drawn."""
+    recipe, runs, root = road
+    found = [_copy_of(runs[name], tmp_path / name) for name in ("teacher-rl", "student-pretrain")]
+    for run, metric, every in zip(found, ("entropy", "loss"), (2, 1), strict=True):
+        rows = [row | ({metric: "nan"} if i % every == 0 else {}) for i, row in enumerate(run.metrics())]
+        (run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = page(recipe, runs | {"teacher-rl": found[0], "student-pretrain": found[1]}, root)
+    parsed(text)
+    count = len(found[1].metrics())
+    assert f"no number at {count} of {count} steps, first at" in text
+    assert text.count("no number at") == 2 and "no number at" not in page(recipe, runs, root)
+
+
 def test_a_recipe_without_a_report_still_has_a_page(road):
     recipe, runs, root = road
     text = page(Recipe.from_dict(recipe.to_dict() | {"report": {}}), runs, root)

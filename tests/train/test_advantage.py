@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoestring.train.advantage import advantages, carries_signal
+from shoestring.train.rollouts import advantages, carries_signal
 
 
 def test_golden_values() -> None:

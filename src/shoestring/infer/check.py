@@ -1,4 +1,7 @@
-"""What a request must be before it is queued: one sentence for each mistake, before anything is computed."""
+"""What a request must be before it is queued: one sentence for each mistake, before anything is computed.
+
+And of its temperature, as far as fp32 can tell: `warmth` is what is drawn at, and what given tokens are scored at.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Any
 
 from shoestring.core.errors import UserError
 from shoestring.core.nouns import Sampling
+
+COLD, HOT = 1e-30, 1e30  # beyond these a temperature draws what it draws here, but 1 / T leaves fp32
 
 
 def check_ids(config: Any, ids: Sequence[int], what: str, new_tokens: int) -> None:
@@ -56,3 +61,8 @@ def check_sampling(
         for name in ("stop", "thinking_budget", "json_schema", "regex"):
             if getattr(sampling, name) not in (None, ()):
                 raise UserError(f"sampling.{name} needs a tokenizer; give the engine one.")
+
+
+def warmth(temperature: float) -> float:
+    """`temperature` within what fp32 can divide by; 0 stays 0, which is greedy."""
+    return min(max(temperature, COLD), HOT) if temperature else 0.0

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from shoestring.core.nouns import TokenLogprobs
+from shoestring.infer.check import warmth
 from shoestring.infer.sequence import Request
-from shoestring.infer.warmth import warmth
 
 ROWS = 128  # positions whose logits exist at a time
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from shoestring.core.nouns import Sampling, TokenLogprobs
-from shoestring.infer.warmth import warmth
+from shoestring.infer.check import warmth
 from shoestring.nn import native
 
 FIRST_WIDTH = 256  # likeliest tokens looked at before more are

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoestring.core.errors import UserError
-from shoestring.infer.check import check_ids
-from shoestring.infer.warmth import warmth
+from shoestring.infer.check import check_ids, warmth
 from shoestring.nn.head_rows import CHUNK_ELEMENTS, bend_
 
 SCORE_TOKENS = 1 << 14  # tokens in one forward pass

@@ -53,6 +53,12 @@ class Line:
         pairs = [(row["step"], row[metric]) for row in self.rows if metric in row]
         return [(float(x), float(y)) for x, y in pairs if isinstance(x, int | float) and isinstance(y, int | float)]
 
+    def broken(self, metric: str) -> str:
+        """Where the metric is no number (NaN, infinity: `core/metrics.py` writes them as words), said; or nothing."""
+        there = [row for row in self.rows if metric in row]
+        odd = [row["step"] for row in there if not isinstance(row[metric], int | float)]
+        return f"{self.label}: no number at {len(odd)} of {len(there)} steps, first at {odd[0]}" if odd else ""
+
 
 def curves_html(recipe: Recipe, spec: ReportSpec, runs: Mapping[str, Run]) -> str:
     """Every group of panels, each with its legend."""
@@ -101,14 +107,14 @@ def _metrics(title: str, lines: Sequence[Line]) -> list[tuple[str, str]]:
     least = {"truncated": 0.01}  # below that there is nothing to see
     return [
         (key, name) for key, name in shown
-        if any(abs(y) > least.get(key, 0.0) for line in lines for _, y in line.points(key))
+        if any(line.broken(key) or any(abs(y) > least.get(key, 0.0) for _, y in line.points(key)) for line in lines)
     ]  # fmt: skip
 
 
 def _legend(lines: Sequence[Line]) -> str:
     items = [
-        f'<li class="{line.css} d{line.dash}"><svg viewBox="0 0 26 8"><path class="line" d="M1 4H25"/></svg>'
-        f"{words.text(line.label)}</li>"
+        f'<li class="{line.css} d{line.dash}"><svg viewBox="0 0 26 8" aria-hidden="true">'
+        f'<path class="line" d="M1 4H25"/></svg>{words.text(line.label)}</li>'
         for line in lines
     ]
     return f'<ul class="legend">{"".join(items)}</ul>'
@@ -119,8 +125,9 @@ def _legend(lines: Sequence[Line]) -> str:
 
 def _panel(metric: str, title: str, lines: Sequence[Line]) -> str:
     found = [(line, points) for line in lines if (points := line.points(metric))]
+    told = "".join(f'<p class="missing">{words.text(said)}</p>' for line in lines if (said := line.broken(metric)))
     if not found:
-        return ""
+        return f'<figure class="panel"><figcaption>{words.text(title)}</figcaption>{told}</figure>' if told else ""
     smooth = [(line, points, smoothed(points)) for line, points in found]
     ys = [y for _, points, soft in smooth for _, y in (*soft, *_middle(points))]
     log = "log scale" in title and min(ys) > 0
@@ -136,8 +143,8 @@ def _panel(metric: str, title: str, lines: Sequence[Line]) -> str:
     return (
         f'<figure class="panel"><figcaption>{words.text(title)}<span class="ends {found[0][0].css}">{ends}</span>'
         "</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{words.text(title)}">'
-        f"{_axes(ticks, last, to_x, to_y)}{''.join(drawn)}</svg></figure>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{words.text(f"{title}: {ends}")}">'
+        f"{_axes(ticks, last, to_x, to_y)}{''.join(drawn)}</svg>{told}</figure>"
     )
 
 

@@ -1,10 +1,18 @@
-"""From problems to rewarded rollouts, and from rollouts to training examples. Nothing is tokenised twice."""
+"""From problems to rewarded rollouts with their advantages, and from those to training examples. Nothing is tokenised
+twice.
+
+    grpo     A_i = (r_i - mean r) / std r      DeepSeekMath (arXiv 2402.03300) section 4.1; population std
+    dr_grpo  A_i = r_i - mean r                Dr. GRPO (arXiv 2503.20783): no up-weighting of easy or hard groups
+
+A group of equal rewards carries no signal: all its advantages are 0 (never 0/0, never noise over an epsilon).
+"""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,7 +23,6 @@ from shoestring.data.batch import Example
 from shoestring.data.textbook import conversation
 from shoestring.text.chat import render, whole_answer
 from shoestring.text.tokenizer import Tokenizer
-from shoestring.train.advantage import advantages, carries_signal
 from shoestring.train.configs import RlStage
 from shoestring.train.context import step_generator
 
@@ -51,6 +58,20 @@ def reward_groups(groups: Sequence[Group], rewards: Mapping[str, float], grade: 
         for rollout, value in zip(rollouts, values, strict=True):
             rollout.rewards[name] = value
             rollout.reward += weight * value
+
+
+def carries_signal(rewards: Sequence[float]) -> bool:
+    """Whether the rewards of a group differ. Tested on the spread, so that continuous rewards count too."""
+    return max(rewards) - min(rewards) > 1e-9
+
+
+def advantages(rewards: Sequence[float], kind: Literal["grpo", "dr_grpo"]) -> list[float]:
+    """One advantage for each reward of the group; they sum to 0."""
+    if not carries_signal(rewards):
+        return [0.0] * len(rewards)
+    mean = statistics.fmean(rewards)
+    scale = statistics.pstdev(rewards) if kind == "grpo" else 1.0
+    return [(r - mean) / scale for r in rewards]
 
 
 def collect(

@@ -40,6 +40,9 @@ class Odd(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if self.path.startswith("/dripping"):
+            self._dripping({"stream": False})
+            return
         self._json(200, {"object": "list", "data": [{"id": "odd", "object": "model"}]})
 
     def do_POST(self) -> None:
@@ -356,6 +359,26 @@ def test_an_answer_without_an_end_gets_one(hurried: Any, text: str, stream: bool
         error = answer.json()
     assert error["error"]["code"] == "request_timeout" and "took longer than 2 s" in error["error"]["message"]
     assert Odd.left.wait(60)
+
+
+def test_a_list_of_models_without_an_end(odd: str, monkeypatch: pytest.MonkeyPatch):
+    """It is given up as a whole, so that nobody who asks for a model waits behind it; the list there was stays."""
+    import asyncio
+
+    from shoestring.serve import upstream
+    from shoestring.serve.settings import ServeConfig, UpstreamSpec
+
+    monkeypatch.setattr(upstream, "LIST_PATIENCE", 0.5)
+    spec = UpstreamSpec(url=odd.replace("/v1", "/dripping/v1"))
+
+    async def refresh() -> list[Any]:
+        found = upstream.Upstream(spec, ServeConfig(upstream=spec), None)  # type: ignore[arg-type]
+        found.models = [{"id": "known"}]
+        await asyncio.wait_for(found.refresh(), 30)
+        await found.stop()
+        return found.models
+
+    assert asyncio.run(refresh()) == [{"id": "known"}]
 
 
 def test_more_than_was_asked_for_is_broken_off(ask: Any):

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 CHARACTERS = 3.0  # of a token, at least about so many; for reservations only
 GUESS = 1024  # tokens of an answer without a limit, for the same
-LIST_SECONDS = 60.0
+LIST_SECONDS = 60.0  # after which the list of models is asked for again
+LIST_PATIENCE = 10.0
 WIDEST = 8 << 10  # bytes of a token on the wire, its alternatives included: where more than LARGEST was asked for
 PIECES = 2, 256  # a stream of M tokens may come in so many times M pieces, and so many more
 _log = logging.getLogger("shoestring.serve")
@@ -62,10 +63,13 @@ class Upstream:
     async def refresh(self) -> None:
         self._asked = time.monotonic()
         try:
-            reply = await self._client.get(f"{self.spec.url}/models", timeout=10)
-            reply.raise_for_status()
-            self.models = [row for row in reply.json()["data"] if isinstance(row.get("id"), str)]
-        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
+            async with asyncio.timeout(LIST_PATIENCE):  # of the whole list: one that drips would hold every request up
+                request = self._client.build_request("GET", f"{self.spec.url}/models")
+                response = await self._client.send(request, stream=True)
+                data = await read_body(response)
+            response.raise_for_status()
+            self.models = [row for row in json.loads(data)["data"] if isinstance(row.get("id"), str)]
+        except (httpx.HTTPError, TimeoutError, ApiError, KeyError, *UNREADABLE) as error:
             _log.warning("the upstream's list of models cannot be read: %s", type(error).__name__)
 
     async def has(self, name: str) -> bool:

@@ -59,6 +59,8 @@ def export(
     if folder.exists():
         raise UserError(f"{folder} exists; give a folder that does not, so that nothing is overwritten.")
     check_place(folder)
+    if push:
+        _check_repo(push)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f'--dtype is "{dtype}".{did_you_mean(dtype, DTYPES)}')
     found = sources(made.path)
@@ -103,17 +105,29 @@ def _write(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _push(folder: Path, repo: str) -> None:
+def _check_repo(repo: str) -> None:
     try:
-        from huggingface_hub import HfApi
+        from huggingface_hub.utils import HFValidationError, validate_repo_id
     except ImportError:
         raise UserError("to upload, pip install 'shoestring[hf]'.") from None
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise UserError(f'--push is "{repo}"; a repository is owner/name in letters, digits and ".-_".') from None
+
+
+def _push(folder: Path, repo: str) -> None:
+    from huggingface_hub import HfApi
+
     try:
         api = HfApi()
         api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=str(folder))
     except Exception as error:
-        raise UserError(f"{folder} is written, but uploading to {repo} failed ({type(error).__name__}).") from error
+        raise UserError(
+            f"{folder} is written, but uploading to {repo} failed ({type(error).__name__}); once that is mended (`hf "
+            f"auth login`?), `hf upload {repo} {folder}` does it."
+        ) from error
 
 
 def provenance(

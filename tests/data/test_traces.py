@@ -257,3 +257,17 @@ def test_a_store_on_a_read_only_disk_is_read(store: TraceStore, monkeypatch: pyt
     assert sorted(store.path.parent.iterdir()) == before
     Path(f"{store.path}-wal").write_bytes(b"1")  # somebody has written there: then it must not be said
     assert "immutable" not in schema._address(store.path, writable=False)
+
+
+@pytest.mark.parametrize("row", [1, 2])
+def test_a_file_of_traces_that_breaks_off_is_damage(row: int, tmp_path: Path) -> None:
+    """A download cut on its way, or a line cut in the middle, is not learnt from without its rest."""
+    export_traces([example(id="1"), example(id="2")], path := tmp_path / "mine.jsonl")
+    lines = path.read_text().splitlines()
+    lines[row - 1] = lines[row - 1][:40]
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=f"line {row} breaks off: the file is cut; copy it again"):
+        TraceStore(path).read()
+    path.write_text("no json\n")
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        TraceStore(path).read()

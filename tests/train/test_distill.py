@@ -354,7 +354,7 @@ def test_no_traces_empty_traces_and_a_run_that_goes_on_once_mended(student: Path
     (tmp_path / "book" / "traces.db").unlink()
     store = TraceStore(tmp_path / "book")
     store.append([])
-    _says("kept no traces", stage, tmp_path / "runs")
+    _says("holds no traces", stage, tmp_path / "runs")
     store.append([trace_of(1, first)])
     assert run_stage(stage, tmp_path / "runs").finished
 

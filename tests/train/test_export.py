@@ -140,7 +140,10 @@ def test_mistakes(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "licence of the model base is unknown" in capsys.readouterr().err
 
 
-def test_push_uploads_the_folder(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_uploads_the_folder(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And says before any work what is no name, afterwards how to go on where the hub did not answer."""
     hub = pytest.importorskip("huggingface_hub")
     calls: list[tuple[str, dict[str, Any]]] = []
 
@@ -156,3 +159,8 @@ def test_push_uploads_the_folder(student: Path, tmp_path: Path, monkeypatch: pyt
     assert _export(str(run.path), str(tmp_path / "out"), "--push", "me/it", "--dtype", "bfloat16") == 0
     assert calls[1] == ("upload", {"repo_id": "me/it", "folder_path": str(tmp_path / "out")})
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert _export(str(run.path), str(tmp_path / "b"), "--push", "not a repo!!") == 2
+    assert "owner/name" in capsys.readouterr().err and not (tmp_path / "b").exists()
+    monkeypatch.setattr(Api, "upload_folder", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("gone")))
+    assert _export(str(run.path), str(tmp_path / "c"), "--push", "me/it") == 2
+    assert f"hf upload me/it {tmp_path / 'c'}" in capsys.readouterr().err

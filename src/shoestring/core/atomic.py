@@ -137,8 +137,12 @@ def append_line(path: Path, line: str) -> None:
             raise
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a torn last line is left out. Raises UserError for any other broken line."""
+def read_lines(path: Path, *, appended: bool = True) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file. Raises UserError for a broken line.
+
+    `appended`: the file is one that grows and may have been cut by a kill; a torn line is left out. A file that was
+    written whole or came from elsewhere has none: there it is damage.
+    """
     path = Path(path)
     if not path.exists():
         return []
@@ -150,7 +154,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            if number < len(lines) and not _torn(lines, number):
+            if not appended and _torn(lines, number):
+                raise UserError(f"{path} line {number} breaks off: the file is cut; copy it again.") from error
+            if not appended or (number < len(lines) and not _torn(lines, number)):
                 raise UserError(f"{path} line {number} is not JSON; remove or mend that line.") from error
     return rows
 

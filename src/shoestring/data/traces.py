@@ -238,7 +238,7 @@ def question_hash(messages: str) -> str:
 
 
 def _read_jsonl(path: Path) -> Iterator[Trace]:
-    for number, row in enumerate(read_lines(path), 1):
+    for number, row in enumerate(read_lines(path, appended=False), 1):
         if not isinstance(row, dict):
             raise UserError(f"{path} line {number} is not a trace; each line of a traces file is one JSON object.")
         try:

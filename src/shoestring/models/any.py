@@ -190,7 +190,8 @@ def load(folder: Path, *, dtype: torch.dtype, device: str | torch.device | None)
         raise UserError(f"{folder}: transformers cannot load it ({str(error).splitlines()[0]}).") from None
     theirs, said = found
     if missing := sorted(said["missing_keys"]):
-        raise UserError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more; copy the checkpoint again.")
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise UserError(f"{folder} lacks {missing[0]}{more}; copy the checkpoint again.")
     for name, tensor in theirs.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{folder}: {name} holds NaN or infinite values; this checkpoint is broken.")

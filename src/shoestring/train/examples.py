@@ -58,6 +58,8 @@ def trace_examples(ctx: Context, tokenizer: Tokenizer) -> tuple[list[Trace], lis
     if source is None:
         raise UserError(f'{ctx.run.name}: input "traces" is missing; name a run of `shoestring ask`, or a store.')
     traces = TraceStore(source if isinstance(source, Path) else source.path).read()
+    if not traces and isinstance(source, Path):
+        raise UserError(f"{ctx.run.name}: {source} holds no traces; give a run of `shoestring ask`, or what was kept.")
     if not traces:
         raise UserError(f"{ctx.run.name}: {source.name} kept no traces; ask more, or see why nothing was verified.")
     facts = {} if isinstance(source, Path) else source.manifest["facts"]

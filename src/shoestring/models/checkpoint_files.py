@@ -22,7 +22,7 @@ from shoestring.core.atomic import TEMPORARY, disk_full, fsync_path, is_disk_ful
 from shoestring.core.errors import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-PIECE_ELEMENTS = 1 << 20  # of a tensor that are in memory beside their copy
+PIECE_ELEMENTS = 1 << 18  # of a tensor that are in memory beside their copy
 MAPPED = 1 << 25  # bytes read of a file before it is opened anew: what was read of a mapped file counts as memory held
 
 

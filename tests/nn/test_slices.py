@@ -15,7 +15,7 @@ from shoestring.nn import native, slices
 from shoestring.nn.head import cross_entropy_sum, plain_cross_entropy_sum, terms_sum, token_logprobs
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason="no compiler here")
-V, D, C, N = 4_801, 24, 40, 150  # three slices, the last odd
+V, D, C, N = 4_801, 96, 40, 150  # three slices, the last odd; wide enough that logits fit into the gradient
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 SMALL = pytest.mark.parametrize(("kept", "rows"), [(0.0, 512), (0.5, 70), (100.0, 70)])
 
@@ -27,14 +27,14 @@ def sliced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _sides(dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     torch.manual_seed(3)
-    return torch.randn(N, D).to(dtype).requires_grad_(), (torch.randn(V, D) * scale).requires_grad_()
+    return torch.randn(N, D).to(dtype).requires_grad_(), (torch.randn(V, D) * scale / 2).requires_grad_()
 
 
 def _near(found: Any, wanted: Any, dtype: torch.dtype) -> None:
-    """Found as near to fp64 as rounding to the dtype is: 3e-6 of the largest number, or 1.5 %."""
+    """Found as near to fp64 as rounding to the dtype is: 1e-5 of the largest number, or 1.5 %."""
     for mine, theirs in zip(found, wanted, strict=True):
         far = (mine.double() - theirs.double()).abs().max() / theirs.abs().max()
-        assert far < (3e-6 if dtype == torch.float32 else 1.5e-2), far
+        assert far < (1e-5 if dtype == torch.float32 else 1.5e-2), far
 
 
 @DTYPES

@@ -112,6 +112,16 @@ def test_of_several_free_blocks_the_smallest_that_fits_is_lent() -> None:
     assert len(room) == sum(n * LARGE for n in (6, 5, 4))
 
 
+def test_what_is_too_small_goes_back_when_more_is_needed() -> None:
+    room = Room()
+    room.empty((2 * LARGE,), torch.uint8)
+    room.empty((9 * LARGE,), torch.uint8)
+    room.empty((3 * LARGE,), torch.uint8)
+    assert len(room) == 12 * LARGE
+    assert len(room.empty((4 * LARGE,), torch.uint8, 3.0)) == 4 * LARGE
+    assert len(room) == 12 * LARGE  # it lay in the block of nine
+
+
 def test_a_cast_is_torchs_with_and_without_room() -> None:
     wide = torch.linspace(-3, 3, LARGE // 2 + 7)
     for room in (None, Room()):

@@ -69,7 +69,7 @@ class Pages:
         size = math.prod(shape) * dtype.itemsize
         if size > len(self._room):
             whole = max(CHUNK, -(-size // HUGE) * HUGE)
-            self._room = empty(whole) if self._lender is None else self._lender.empty((whole,), torch.uint8)
+            self._room = empty(whole) if self._lender is None else self._lender.empty((whole,), torch.uint8, 4.0)
         made = self._room[:size].view(dtype).view(*shape)
         self._room = self._room[-(-size // 64) * 64 :]
         return made

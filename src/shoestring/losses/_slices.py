@@ -4,7 +4,7 @@ For each chunk of tokens the vocabulary passes twice: sums of every row over stu
 
     dz = q (z - t - Σ q (z - t))  (reverse)    dz = q - p  (forward);    dh = w/τ · dz U,   dU += dzᵀ (w/τ · h)
 
-What is kept of the logits are the teacher's first, which is wider as a rule. The twin is the chunk loop of `_fused.py`.
+Logits that are kept are the teacher's first, which is wider as a rule. The twin is the chunk loop of `_fused.py`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def sliced_kl(
     table_VD = table_VD.contiguous()
     scale_N1 = (weight_N.to(accurate(hidden_ND.dtype)) / temperature)[:, None]
     value_N = torch.empty(len(hidden_ND))
-    memory, theirs_first = Memory(hidden_ND, table_VD, vocab, 2, room), len(cuts(vocab))
+    memory = Memory(hidden_ND, table_VD, 2, grad_VD, room)
     head_VC = targets.head_VC[:vocab].contiguous()
     for rows in parts(len(hidden_ND)):
         hidden_nD, hidden_nC = (
             (x_ND[rows] if temperature == 1 else x_ND[rows] / temperature).contiguous()
             for x_ND in (hidden_ND, targets.hidden_NC)
         )
-        student, teacher = Side(hidden_nD, table_VD, memory, 0, theirs_first), Side(hidden_nC, head_VC, memory, 1)
+        teacher, student = Side(hidden_nC, head_VC, memory, rows), Side(hidden_nD, table_VD, memory, rows, 1)
         n = len(hidden_nD)
         row_n5 = torch.tensor(UNREAD, dtype=torch.float64).repeat(n, 1)
         for i, cut in enumerate(cuts(vocab)):

@@ -46,6 +46,7 @@ class _CrossEntropySum(torch.autograd.Function):
         want_hidden, want_table = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_ND = torch.empty_like(hidden_ND) if want_hidden else None
         grad_VD = unwritten(weight_VD, hidden_ND, room) if want_table else None
+        chunks.into(grad_VD)
         for rows in chunks.slices:
             slope_nV, logp_N[rows] = chunks.slopes(rows)
             if want_hidden or want_table:  # d(-w·logp)/dlogits = w·(softmax - onehot)
@@ -99,6 +100,7 @@ class _TokenLogprobs(torch.autograd.Function):
         chunks = rows_of(hidden_ND, weight_VD, ids_N, ctx.temperature, ctx.chunk, ctx.native, ctx.room, ctx.softcap)
         grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_VD = unwritten(weight_VD, hidden_ND, ctx.room) if ctx.needs_input_grad[1] else None
+        chunks.into(grad_VD)
         factor_N = grad_N / -ctx.temperature  # dlogp/dlogits = (onehot - softmax) / temperature
         for rows in chunks.slices:
             chunks.add_gradients(chunks.slopes(rows)[0], factor_N[rows], rows, grad_ND, grad_VD)
@@ -127,6 +129,7 @@ class _TermsSum(torch.autograd.Function):
         want_hidden, want_table = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_ND = torch.empty_like(hidden_ND) if want_hidden else None
         grad_VD = unwritten(weight_VD, hidden_ND, room) if want_table else None
+        chunks.into(grad_VD)
         for rows in chunks.slices:
             slope_nV, logp_N[rows], entropy_N[rows] = chunks.slopes_and_entropy(rows)
             with torch.enable_grad():

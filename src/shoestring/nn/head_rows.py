@@ -96,6 +96,9 @@ class Rows:
         self.narrow_nV = self.wide_nV if same else empty(room, hidden_ND, (chunk, len(weight_VD)))
         self.slices = [slice(start, start + chunk) for start in range(0, len(hidden_ND), chunk)] if chunk else []
 
+    def into(self, grad_VD: Tensor | None) -> None:
+        """Say where the table's gradient will be written; before that, anything may stand there."""
+
     def product(self, rows: slice) -> Tensor:
         """The chunk times the table, in the accurate dtype."""
         hidden_nD = self.hidden_ND[rows]

@@ -27,16 +27,17 @@ class Room:
     def __init__(self) -> None:
         self._free: list[np.ndarray] = []
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor on the CPU; what stands in it is anything."""
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, waste: float = WASTE) -> Tensor:
+        """A tensor on the CPU; what stands in it is anything. `waste`: how many times as large its block may be."""
         count = int(np.prod(shape))
         size = count * dtype.itemsize
         if size < LARGE:
             return torch.empty(shape, dtype=dtype)
-        fitting = [i for i, block in enumerate(self._free) if size <= len(block) <= WASTE * size + HUGE]
+        fitting = [i for i, block in enumerate(self._free) if size <= len(block) <= waste * size + HUGE]
         if fitting:
             block = self._free.pop(min(fitting, key=lambda i: len(self._free[i])))
-        else:
+        else:  # what is free and too small goes back to the system: else blocks of sizes gone by would gather
+            self._free[:] = [block for block in self._free if len(block) >= size]
             block = _block(-(-size // HUGE) * HUGE)
         lent = block.view()
         weakref.finalize(lent, self._free.append, block).atexit = False

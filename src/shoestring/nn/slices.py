@@ -1,10 +1,10 @@
 """Products with a large table some of its rows at a time, so that neither its copy in bf16 nor a chunk's logits exist.
 
 A table beyond LARGE is read twice for each chunk of tokens: once for what a row needs of all its logits (the largest,
-the sum of their exponentials), once for the gradients. Logits of a slice live in a core's cache. Most of them are made
-twice; those that fit into KEPT of the memory of the table's gradient are kept. In exchange the gradient is written
-once for each chunk of up to ROWS tokens (LOG.md, entry 24). The twins are `head_rows.NativeRows` and the chunks of
-`losses/_fused.py`.
+the sum of their exponentials), once for the gradients. Logits of a slice live in a core's cache. Those that fit are
+kept from one reading to the next, of the first chunk in the memory of the table's gradient; the others are made twice.
+In exchange the gradient is written once for each chunk of up to ROWS tokens (LOG.md, entry 25). The twins are
+`head_rows.NativeRows` and the chunks of `losses/_fused.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shoestring.nn.room import Room, empty
 LARGE = 1 << 24  # numbers of a table; below, a copy and a chunk of logits are small beside all else
 SLICE = 2048  # rows of the table at a time; a multiple of the strips of csrc/
 ROWS = 512  # tokens of a chunk at most: 2 MB of logits for each side
-KEPT = 0.5  # bytes of kept logits over those of the table in fp32
+KEPT = 0.5  # bytes of logits kept of later chunks over those of the table in fp32
 
 
 def worth_it(native: bool, hidden_ND: Tensor, table_VD: Tensor) -> bool:
@@ -41,30 +41,55 @@ def cuts(vocab: int) -> list[slice]:
 
 
 class Memory:
-    """Logits that are kept between the two readings, and those that are not."""
+    """Logits that are kept between the two readings, and those that are not.
 
-    def __init__(self, hidden_ND: Tensor, table_VD: Tensor, vocab: int, sides: int, room: Room | None):
-        n = max((part.stop - part.start for part in parts(len(hidden_ND))), default=0)
-        most = int(KEPT * 4 * table_VD.numel()) // hidden_ND.element_size() // max(1, n * SLICE)
-        self.slices = min(most, sides * len(cuts(vocab)))
-        self.kept = empty(room, hidden_ND, (self.slices, n * SLICE))
-        self.passing = torch.empty(sides, n * SLICE, dtype=hidden_ND.dtype)
+    Those of the first part of the tokens lie in the table's gradient, which is not there yet: slice i a place behind
+    the rows that are written before slice i + 1 is read again. The later parts have memory of their own.
+    """
+
+    def __init__(
+        self, hidden_ND: Tensor, table_VD: Tensor, sides: int, grad_VD: Tensor | None, room: Room | None
+    ):  # fmt: skip
+        self._sides, self._slices = sides, len(cuts(len(table_VD)))
+        self._per = max((part.stop - part.start for part in parts(len(hidden_ND))), default=0) * SLICE
+        self._passing = torch.empty(sides, self._per, dtype=hidden_ND.dtype)
+        self._grad = None if grad_VD is None else grad_VD.view(-1).view(hidden_ND.dtype)
+        self._row, self._room, self._like = table_VD.shape[1] * 4 // hidden_ND.element_size(), room, hidden_ND
+        spare = int(KEPT * self._row * len(table_VD)) // max(1, self._per)
+        self._count = min(spare, sides * self._slices) if grad_VD is not None else 0
+        self._spare: Tensor | None = None
+
+    def kept(self, rows: slice, side: int, i: int) -> Tensor | None:
+        """Where slice i of a side (0: whose logits are kept first) lies for a part of the tokens; None: not kept."""
+        if self._grad is None:
+            return None
+        if rows.start == 0:
+            together = self._sides if self._sides * self._per <= SLICE * self._row else 1
+            stride = max(together * self._per, SLICE * self._row)
+            at = (i + 1) * stride + side * self._per
+            return self._grad[at : at + self._per] if side < together and at + self._per <= len(self._grad) else None
+        if self._spare is None:
+            self._spare = empty(self._room, self._like, (self._count, self._per))
+        at = i + side * self._slices
+        return self._spare[at] if at < self._count else None
+
+    def passing(self, side: int) -> Tensor:
+        """Where logits of a side lie until the next."""
+        return self._passing[side]
 
 
 class Side:
-    """Hidden states [n, D] against a table; `first`: how many slices the memory keeps for others."""
+    """Some tokens' hidden states [n, D] against a table; `which`: of the memory's sides."""
 
-    def __init__(self, hidden_nD: Tensor, table_VD: Tensor, memory: Memory, which: int = 0, first: int = 0):
-        self.hidden_nD, self.table_VD, self._which = hidden_nD, table_VD, which
-        self._kept, self._passing = memory.kept[first:], memory.passing[which]
+    def __init__(self, hidden_nD: Tensor, table_VD: Tensor, memory: Memory, rows: slice, which: int = 0):
+        self.hidden_nD, self.table_VD, self._memory, self._rows, self._which = hidden_nD, table_VD, memory, rows, which
 
     def logits(self, i: int, cut: slice, again: bool = False) -> Tensor:
         """[n, slice] of slice i; the same memory may serve the next. `again`: it was asked for before."""
-        kept = i < len(self._kept)
-        width = cut.stop - cut.start
-        n = len(self.hidden_nD)
-        z_nv = (self._kept[i] if kept else self._passing)[: n * width].view(n, width)
-        return z_nv if again and kept else product(self.hidden_nD, self.table_VD[cut], z_nv)
+        kept = self._memory.kept(self._rows, self._which, i)
+        width, n = cut.stop - cut.start, len(self.hidden_nD)
+        z_nv = (self._memory.passing(self._which) if kept is None else kept)[: n * width].view(n, width)
+        return z_nv if again and kept is not None else product(self.hidden_nD, self.table_VD[cut], z_nv)
 
 
 def product(x_nD: Tensor, table_vD: Tensor, out_nv: Tensor) -> Tensor:
@@ -93,10 +118,13 @@ class SlicedRows(Rows):
         self.hidden_ND, self.ids_N, self.temperature = hidden_ND, ids_N.contiguous(), temperature
         self.table_VD = weight_VD.contiguous()
         self.slices, self.cuts = parts(len(hidden_ND)), cuts(len(weight_VD))
-        self._memory = Memory(hidden_ND, weight_VD, len(weight_VD), 1, room)
+        self._room, self._memory = room, Memory(hidden_ND, weight_VD, 1, None, room)
+
+    def into(self, grad_VD: Tensor | None) -> None:
+        self._memory = Memory(self.hidden_ND, self.table_VD, 1, grad_VD, self._room)
 
     def _side(self, rows: slice) -> Side:
-        return Side(self.hidden_ND[rows].contiguous(), self.table_VD, self._memory)
+        return Side(self.hidden_ND[rows].contiguous(), self.table_VD, self._memory, rows)
 
     def _call(self, name: str, z_nv: Tensor, rows: slice, first: int, seen_n4: Tensor) -> None:
         n, v = z_nv.shape

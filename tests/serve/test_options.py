@@ -98,6 +98,7 @@ def test_one_name_for_thinking(secure: Any):
         (["a={model}", "--price", "1,2"], "three numbers"),
         (["a={model}", "--set", "max_que=3"], 'Did you mean "max_queue"'),
         (["a={model}", "--hook", "none.py"], "no hook at none.py"),
+        (["a={model}", "--hook", "{folder}/broken.py"], "cannot be imported: SyntaxError"),
         (["a={model}", "--audit", "/proc/none/audit.jsonl"], "audit log"),
         (["--upstream", "localhost:8000"], "http:// or https://"),
         (["--upstream", "http://a/v1", "--upstream-key-file", "none.txt"], "key file none.txt"),
@@ -108,6 +109,7 @@ def test_one_name_for_thinking(secure: Any):
 def test_mistakes_cost_a_sentence(
     arguments: list[str], words: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
+    (tmp_path / "broken.py").write_text("def before(:")
     told = [argument.format(model=checkpoint, folder=tmp_path) for argument in arguments]
     assert main(["serve", "--port", "0", *told]) == 2
     assert words in capsys.readouterr().err

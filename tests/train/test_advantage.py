@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoestring.train.rollouts import advantages, carries_signal
+from shoestring.core.errors import UserError
+from shoestring.core.nouns import Completion, Problem, Rollout
+from shoestring.train.rollouts import advantages, carries_signal, reward_groups
 
 
 def test_golden_values() -> None:
@@ -27,3 +31,14 @@ def test_advantages_sum_to_zero_and_keep_the_order(rewards: list[float]) -> None
     assert sum(found) == pytest.approx(0, abs=1e-6)
     if carries_signal(rewards):
         assert found[rewards.index(max(rewards))] == max(found)  # rewards that differ by 1e-111 may round to equals
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_reward_that_is_no_number_is_said(value: str, tmp_path: Path) -> None:
+    """NaN is no larger than anything: its group would be dropped as one of equal rewards."""
+    path = tmp_path / "odd.py"
+    path.write_text(f'"""Odd."""\n\ndef reward(rollouts, *, grade):\n    return [1.0, float("{value}")]\n')
+    problem = Problem(task="task", version="1", id="p7", prompt="1 + 1?", gold="2", difficulty=1, seed=0)
+    group = [Rollout(problem, [1], Completion("2", [2], [-1.0], "stop")) for _ in range(2)]
+    with pytest.raises(UserError, match=f"gives {value} for an answer to p7"):
+        reward_groups([group], {str(path): 1.0}, lambda pairs: [True] * len(pairs))

@@ -104,8 +104,10 @@ def _load(name: str) -> Any:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"the hook {name} cannot be imported: {error}.") from error
+    except UserError:
+        raise
+    except Exception as error:  # a user's own file: whatever it raises
+        raise UserError(f"the hook {name} cannot be imported: {type(error).__name__}: {error}.") from error
     if not hasattr(module, "before") and not hasattr(module, "after"):
         raise UserError(f"the hook {name} has neither a function `before` nor `after`.")
     return module

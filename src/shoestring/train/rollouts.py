@@ -9,6 +9,7 @@ A group of equal rewards carries no signal: all its advantages are 0 (never 0/0,
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from shoestring.core.contracts import Generator
+from shoestring.core.errors import UserError
 from shoestring.core.nouns import Completion, Problem, Rollout, Sampling
 from shoestring.core.registry import load_part
 from shoestring.data.batch import Example
@@ -51,11 +53,14 @@ def answer_groups(
 
 
 def reward_groups(groups: Sequence[Group], rewards: Mapping[str, float], grade: Grade) -> None:
-    """Fill in each rollout's rewards by name and their weighted sum."""
+    """Fill in each rollout's rewards by name and their weighted sum. Raises UserError for one that is no number: its
+    group would pass for one without signal."""
     rollouts = [rollout for group in groups for rollout in group]
     for name, weight in rewards.items():
         values = load_part("rewards", name).reward(rollouts, grade=grade)
         for rollout, value in zip(rollouts, values, strict=True):
+            if not math.isfinite(value):
+                raise UserError(f'the reward "{name}" gives {value} for an answer to {rollout.problem.id}; mend it.')
             rollout.rewards[name] = value
             rollout.reward += weight * value
 

@@ -24,6 +24,7 @@ NAMED = {
     "v3": sizes.deepseek(**sizes.V3),
     "moonlight": sizes.deepseek(**sizes.MOONLIGHT),
     "v2-lite": sizes.deepseek(**sizes.V2_LITE),
+    "v2": sizes.deepseek(**sizes.V2),
     "llama-3.1": sizes.dense(rope_scaling=sizes.LLAMA3),
     "qwen2-tied": sizes.dense(model_type="qwen2", tie_word_embeddings=True),
     "qwen3": sizes.dense(model_type="qwen3", head_dim=16),
@@ -35,7 +36,8 @@ NAMED = {
 def test_ours_to_ours(name: str, tmp_path: Path) -> None:
     model = sizes.make(NAMED[name])
     save(model, None, tmp_path, max_shard_bytes=20_000)
-    assert (tmp_path / "model.safetensors.index.json").exists()
+    shards = set(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"].values())
+    assert len(shards) > 1 and shards == {path.name for path in tmp_path.glob("*.safetensors")}
     again, tokenizer = load(tmp_path)
     assert tokenizer is None and again.config == model.config
     for (key, mine), (other_key, other) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
@@ -89,7 +91,8 @@ def test_ours_to_transformers_and_back(name: str, tmp_path: Path) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert theirs.dtype == torch.float32
     torch.testing.assert_close(theirs(x_BT).logits, model(x_BT).logits_BTV, atol=1e-4, rtol=1e-4)
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
     back, _ = load(tmp_path / "theirs")
     torch.testing.assert_close(back(x_BT).logits_BTV, model(x_BT).logits_BTV, atol=1e-6, rtol=1e-6)
 

@@ -107,7 +107,7 @@ def peak_bytes(layer: Experts, chosen: Tensor, kernels: Kernels) -> int:
 @pytest.mark.parametrize("elements", ["torch", "native"])
 @pytest.mark.parametrize("way", FAST)
 def test_one_full_expert_costs_no_more_memory(way: Any, elements: Any, dtype: Any) -> None:
-    """But for slices that are filled up to 32 rows in bf16. Uneven loads of "bmm" go to the loop, which takes its own."""
+    """But for slices that are filled up to 32 rows in bf16. Uneven loads of "bmm" go to the loop, at its price."""
     if elements == "native" and native.why_not() is not None:
         pytest.skip("no native library here")
     n, experts, wide = 4096, 32, 64

@@ -42,11 +42,12 @@ class Killed(BaseException):
 def stage(model: Path, **options: Any) -> RlStage:
     values: dict[str, Any] = {
         "steps": 4, "preflight_problems": 3, "preflight_samples": 4, "checkpoint_every": 2, "minimum_mixed": 0.0,
+        "max_tries": 1,
         "optim": Optim(lr=3e-3, warmup_steps=0, schedule="constant", weight_decay=0.0),
     }  # fmt: skip
     return RlStage(
         name="rl", inputs={"model": str(model)}, mix=MIX, rewards={str(WISH): 1.0}, problems_per_step=4, group_size=4,
-        max_tries=1, decoding=Decoding(max_new_tokens=12), compute=quickstart.COMPUTE, balance_alpha=0.0,
+        decoding=Decoding(max_new_tokens=12), compute=quickstart.COMPUTE, balance_alpha=0.0,
         **values | options,
     )  # fmt: skip
 
@@ -122,6 +123,28 @@ def test_everything_is_counted_and_the_check_is_not_training(folder: Path, tmp_p
     rows = without.metrics()
     assert costs[1]["sampled_tokens"] == sum(row["rollout_tokens"] for row in rows)
     assert costs[1]["tokens"] - costs[1]["sampled_tokens"] > 0  # what was trained on
+
+
+def test_the_first_samples_are_of_the_first_step_that_learned(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collected, stream, starts = rl.collect, rl.problems, []
+
+    def nothing_at_first(*options: Any) -> Any:
+        groups, sampled = collected(*options)
+        return ([] if len(starts) == 1 else groups), sampled
+
+    def from_where(*options: Any, start: int = -1) -> Any:
+        if start >= 0:
+            starts.append(start)
+        return stream(*options, start=max(start, 0))
+
+    monkeypatch.setattr(rl, "collect", nothing_at_first)
+    monkeypatch.setattr(rl, "problems", from_where)
+    run = road(stage(folder, steps=3, preflight_problems=0, max_tries=300), tmp_path)
+    first, last = ((run.path / "samples" / f"{name}.jsonl").read_text() for name in ("first", "last"))
+    assert first and first != last
+    assert starts == [0, 1200, 2400]  # 4 problems, 300 times: none of a step's comes again in the next
 
 
 def test_the_reference_is_paid_for(folder: Path, tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def run(stage: RlStage, ctx: Context) -> Outcome:
         state.checked_tokens, state.checked_flops = preflight(stage, ctx, engine, tokenizer, grade, price)
         while (spent := budget.spent(state)) < 1.0:
             # Problems of update t are those from t·1000 on: a function of the step, whatever was resampled before.
-            source = problems(stage.mix, derived_seed(stage.seed, 4), start=state.step * 1000)
+            apart = max(1000, stage.problems_per_step * stage.max_tries)
+            source = problems(stage.mix, derived_seed(stage.seed, 4), start=state.step * apart)
             groups, sampled = collect(stage, engine, tokenizer, source, grade, derived_seed(stage.seed, 5, state.step))
             facts = measure(sampled, len(groups))
             ctx.note_sandbox(grade.layer)
@@ -71,7 +72,7 @@ def run(stage: RlStage, ctx: Context) -> Outcome:
                 stats = _update(stage, state, groups, tokenizer, spent)
                 engine.update_weights(state.model)
                 record(ctx, state, stats, **facts)
-                _keep_samples(ctx, state.step, groups)
+                _keep_samples(ctx, groups)
             else:
                 state.step += 1  # nothing to learn from this step's problems; the next ones are others
                 ctx.run.metric(state.step, **state.spent(), **facts)
@@ -138,9 +139,9 @@ def _fill_reference(examples: Sequence[Example], reference: Any, stage: RlStage)
         example.ref = [0.0, *logprobs]
 
 
-def _keep_samples(ctx: Context, step: int, groups: Sequence[Group]) -> None:
-    """The newest step's rollouts and, once, the first step's: what the report shows."""
+def _keep_samples(ctx: Context, groups: Sequence[Group]) -> None:
+    """The newest step's rollouts and, once, those of the first step that learned: what the report shows."""
     rows = [sample_row(rollout) for group in groups[:8] for rollout in group[:4]]
-    if step == 1:
+    if not (ctx.run.path / "samples" / "first.jsonl").exists():
         ctx.run.save_samples("first", rows)
     ctx.run.save_samples("last", rows)

@@ -206,7 +206,7 @@ def test_what_is_data() -> None:
     stages = {stage.name: data_of(stage) for stage in quickstart.recipe("smoke").stages}
     tasks = {f"tasks/{name}" for name in ("questions", "logic", "programs")}
     assert set(stages["tokenizer"]) == set(stages["teacher-pretrain"]) == set(stages["teacher-sft"]) == tasks
-    assert set(stages["teacher-rl"]) == tasks | {"rewards/repetition"}
+    assert set(stages["teacher-rl"]) == tasks | {"rewards/length"}
     assert set(stages["ask"]) == tasks | {"curate/dedup"}
     assert set(stages["eval-teacher-rl"]) == tasks
     assert stages["student-distilled"] == {}

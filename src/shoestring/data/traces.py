@@ -10,8 +10,10 @@ Left out: deletion; what curation drops is marked, and stays.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +86,8 @@ class TraceStore:
         try:
             with store.transaction():
                 stored = _insert(store, list(traces))
-            store.base.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            with contextlib.suppress(sqlite3.OperationalError):  # a full disk: they are in the journal, which is enough
+                store.base.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             return stored
         finally:
             store.close()

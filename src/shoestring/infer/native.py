@@ -226,7 +226,7 @@ class NativeLayers:
         )
         self._model = self._shape(blocks, norm, store)
         self.moe_layers, self.top_k = sum(isinstance(block.mlp, MoE) for block in blocks), self._model.A
-        self._work, self._room = torch.empty(0, dtype=torch.uint8), (0, 0, 0)  # for rows, threads, positions
+        self._work, self._fits = torch.empty(0, dtype=torch.uint8), (0, 0, 0)  # rows, threads, positions
         self._turn = torch.empty(0)
 
     # ---- weights
@@ -320,7 +320,7 @@ class NativeLayers:
         assert keep is None or not routed
         R, J = rows.table_RJ.shape
         longest, threads = rows.longest, torch.get_num_threads()
-        if (R, threads) != self._room[:2] or longest > self._room[2]:
+        if (R, threads) != self._fits[:2] or longest > self._fits[2]:
             self._grow(R, longest, threads)
         if longest + ahead > len(self._turn):
             positions_S = torch.arange(max(256, 2 * (longest + ahead)))
@@ -341,8 +341,8 @@ class NativeLayers:
 
     def _grow(self, R: int, longest: int, threads: int) -> None:
         """Work space, if it is too small, for these and some longer rows."""
-        self._room = (R, threads, longest + 64)
-        size = self._size(ctypes.byref(self._model), c_int64(R), c_int64(self._room[2]), c_int64(threads))
+        self._fits = (R, threads, longest + 64)
+        size = self._size(ctypes.byref(self._model), c_int64(R), c_int64(self._fits[2]), c_int64(threads))
         if size > len(self._work):
             self._work = torch.empty(size + size // 4, dtype=torch.uint8)
 

@@ -6,19 +6,16 @@ Measured on a virtual machine: products with 4 to 16 rows against weights that l
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
-import mmap
 import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from shoestring.nn.room import Room
+from shoestring.nn.room import HUGE, Room, huge
 
-HUGE = 2 << 20  # bytes of a huge page
 CHUNK = 4 * HUGE
 LARGE = 64 << 20  # bytes; a tensor of that size that needs no other dtype stays where it lies
 COLLAPSE = 25  # madvise's MADV_COLLAPSE (Linux 6.1), which the mmap module does not name
@@ -26,14 +23,7 @@ COLLAPSE = 25  # madvise's MADV_COLLAPSE (Linux 6.1), which the mmap module does
 
 def empty(size: int) -> Tensor:
     """`size` bytes that begin at a huge page; untouched, so not yet taken from the system."""
-    if not sys.platform.startswith("linux"):
-        return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE
-    return whole[start : start + size]
+    return torch.from_numpy(huge(size))
 
 
 def collapse(tensor: Tensor) -> None:

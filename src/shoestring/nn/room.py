@@ -38,7 +38,7 @@ class Room:
             block = self._free.pop(min(fitting, key=lambda i: len(self._free[i])))
         else:  # what is free and too small goes back to the system: else blocks of sizes gone by would gather
             self._free[:] = [block for block in self._free if len(block) >= size]
-            block = _block(-(-size // HUGE) * HUGE)
+            block = huge(-(-size // HUGE) * HUGE)
         lent = block.view()
         weakref.finalize(lent, self._free.append, block).atexit = False
         return torch.frombuffer(lent, dtype=dtype, count=count).view(shape)
@@ -48,7 +48,7 @@ class Room:
         return sum(map(len, self._free))
 
 
-def _block(size: int) -> np.ndarray:
+def huge(size: int) -> np.ndarray:
     """Bytes that begin at a huge page; untouched, so not yet taken from the system."""
     if not sys.platform.startswith("linux"):
         return np.empty(size, np.uint8)

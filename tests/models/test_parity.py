@@ -5,7 +5,7 @@ from __future__ import annotations
 import model_sizes as sizes
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -92,6 +92,8 @@ def test_drawn_dense(config: DenseConfig, seed: int, kernels: Kernels) -> None:
 @given(
     scaling=sizes.yarn() | st.just(sizes.LLAMA3), dim=st.sampled_from([8, 64, 128]), theta=st.sampled_from([1e4, 1e6])
 )
+@example(scaling=sizes.YARN.model_copy(update={"original_max_position_embeddings": 6}), dim=8, theta=1e4)  # no ramp
+@example(scaling=sizes.YARN.model_copy(update={"original_max_position_embeddings": 400}), dim=8, theta=10.0)  # cut
 def test_drawn_frequencies(scaling: RopeScaling, dim: int, theta: float) -> None:
     """At the sizes of real heads, where every part of YaRN's ramp is met."""
     import transformers

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import model_sizes as sizes
 import pytest
 import torch
 from torch import Tensor
 
+from shoestring.core.errors import UserError
 from shoestring.models.deepseek import Deepseek, DeepseekConfig
 from shoestring.nn.attention import Pass, cache_bias
 from shoestring.nn.kernels import Kernels
@@ -57,7 +60,15 @@ def test_softmax_scale(mscale: float | None, scale: float) -> None:
 
 def test_mscale() -> None:
     assert yarn_mscale(40, 1.0) == pytest.approx(1.368888, abs=1e-6)
-    assert yarn_mscale(1.0, 1.0) == 1.0
+    assert yarn_mscale(1.0, 1.0) == yarn_mscale(0.5, 1.0) == 1.0  # a context made no longer asks for nothing
+
+
+def test_llama3_bands() -> None:
+    """Llama 3.1's own 1 and 4 turns unless said otherwise; a ramp of no width would divide by 0."""
+    said: dict[str, Any] = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+    assert RopeScaling(**said) == RopeScaling(**said, low_freq_factor=1.0, high_freq_factor=4.0)
+    with pytest.raises(UserError, match=r"low_freq_factor=4\.0 must be less than high_freq_factor=4\.0"):
+        RopeScaling(**said, low_freq_factor=4.0)
 
 
 # ---- rotation

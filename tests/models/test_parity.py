@@ -14,6 +14,7 @@ from shoestring.models.dense import DenseConfig
 from shoestring.nn import native
 from shoestring.nn.decoder import Decoder
 from shoestring.nn.kernels import Kernels
+from shoestring.nn.norm import RMSNorm
 from shoestring.nn.rope import Rope, RopeScaling
 
 pytest.importorskip("transformers")
@@ -63,6 +64,18 @@ def compare(ours: Decoder, theirs: nn.Module, x_BT: Tensor) -> None:
 def test_named_shapes(name: str) -> None:
     model = sizes.make(NAMED[name])
     compare(model, sizes.twin(model), sizes.tokens(NAMED[name], 2, 24))
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_eps_of_every_norm(name: str) -> None:
+    """The latent norms keep 1e-6 whatever `rms_norm_eps` says; all others are told."""
+    model = sizes.make(NAMED[name].model_copy(update={"rms_norm_eps": 1e-3}))
+    theirs = {
+        name: m.variance_epsilon for name, m in sizes.twin(model).named_modules() if "RMSNorm" in type(m).__name__
+    }
+    ours = {name: m.eps for name, m in model.named_modules() if isinstance(m, RMSNorm)}
+    assert {name: eps for name, eps in ours.items() if not name.startswith("mtp.")} == theirs
+    assert {eps for name, eps in ours.items() if name.startswith("mtp.") and "_a_layernorm" not in name} <= {1e-3}
 
 
 @DRAWN

@@ -149,7 +149,8 @@ def test_a_dry_run_prices_every_stage_and_loads_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(400)
 def test_the_whole_road_at_smoke_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = resolve_recipe("quickstart", ["size=smoke"])
+    """With a seed whose untrained teacher answers some problems with nothing (0, the resume tests' seed, has none)."""
+    recipe = resolve_recipe("quickstart", ["size=smoke", "seed=1"])
     result = run_recipe(recipe, tmp_path, quiet=True)
     assert [row["stage"] for row in result.rows] == [stage.name for stage in recipe.stages]
     made = {run.manifest["stage"]: run.manifest for run in runs_tree(tmp_path)}
@@ -157,6 +158,8 @@ def test_the_whole_road_at_smoke_size(tmp_path: Path, capsys: pytest.CaptureFixt
         spent = [row["flops"] for row in result.runs[control].metrics()]
         given = made[budget]["cost"]["train_flops"]
         assert spent[-1] >= given and all(flops < given for flops in spent[:-1])  # it stops at the step that reaches it
+    asked = result.runs["ask"].metrics()[-1]
+    assert 0 < asked["kept"] < asked["answers"]
     assert made["ask"]["facts"].keys() >= {"kernels"} and made["teacher-rl"]["facts"]["preflight"]["samples"] == 16
     weights = {
         name: next(o["sha256"] for o in manifest["outputs"] if o["path"].endswith("model.safetensors"))

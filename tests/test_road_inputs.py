@@ -207,7 +207,7 @@ def test_what_is_data() -> None:
     tasks = {f"tasks/{name}" for name in ("questions", "logic", "programs")}
     assert set(stages["tokenizer"]) == set(stages["teacher-pretrain"]) == set(stages["teacher-sft"]) == tasks
     assert set(stages["teacher-rl"]) == tasks | {"rewards/length"}
-    assert set(stages["ask"]) == tasks | {"curate/dedup"}
+    assert set(stages["ask"]) == tasks | {"curate/empty", "curate/dedup"}
     assert set(stages["eval-teacher-rl"]) == tasks
     assert stages["student-distilled"] == {}
 

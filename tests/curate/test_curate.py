@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,15 @@ def test_dedup_keeps_the_first_of_equal_answers() -> None:
 def test_finished() -> None:
     given = [example(), example(finish_reason="length"), example(finish_reason="content_filter"), example(answer=" ")]
     assert reasons("finished", given) == ["", "cut off", "finished by content_filter", "no text"]
+
+
+def test_empty() -> None:
+    """Tokens that are no well-formed answer are said all the same; the token that ends a turn says nothing."""
+    silent = example(answer=" ", thinking=None)
+    given = [example(), replace(silent, thinking="3 + 8"), silent, replace(silent, token_ids=[1]),
+             replace(silent, token_ids=[7, 1]), replace(silent, token_ids=[7], finish_reason="length"),
+             replace(silent, token_ids=[], finish_reason="length")]  # fmt: skip
+    assert reasons("empty", given) == ["", "", "empty", "empty", "", "", "empty"]
 
 
 def test_repeated() -> None:

@@ -70,7 +70,7 @@ SIZES = {
     "full": Size(900, 900, 60, 80, 3000, 250, 300, 4, 3_000_000),
     "smoke": Size(
         12, 12, 4, 3, 24, 4, 8, 2, 40_000, tokens_per_step=1024, problems_per_step=4, group_size=4,
-        preflight_problems=4, minimum_mixed=0.0, reject_problems=4, checkpoint_every=2, curate=("dedup",),
+        preflight_problems=4, minimum_mixed=0.0, reject_problems=4, checkpoint_every=2, curate=("empty", "dedup"),
         rewards=("length",), rl_tokens=112,
     ),
 }  # fmt: skip

@@ -36,8 +36,8 @@ def kept_examples(ctx: Context, tokenizer: Tokenizer) -> tuple[list[Trace], list
     empty = [trace for trace, example in zip(traces, examples, strict=True) if says_nothing(example)]
     if empty:
         raise UserError(
-            f"{ctx.run.name}: {len(empty)} of {len(traces)} traces hold no answer (the first: {empty[0].id}); curate "
-            "them, for one with `correct`."
+            f"{ctx.run.name}: {len(empty)} of {len(traces)} traces hold no answer (the first: {empty[0].id}); leave "
+            "them out by the filter `finished`, in `shoestring curate` or in the curate=[...] of the stage that asks."
         )
     return traces, examples
 

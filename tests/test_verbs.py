@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     return run
 
 
-def test_the_road_verb_by_verb(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_the_road_verb_by_verb(  # type: ignore[no-untyped-def]
+    call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = call("tokenizer", (), ("documents=60",))
     base = call("pretrain", (f"tokenizer={words}",), (*TEXT, FAST))
     tuned = call("sft", (f"model={base}",), ("steps=2", "problems=16", "examples_per_step=4", FAST))
@@ -58,3 +61,7 @@ def test_the_road_verb_by_verb(call, tmp_path: Path, monkeypatch: pytest.MonkeyP
         r'input "traces" is .*a folder without traces', call("distill", (f"model={base}", "traces=."), (), code=2)
     )
     assert "a run that made no checkpoint" in call("eval", (f"model={asked}",), (), code=2)
+    shutil.rmtree(Path(student) / "checkpoints")
+    assert "a run whose checkpoint is gone: bring" in call("eval", (f"model={student}",), (), code=2)
+    for verb in (["chat", student], ["export", student, str(tmp_path / "out")]):
+        assert cli.main(verb) == 2 and "a run whose checkpoint is gone: bring" in capsys.readouterr().err

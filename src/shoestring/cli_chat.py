@@ -83,9 +83,10 @@ def weights_of(model: str) -> str:
         return model
     from shoestring.core.run import Run
 
-    latest = Run.load(model).latest_checkpoint()
+    run = Run.load(model)
+    latest = run.latest_checkpoint()
     if latest is None:
-        raise UserError(f"{model} holds no checkpoint to talk to.")
+        raise UserError(f"{model} holds nothing to talk to: it is {run.without_checkpoint()}.")
     return str(latest[1])
 
 

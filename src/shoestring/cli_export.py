@@ -54,8 +54,10 @@ def export(
 
     made = Run.load(_found(run, runs))
     latest = made.latest_checkpoint()
-    if not made.finished or latest is None:
-        raise UserError(f"run {made.name} is not finished or made no model; there is nothing to export.")
+    if not made.finished:
+        raise UserError(f"run {made.name} is not finished; run its command again first, then export it.")
+    if latest is None:
+        raise UserError(f"{made.name} cannot be exported: it is {made.without_checkpoint()}.")
     if folder.exists():
         raise UserError(f"{folder} exists; give a folder that does not, so that nothing is overwritten.")
     check_place(folder)

@@ -58,26 +58,29 @@ def tree(context: typer.Context, runs: RunsDir = RUNS, json: Json = False) -> No
 
 def _tree(found: list[Run], root: Path) -> Tree:
     """Each run stands under its first parent; its other parents are named in its line."""
+    from rich.markup import escape
     from rich.tree import Tree
 
-    top = Tree(f"[bold]{root}[/]")
+    top = Tree(f"[bold]{escape(str(root))}[/]")
     nodes: dict[str, Any] = {}
     for run in found:
         made = run.manifest
         parents = [parent["name"] for parent in made["parents"].values()]
         under = next((name for name in parents if name in nodes), None)
-        others = [f"+ {name}" for name in parents if name != under and name]
+        others = [f"+ {escape(name)}" for name in parents if name != under and name]
         nodes[run.name] = (nodes[under] if under else top).add(" ".join([_line(made), *others]))
     return top
 
 
 def _line(made: dict[str, Any]) -> str:
-    parts = [made["name"], f"[{_STYLE[made['status']]}]{made['status']}[/]"]
+    from rich.markup import escape
+
+    parts = [escape(made["name"]), f"[{_STYLE[made['status']]}]{made['status']}[/]"]
     if made["attempts"] > 1:
         parts.append(f"({made['attempts']} attempts)")
     if metric := made["headline_metric"]:
         error = f" ± {metric['stderr']:.3g}" if metric.get("stderr") is not None else ""
-        parts.append(f"{metric['name']} [bold]{short(metric['value'])}[/]{error}")
+        parts.append(f"{escape(metric['name'])} [bold]{short(metric['value'])}[/]{error}")
     if cost := made["cost"]:
         parts += [short(cost[key], key) for key in ("seconds", "usd") if cost.get(key)]
     if not made["headline"]:

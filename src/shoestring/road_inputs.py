@@ -61,7 +61,7 @@ def _check_kind(stage: Stage, role: str, value: str, found: Found) -> None:
         if not found.finished:
             raise UserError(f"input run {found.name} is not finished; run its command again first.")
         if (is_model(role) or role == "tokenizer") and found.latest_checkpoint() is None:
-            raise UserError(f'stage "{stage.name}": input "{role}" is {found.name}, a run that made no checkpoint.')
+            raise UserError(f'stage "{stage.name}": input "{role}" is {found.name}, {found.without_checkpoint()}.')
         if role == "traces" and not (found.path / TRACES).exists():
             raise UserError(f'stage "{stage.name}": input "traces" is {found.name}, a run that made no traces.')
     elif role == "traces" and found.is_file():

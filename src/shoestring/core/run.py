@@ -152,6 +152,14 @@ class Run:
         """(step, folder) of the last complete checkpoint."""
         return max(self._checkpoints(), default=None)
 
+    def without_checkpoint(self) -> str:
+        """What to say of a run that has no checkpoint: it has none yet, it makes none, or somebody removed it."""
+        if not self.finished:
+            return "a run that is not finished and has no checkpoint yet"
+        made = any(str(output["path"]).startswith("checkpoints/") for output in self._fields["outputs"])
+        gone = "a run whose checkpoint is gone: bring its folder checkpoints back, or make it anew by --again"
+        return gone if made else "a run that made no checkpoint"
+
     def _checkpoints(self) -> list[tuple[int, Path]]:
         found = (self.path / "checkpoints").glob("step_*")
         return sorted((int(match[1]), path) for path in found if (match := _STEP.fullmatch(path.name)))

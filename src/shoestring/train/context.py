@@ -63,7 +63,7 @@ class Context:
             return found
         latest = found.latest_checkpoint()
         if latest is None:
-            raise UserError(f'{self.run.name}: input "{role}" ({found.name}) holds no checkpoint.')
+            raise UserError(f'{self.run.name}: input "{role}" is {found.name}, {found.without_checkpoint()}.')
         return latest[1]
 
     def folder_of(self, role: str, name: str) -> Path:

@@ -13,6 +13,7 @@ import pytest
 
 import shoestring
 from shoestring import cli
+from shoestring.cli_options import short
 from shoestring.core.config import Config
 from shoestring.core.errors import UserError
 from shoestring.core.run import Run
@@ -275,6 +276,21 @@ def test_the_tree_and_two_totals(call, runs):
     assert f"+ {runs.pretrain.name}" in lines["eval-r"]
     assert re.search(r"headline +2 ", out)
     assert re.search(r"everything ", out)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(999_960, "1M"), (999_400, "999k"), (999_960_000, "1G"), (999_960_000_000, "1.00e+12"), (9999, "9999")],
+)
+def test_no_number_is_a_thousand_of_a_unit(value, told):
+    assert short(value) == told
+
+
+@pytest.mark.parametrize("folder", ["a[b]c", "a[/b]c", "[red]"])
+def test_a_folder_is_no_markup(call, tmp_path, folder):
+    Run.open(tmp_path / folder, stage="pretrain", recipe="r", config=Stage())
+    code, out, _ = call("runs", "--runs", str(tmp_path / folder))
+    assert code == 0 and f"/{folder}\n" in out
 
 
 def test_runs_as_json(call, runs):

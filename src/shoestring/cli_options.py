@@ -77,7 +77,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], *, title: str | None = None) 
         numeric = any(_is_number(row.get(column)) for row in rows)
         longest = max(map(len, (column, *cells)))
         least += 3 + (longest if numeric else min(longest, NARROW))
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold",
+        table.add_column(escape(column), justify="right" if numeric else "left", no_wrap=numeric, overflow="fold",
                          min_width=None if numeric else min(longest, NARROW))  # fmt: skip
     for cells in told:
         table.add_row(*map(escape, cells))
@@ -133,11 +133,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _number(value: float) -> str:
-    if abs(value) >= 1e12:
+    if abs(value) >= 0.9995e12:  # what would be rounded to 1000 is 1 of the next unit
         return f"{value:.2e}"
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= limit:
-            scale = {"G": 1e9, "M": 1e6, "k": 1e3}[unit]
+    for least, scale, unit in ((0.9995e9, 1e9, "G"), (0.9995e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
             return f"{value / scale:.3g}{unit}"
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 

@@ -36,6 +36,14 @@ def test_plain_lines_come_at_intervals():
     assert lines[0] == "sft  15/100 steps (15%)  1m25s left  2k tokens/s  $0.0150  loss 1.235"
 
 
+def test_no_count_is_a_thousand_of_a_unit():
+    stream = io.StringIO()
+    with Progress(1e9, title="rl", unit="FLOPs", stream=stream, every_s=0.0) as bar:
+        bar.update(999_960)
+        bar.update(999_960_000)
+    assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["1M/1G", "1G/1G"]
+
+
 def test_the_last_step_is_always_said():
     lines = run(100, every_s=1000).splitlines()
     assert len(lines) == 1

@@ -13,13 +13,15 @@ import pytest
 
 from shoestring.core.atomic import read_lines
 from shoestring.core.run import Run, runs_tree
+from shoestring.report import words
 from shoestring.report.curves import averaged, log_ticks, nice_ticks, smoothed
 from shoestring.report.drawing import road_svg
-from shoestring.report.page import page, style, write_report
+from shoestring.report.page import _results_caption, page, style, write_report
 from shoestring.report.samples import choose, pairs_of
 from shoestring.report.spec import read_spec
 from shoestring.train.configs import Recipe
 
+GAP = "\u00a0"
 VOID = {"meta", "br", "path", "rect", "link", "img"}
 HOSTILE = "</style></title><script>alert(1)</script>\"'><img src=x onerror=alert(2)>\u202e\x00&lt;"
 
@@ -79,7 +81,7 @@ def test_everything_the_recipe_asks_for_is_on_it(road):
     for heading in ("Claims", "The road", "Results", "Curves", "Answers, side by side", "The bill", "How it was made"):
         assert f"<h2>{heading}</h2>" in text
     assert '<th scope="col">of them sampled</th>' in text
-    assert "Pass rate in training" in text and "Before “teacher RL”: right of 16 samples" in text
+    assert "Pass rate in training" in text and "Problems before “teacher RL”" in text
     assert text.count('<b class="yes">✓ reached</b>') + text.count('<b class="no">✗ missed</b>') == 5
     assert recipe.report["note"] in text and "{teacher" not in text
     assert "Not whole yet" not in text
@@ -160,7 +162,9 @@ def test_of_several_seeds_the_first_is_drawn(road):
     changed = Recipe.from_dict(recipe.to_dict() | {"report": recipe.report | {"evals": entries, "claims": []}})
     drawn = road_svg(changed, read_spec(changed), runs)
     assert "teacher-rl" in drawn and "tokenizer" in drawn and "student-rl" not in drawn
-    assert "first of 2 seeds" in page(changed, runs, root)
+    text = page(changed, runs, root)
+    assert text.count("first of 2 seeds") == 3  # the road, the curves, the answers
+    assert "over seeds where" not in text  # each row has one seed of its own
     assert "student-rl" in road_svg(recipe, read_spec(recipe), runs)
 
 
@@ -182,7 +186,38 @@ def test_drawing_numbers():
     line = [(float(i), 2.0 * i) for i in range(1000)]
     assert smoothed(line)[500] == pytest.approx((500.0, 1000.0))
     thin = averaged(line, 160)
-    assert len(thin) <= 160 and thin[0][0] == 0 and thin[-1][0] == 999
+    assert len(thin) <= 160 and thin[0] == line[0] and thin[-1] == line[-1]
+
+
+def test_a_curve_begins_where_its_run_began(road, tmp_path):
+    """A steep start is neither in its line nor beside its title averaged away."""
+    recipe, runs, root = road
+    run = _copy_of(runs["teacher-pretrain"], tmp_path / "run")
+    rows = [{"step": i + 1, "loss": 6.0 if i == 0 else 2.0 if i < 50 else 0.5} for i in range(900)]
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = page(recipe, {"teacher-pretrain": run}, root)
+    assert "6 → 0.5" in text
+    assert averaged(smoothed([(row["step"], row["loss"]) for row in rows]), 160)[0] == (1, 6.0)
+
+
+def test_a_row_of_one_seed_beside_others_says_what_its_error_is_over():
+    caption = _results_caption([{"seeds": 3}, {"seeds": 1}])
+    assert "over seeds where a row names them, elsewhere over the problems" in caption
+    assert "standard error over seeds (the" in _results_caption([{"seeds": 3}, {"seeds": 0}])
+    assert "standard error over problems (the" in _results_caption([{"seeds": 1}])
+
+
+@pytest.mark.parametrize(
+    ("value", "count", "flops"),
+    [(12e12, "12.0 T", "12.0 TFLOP"), (1e6, "1.00 M", "1.00 MFLOP"), (446e9, "446 G", "446 GFLOP"),
+     (999_960_000, "1.00 G", "1.00 GFLOP"), (12, "12", "12 FLOP")],
+)  # fmt: skip
+def test_numbers_keep_three_digits(value, count, flops):
+    assert (words.count(value), words.flops(value)) == (count.replace(" ", GAP), flops.replace(" ", GAP))
+
+
+def test_a_number_on_an_axis_is_short():
+    assert [words.tick(value) for value in (20_000, 1e6, 200)] == [f"20{GAP}k", f"1{GAP}M", "200"]
 
 
 def test_the_stylesheet_is_part_of_the_package():

@@ -116,7 +116,7 @@ def _bar(stream: TextIO) -> RichBar:
 def _count(number: float) -> str:
     """Three digits and a unit: 950, 12.3k, 4.50M, 1.20e15."""
     for limit, unit in ((1e3, ""), (1e6, "k"), (1e9, "M"), (1e12, "G")):
-        if abs(number) < limit:
+        if abs(number) < 0.9995 * limit:  # what would be rounded to 1000 is 1 of the next unit
             scaled = number / (limit / 1e3)
             return f"{scaled:.0f}" if not unit and number == int(number) else f"{scaled:.3g}{unit}"
     return f"{number:.2e}"

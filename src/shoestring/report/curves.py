@@ -23,7 +23,7 @@ KINDS = {
 }  # fmt: skip
 PANELS: dict[str, tuple[tuple[str, str], ...]] = {
     "Pretraining": (
-        ("loss", "Next-token loss, nats, log scale"), ("mtp", "Loss of the MTP module, log scale"),
+        ("loss", "Next-token loss, nats, log scale"), ("mtp", "MTP module's loss, nats, log scale"),
         ("max_violation", "Expert load, max ÷ mean − 1"),
     ),
     "Supervised fine-tuning and distillation": (
@@ -31,9 +31,9 @@ PANELS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "Reinforcement learning": (
         ("reward", "Reward, weighted sum"), ("length", "Mean answer length, tokens"),
-        ("mixed_groups", "Groups that carry signal"), ("entropy", "Entropy of the policy, nats"),
-        ("ratio_error", "|Sampler − trainer| logprob"), ("max_violation", "Expert load, max ÷ mean − 1"),
-        ("truncated", "Answers cut off"), ("kl", "KL to the reference, nats"),
+        ("mixed_groups", "Groups that carry signal, share"), ("entropy", "Entropy of the policy, nats"),
+        ("ratio_error", "|Sampler − trainer| logprob, nats"), ("max_violation", "Expert load, max ÷ mean − 1"),
+        ("truncated", "Answers cut off, share"), ("kl", "KL to the reference, nats"),
     ),
 }  # fmt: skip
 PASS_RATE = {"correct": "Pass rate in training"}
@@ -149,10 +149,9 @@ def _panel(metric: str, title: str, lines: Sequence[Line]) -> str:
 
 
 def _ends(points: Sequence[tuple[float, float]]) -> str:
-    """Where a line begins (the mean of its first hundredth) and ends (of its last twentieth)."""
+    """Where a line begins (its first step) and ends (the mean of its last twentieth)."""
     values = [y for _, y in points]
-    first, last = values[: len(values) // 100 + 1], values[-(len(values) // 20 + 1) :]
-    return f"{_short(statistics.fmean(first))} → {_short(statistics.fmean(last))}"
+    return f"{_short(values[0])} → {_short(statistics.fmean(values[-(len(values) // 20 + 1) :]))}"
 
 
 def _middle(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -210,13 +209,13 @@ def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def averaged(points: Sequence[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
-    """At most `limit` points: means of neighbours, the ends kept where they are."""
+    """At most `limit` points: means of neighbours, between the first point and the last as they are."""
     if len(points) <= limit:
         return list(points)
-    size = math.ceil(len(points) / limit)
+    size = math.ceil(len(points) / (limit - 2))
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     means = [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
-    return [(points[0][0], means[0][1]), *means[1:-1], (points[-1][0], means[-1][1])]
+    return [points[0], *means, points[-1]]
 
 
 def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
@@ -255,12 +254,14 @@ def _histogram(label: str, run: Run) -> str:
         f'y="{TOP + up * (1 - c / tallest):.1f}" height="{up * c / tallest:.1f}" rx="1.5"/>'
         for i, c in enumerate(counts)
     )
-    told = f"Before “{words.text(label)}”: right of {k} samples"
+    told = f"Problems before “{words.text(label)}”"
     return (
         f'<figure class="panel r-a"><figcaption>{told}<span class="ends">{words.percent(facts["pass@1"], 0)} right'
         f'</span></figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{told}">'
         f'<path class="grid" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>{bars}'
         f'<text class="tick" x="{LEFT - 6}" y="{TOP + 8}" text-anchor="end">{tallest}</text>'
-        f'<text class="tick" x="{LEFT + 2}" y="{HEIGHT - 5}">none</text>'
-        f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">all {k}</text></svg></figure>'
+        f'<text class="tick" x="{LEFT - 6}" y="{HEIGHT - BOTTOM + 3.5}" text-anchor="end">0</text>'
+        f'<text class="tick" x="{LEFT + 2}" y="{HEIGHT - 5}">none right</text>'
+        f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">all {k} samples right</text>'
+        "</svg></figure>"
     )

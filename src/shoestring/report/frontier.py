@@ -152,7 +152,7 @@ def _axes(shown: Sequence[float], to_x: Any, to_y: Any, low: float, high: float,
     )
     under = "".join(
         f'<text class="tick" x="{to_x(t):.1f}" y="{HEIGHT - 12:g}" text-anchor="middle">'
-        f"{f'${t:.4g}' if key == 'usd' else words.count(t)}</text>"
+        f"{f'${t:.4g}' if key == 'usd' else words.tick(t)}</text>"
         for t in log_ticks(low, high) if low <= t <= high
     )  # fmt: skip
     return grid + under

@@ -59,8 +59,8 @@ def page(recipe: Recipe, runs: Mapping[str, Run], root: Path) -> str:
         _section("The road", _road(recipe, spec, runs), _road_caption(spec)),
         _section("Results", results_html(results, groups_of(spec)), _results_caption(results)),
         _section("What it cost", frontier_html(recipe, spec, runs), FRONTIER),
-        _section("Curves", curves_html(recipe, spec, runs), CURVES),
-        _section("Answers, side by side", samples_html(spec, runs)),
+        _section("Curves", curves_html(recipe, spec, runs), CURVES + _of_seeds(spec)),
+        _section("Answers, side by side", samples_html(spec, runs), _of_seeds(spec).strip()),
         _section("The bill", bill_html(bill, roles), _bill_caption(recipe)),
         _section("How it was made", making_html(recipe, spec, runs)),
     ]
@@ -179,6 +179,12 @@ def _road(recipe: Recipe, spec: ReportSpec, runs: Mapping[str, Run]) -> str:
     return f'<ul class="legend">{legend}</ul><div class="scroll wide">{drawn}</div>' if drawn else ""
 
 
+def _of_seeds(spec: ReportSpec) -> str:
+    """What is not averaged says so."""
+    seeds = len({entry.seed for entry in spec.evals})
+    return f" Of the first of {seeds} seeds." if seeds > 1 else ""
+
+
 def _road_caption(spec: ReportSpec) -> str:
     seeds = len({entry.seed for entry in spec.evals})
     more = f" Drawn for the first of {seeds} seeds; the others repeat it." if seeds > 1 else ""
@@ -196,8 +202,10 @@ def _claims_caption(judged: Rows) -> str:
 
 
 def _results_caption(results: Rows) -> str:
-    seeds = max((row["seeds"] for row in results), default=0)
-    error = "over seeds" if seeds > 1 else "over problems"
+    seeds = {row["seeds"] for row in results}
+    error = "over seeds" if max(seeds, default=0) > 1 else "over problems"
+    if error == "over seeds" and 1 in seeds:
+        error = "over seeds where a row names them, elsewhere over the problems of its one seed"
     return (
         f"Right answers to unseen problems in per cent, ± one standard error {error} (the whisker). Training compute "
         "is all that went into the weights: pretraining, rollouts, and the sampling of the traces they learnt from."

@@ -40,14 +40,14 @@ def pairs_of(spec: ReportSpec) -> tuple[Pair, Pair]:
         Pair(
             "Before and after reinforcement learning", ("before RL", chosen.before), ("after RL", chosen.after),
             (False, True), (None, False),
-            "Chosen by rule: of each family the first problem that was answered wrong before and right after, and the "
-            "first of all that is still wrong. First samples.",
+            "Chosen by rule: of each family the first problem that was answered wrong before and right after (where "
+            "there is none, its first), and the first of all that is still wrong. First samples.",
         ),
         Pair(
             "Teacher and student", ("teacher", chosen.teacher), ("student", chosen.student),
             (True, True), (True, False),
-            "Chosen by rule: of each family the first problem that both answer right, and the first of all that only "
-            "the teacher does. First samples.",
+            "Chosen by rule: of each family the first problem that both answer right (where there is none, its first), "
+            "and the first of all that only the teacher does. First samples.",
         ),
     )  # fmt: skip
 

@@ -45,20 +45,30 @@ def count(value: float | None) -> str:
     """1234567 -> 1.23 M."""
     if value is None:
         return NONE
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{_GAP}{unit}"
-    return f"{value:.3g}"
+    number, unit = _three(value, ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")))
+    return f"{number}{_GAP}{unit}" if unit else number
+
+
+def tick(value: float) -> str:
+    """A round number on an axis: 20 k, 1 M."""
+    number, _, unit = count(value).partition(_GAP)
+    return _GAP.join(filter(None, (f"{float(number):g}", unit)))
+
+
+def _three(value: float, sizes: tuple[tuple[float, str], ...]) -> tuple[str, str]:
+    """Three digits and the unit that leaves one to three of them before the point, after rounding."""
+    for size, unit in sizes:
+        if abs(value) >= 0.9995 * size:
+            return f"{value / size:#.3g}".rstrip("."), unit
+    return f"{value:.3g}", ""
 
 
 def flops(value: float | None) -> str:
     """1.2e12 -> 1.20 TFLOP, 3e15 -> 3.00 PFLOP."""
     if not value:
         return NONE
-    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value >= size:
-            return f"{value / size:.3g}{_GAP}{unit}FLOP"
-    return f"{value:.3g}{_GAP}FLOP"
+    number, unit = _three(value, ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")))
+    return f"{number}{_GAP}{unit}FLOP"
 
 
 def usd(value: float | None) -> str:

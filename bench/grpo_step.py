@@ -4,8 +4,10 @@ The model is the 12M-parameter V3 configuration of train_step.py. Both read the 
 to 128 tokens (no end token), temperature 1 over the whole vocabulary, no KL, one update a rollout, on policy. Ours is
 what the stage does (train/rollouts.py, losses/policy.py, train/step.py). TRL is timed as its users run it on a CPU at
 its best: SDPA, no gradient checkpointing, fp32, bf16 weights or bf16 autocast, all 256 completions generated at once
-and trained in micro-batches of 64 or 16. All are tried first, the best goes on in turn with ours. Its phases are timed
-by wrapping `_generate_single_turn` and `_calculate_rewards`; the rest of its step is loss and update.
+and trained in micro-batches of 64 or 16. All are tried first, the best two go on in turn with ours. Their phases are
+timed by wrapping `_generate_single_turn` and `_calculate_rewards`; the rest of a step is loss and update. The limit:
+the FLOPs of rollout and update as our stage counts them, at the rate of a square product of 2048 in the faster of fp32
+and bf16 (256 rows at once are bound by products, not by reading weights).
 
     python bench/grpo_step.py --peers all --repeats 3
     python bench/grpo_step.py --peers none --small
@@ -20,12 +22,13 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice, pairwise, product
 from pathlib import Path
 from typing import Any
 
 import _bench
-from train_step import CONFIG, SMALL
+from train_step import CONFIG, SMALL, serve_gemm
 
 PEERS = [f"trl {dtype} {parts}" for dtype, parts in product(("fp32", "bf16", "autocast"), ("4x64", "16x16"))]
 PHASES = ("generate_s", "reward_s", "update_s")
@@ -39,8 +42,6 @@ def share_of_even(ids: Sequence[int]) -> float:
 # ---- the contestants, each in a process of its own
 def serve_ours(options: dict[str, Any]) -> None:
     channel = _bench.Channel()
-    import functools
-
     import torch
 
     from shoestring.core.nouns import Sampling
@@ -54,8 +55,8 @@ def serve_ours(options: dict[str, Any]) -> None:
     from shoestring.train.configs import Optim, RlStage
     from shoestring.train.machine import keep_freed_memory
     from shoestring.train.rl import own_tokens, row_tokens
-    from shoestring.train.rollouts import advantages, answer_groups, prompt_ids, rollout_example
-    from shoestring.train.step import TrainState, train_step
+    from shoestring.train.rollouts import advantages, answer_groups, lengths_of, prompt_ids, rollout_example
+    from shoestring.train.step import TrainState, sampling_flops, train_step
 
     torch.set_num_threads(options["threads"])
     keep_freed_memory()  # as every stage does
@@ -69,7 +70,7 @@ def serve_ours(options: dict[str, Any]) -> None:
     stage = RlStage(name="bench", steps=1, mix=EXAM, optim=optim, balance_alpha=0.0, bias_gamma=0.0,
                     row_tokens=-(-length // 8) * 8)  # fmt: skip
     state = TrainState(model, optimizers(model, "adamw", lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0))
-    engine, objective = Engine(model, tokenizer), functools.partial(policy.loss, clip_high=0.2)
+    engine, objective = Engine(model, tokenizer), partial(policy.loss, clip_high=0.2)
     sampling = Sampling(n=options["group"], max_new_tokens=options["new"], ignore_eos=True)
 
     def step() -> dict[str, Any]:
@@ -96,6 +97,7 @@ def serve_ours(options: dict[str, Any]) -> None:
             "new_tokens": sum(len(rollout.completion.token_ids) for rollout in rollouts),
             "prompt_tokens": sum(len(rollout.prompt_ids) for rollout in rollouts),
             "ratio_error": stats.metrics["ratio_error"],
+            "flops": stats.flops + sampling_flops(model, lengths_of(groups)),
         }
 
     if options.get("profile"):
@@ -203,7 +205,8 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help="print where our step spends its time, and stop")
     options = parser.parse_args()
     if options.serve:
-        serve_ours(options.options) if options.serve == "ours" else serve_trl(options.serve, options.options)
+        known = {"ours": serve_ours, "gemm": serve_gemm}
+        known.get(options.serve, partial(serve_trl, options.serve))(options.options)
         return 0
     script, sizes = Path(__file__).resolve(), {"prompts": 32, "group": 8, "new": 128}
     if options.small:
@@ -214,7 +217,8 @@ def main() -> int:
 
         # TRL is given the rendered chat as text: its tokenizer is the same, and turns it into the same ids.
         texts = [tokenizer.decode(prompt_ids(problem, tokenizer)) for problem in problems(sizes["prompts"])]
-        asked = {"folder": folder, "threads": options.threads, "dtype": options.dtype, "texts": texts, **sizes}
+        asked = {"folder": folder, "threads": options.threads, "dtype": options.dtype, "texts": texts,
+                 "gemm_size": 256 if options.small else 2048, **sizes}  # fmt: skip
         if options.profile:
             serve_ours(asked | {"profile": True})
             return 0
@@ -224,18 +228,22 @@ def main() -> int:
 
         peers = [contestant(who, options.peer_python) for who in _bench.wanted(options.peers, PEERS)]
         ran, reasons = _bench.scout(peers, warm_up=0, repeats=1)
-        best = [contestant(peer.name, options.peer_python) for peer in ran[:1]]
-        with _bench.opened([contestant("ours"), *best]) as everyone:
+        best = [contestant(peer.name, options.peer_python) for peer in ran[:2]]
+        with _bench.opened([contestant("ours"), *best, contestant("gemm")]) as everyone:
             _bench.interleave(everyone, warm_up=min(1, options.warm_up), repeats=options.repeats)
-    report(everyone, ran, reasons, options)
+    *timed, gemm = everyone
+    report(timed, gemm, ran, reasons, options)
     return 0
 
 
 def report(
-    timed: list[_bench.Contestant], scouted: list[_bench.Contestant], reasons: dict[str, str], options: Namespace
-) -> None:
+    timed: list[_bench.Contestant], gemm: _bench.Contestant, scouted: list[_bench.Contestant],
+    reasons: dict[str, str], options: Namespace,
+) -> None:  # fmt: skip
     """The table, and the JSON line. A mode that was only tried counts with what the trial gave."""
     ours = timed[0]
+    rate = max(statistics.median(gemm.kept(name)) for name in ("float32", "bfloat16"))
+    limit = statistics.median(ours.kept("flops")) / rate
     finalists = {c.name for c in timed}
     shown = [*timed, *(c for c in scouted if c.name not in finalists)]
     lines = [
@@ -244,15 +252,19 @@ def report(
             *(f"{statistics.median(c.kept(phase)):.2f}" for phase in PHASES), _bench.spread(c.kept("cpu_seconds"), 2),
             f"{c.peak_mb:.0f} ({c.facts['start_mb']:.0f})",
             f"{c.steps[-1]['prompt_tokens']}, {c.steps[-1]['new_tokens']}",
+            f"{limit / statistics.median(c.kept()):.1%}",
         ]
         for c in shown
     ]  # fmt: skip
-    lines += [[name, "0", reason, *["-"] * 6] for name, reason in reasons.items()]
+    lines += [[name, "0", reason, *["-"] * 7] for name, reason in reasons.items()]
     head = ["who", "steps", "s a step", "generate", "reward", "loss + update", "CPU s", "peak MB (at start)",
-            "prompt, new tokens"]  # fmt: skip
+            "prompt, new tokens", "of the GEMM limit"]  # fmt: skip
     print(_bench.table(head, lines))
     error = statistics.median(ours.kept("ratio_error"))
-    print(f"\nours: {ours.facts['kernels']['chosen']}; mean |sampler - trainer logprob| {error:.1e}")
+    print(
+        f"\nours: {ours.facts['kernels']['chosen']}; mean |sampler - trainer logprob| {error:.1e}; "
+        f"{statistics.median(ours.kept('flops')) / 1e12:.2f} TFLOP a step, {rate / 1e9:.0f} GFLOP/s"
+    )
     versions = _bench.versions("torch", "shoestring") | {
         f"peer {name}": number for c in scouted[:1] for name, number in c.facts["versions"].items()
     }
@@ -264,7 +276,8 @@ def report(
 
     phases = {c.name: {phase: statistics.median(c.kept(phase)) for phase in PHASES} for c in shown}
     print(json.dumps([
-        entry("time", "s", lambda c: statistics.median(c.kept()), phases=phases, kernels=ours.facts["kernels"]),
+        entry("time", "s", lambda c: statistics.median(c.kept()), limit=limit, phases=phases,
+              gemm_flops=rate, kernels=ours.facts["kernels"]),
         entry("processor time", "s", lambda c: statistics.median(c.kept("cpu_seconds"))),
         entry("peak memory", "MB", lambda c: c.peak_mb),
     ]))  # fmt: skip

@@ -181,7 +181,7 @@ def test_interrupted_exits_1_and_says_how_to_go_on(call, road):
     road.run_recipe = stop
     code, _, err = call("run", "quickstart")
     assert code == 1
-    assert err == "Interrupted; the same command goes on from the last checkpoint.\n"
+    assert err == "Interrupted. The same command goes on from a stage's last checkpoint.\n"
 
 
 def test_the_program_itself_exits_with_these_codes():

@@ -80,7 +80,7 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 
 def _interrupted() -> int:
-    print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+    print("Interrupted. The same command goes on from a stage's last checkpoint.", file=sys.stderr)
     return FAILED
 
 

@@ -75,6 +75,7 @@ def test_grpo_step_runs_alone_and_ends_with_json():
     assert all(entry["peers"] == {} and entry["ratio"] is None for entry in entries)
     phases = entries[0]["phases"]["ours"]
     assert sum(phases.values()) == pytest.approx(entries[0]["ours"], rel=0.05)
+    assert 0 < entries[0]["share_of_limit"] < 1
 
 
 @pytest.mark.slow  # one bench runs whole in every `make test`, the other in `make test-all`

@@ -29,7 +29,7 @@ from shoestring.train import rl
 from shoestring.train.configs import Decoding, Optim, Recipe, RlStage, SftStage, TaskMix, Textbook
 from shoestring.train.loop import Budget
 from shoestring.train.rollouts import answer_groups, rollout_example
-from shoestring.train.step import TrainState, accumulate, train_step
+from shoestring.train.step import StepStats, TrainState, accumulate, train_step
 
 MIX = (TaskMix(task="questions", kinds=("sum",), difficulty=(2, 4)),)
 WISH = Path(__file__).with_name("wish.py")  # a reward of the user's own that an untrained model earns now and then
@@ -54,6 +54,22 @@ def stage(model: Path, **options: Any) -> RlStage:
 
 def road(made: RlStage, root: Path) -> Run:
     return run_recipe(Recipe(name="t", stages=(made,)), root, quiet=True).runs["rl"]
+
+
+def test_several_updates_a_rollout_are_told_together(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of three updates: its line of metrics is the mean over them, not what the last one happened to see."""
+    seen: list[StepStats] = []
+    monkeypatch.setattr(rl, "train_step", lambda *args, **named: seen.append(train_step(*args, **named)) or seen[-1])
+    run = road(stage(folder, steps=1, minibatches=3), tmp_path)
+    row = next(row for row in run.metrics() if "grad_norm" in row)
+    assert len(seen) == 3 and len({update.loss for update in seen}) == 3
+    tokens = sum(update.tokens for update in seen)
+    assert row["loss"] == pytest.approx(sum(update.loss * update.tokens for update in seen) / tokens)
+    for name in seen[0].metrics.keys() - {"ratio_error"}:
+        assert row[name] == pytest.approx(sum(u.metrics[name] * u.tokens for u in seen) / tokens), name
+    assert row["ratio_error"] == seen[0].metrics["ratio_error"]
 
 
 # ---- the KL term --------------------------------------------------------------------------------------------------

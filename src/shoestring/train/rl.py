@@ -39,7 +39,7 @@ from shoestring.train.rollouts import (
     sampled_tokens,
 )
 from shoestring.train.state import load_model, save_training, start_or_resume, use_kernels
-from shoestring.train.step import StepStats, TrainState, sampling_flops, scoring_flops, train_step
+from shoestring.train.step import StepStats, TrainState, sampling_flops, scoring_flops, together, train_step
 
 LONGEST_ROW = 1280  # for the sake of sharing prompts: masks grow with its square
 
@@ -86,7 +86,7 @@ def run(stage: RlStage, ctx: Context) -> Outcome:
 def _update(
     stage: RlStage, state: TrainState, groups: Sequence[Group], tokenizer: Tokenizer, spent: float
 ) -> StepStats:
-    """`minibatches` optimiser updates on the rollouts; returns the last one's stats (all but the first are
+    """`minibatches` optimiser updates on the rollouts; returns what they were together (all but the first are
     off-policy). The step counter advances by one whatever `minibatches` is."""
     own = own_tokens(stage, state.model)
     examples = [rollout_example(rollout, own=own) for group in groups for rollout in group]
@@ -98,17 +98,18 @@ def _update(
         temperature=stage.decoding.temperature,
     )  # fmt: skip
     order = torch.randperm(len(examples), generator=step_generator(stage.seed, 6, state.step)).tolist()
-    step, share, on_policy = state.step, -(-len(examples) // stage.minibatches), 0.0
+    step, share = state.step, -(-len(examples) // stage.minibatches)
+    updates: list[StepStats] = []
     for start in range(0, len(examples), share):
         chosen = [examples[i] for i in sorted(order[start : start + share])]
         batches: list[Batch] = packed_batches(chosen, row_tokens=row_tokens(stage, state.model, groups),
                                               tokens_per_microbatch=stage.tokens_per_microbatch,
                                               pad_id=tokenizer.pad)  # fmt: skip
         state.step = step
-        stats = train_step(state, batches, objective, stage, progress=spent)
-        # only the first update is on-policy: its ratio error is the difference between sampler and trainer
-        on_policy = stats.metrics["ratio_error"] if start == 0 else on_policy
-    stats.metrics["ratio_error"] = on_policy
+        updates.append(train_step(state, batches, objective, stage, progress=spent))
+    stats = together(updates)
+    # only the first update is on-policy: its ratio error is the difference between sampler and trainer
+    stats.metrics["ratio_error"] = updates[0].metrics["ratio_error"]
     return stats
 
 

@@ -170,6 +170,18 @@ def train_step(
     return StepStats(loss, grad_norm, lr, tokens, flops, metrics)
 
 
+def together(updates: Sequence[StepStats]) -> StepStats:
+    """Several updates as one line of metrics: sums of tokens and FLOPs, the last learning rate, means by tokens."""
+    tokens, flops = sum(update.tokens for update in updates), sum(update.flops for update in updates)
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(value * (update.tokens / tokens) for value, update in zip(values, updates, strict=True))
+
+    loss, grad_norm = mean(update.loss for update in updates), mean(update.grad_norm for update in updates)
+    metrics = {name: mean(update.metrics[name] for update in updates) for name in updates[0].metrics}
+    return StepStats(loss, grad_norm, updates[-1].lr, tokens, flops, metrics)
+
+
 def max_violation(load_LE: Tensor) -> float:
     """MaxVio, the mean over layers of max load / mean load - 1 (arXiv 2408.15664): 0 at perfect balance."""
     load_LE = load_LE.double()

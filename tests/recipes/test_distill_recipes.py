@@ -68,7 +68,7 @@ def test_r1_needs_its_two_inputs() -> None:
 def test_the_study_has_every_way_at_equal_updates_and_controls_at_equal_flops() -> None:
     recipe = study_distill.recipe(seeds=2)
     arms = {stage.name: stage for stage in recipe.stages if stage.name.startswith("arm-")}
-    budgets = len(study_distill.BUDGETS)
+    budgets = len(study_distill.BUDGETS["full"])
     assert len(arms) == 2 * budgets * (len(study_distill.WAYS) + 3)
     distilled = [stage for stage in arms.values() if isinstance(stage, DistillStage)]
     assert len({stage.steps for stage in distilled}) == budgets

@@ -67,7 +67,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size(900, 900, 60, 80, 3000, 250, 300, 4, 3_000_000),
+    "full": Size(900, 900, 60, 80, 3000, 1000, 300, 4, 3_000_000),
     "smoke": Size(
         12, 12, 4, 3, 24, 4, 8, 2, 40_000, tokens_per_step=1024, problems_per_step=4, group_size=4,
         preflight_problems=4, minimum_mixed=0.0, reject_problems=4, checkpoint_every=2, curate=("empty", "dedup"),
@@ -186,7 +186,7 @@ def student(size: Size, seed: int, suffix: str = "") -> list[Stage]:
         ),
         DistillStage(
             name=distilled, inputs={"model": base, "traces": f"ask{suffix}"}, steps=size.distill_steps, row_tokens=224,
-            examples_per_step=64, optim=DISTILL_OPTIM, **common,
+            examples_per_step=16, optim=DISTILL_OPTIM, **common,  # small updates; the controls do better with 64
         ),
         SftStage(
             name=f"student-more-textbook{suffix}", inputs={"model": base, "budget": distilled}, match_flops=("budget",),

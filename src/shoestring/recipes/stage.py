@@ -83,7 +83,7 @@ def _distill(inputs: dict[str, str]) -> Stage:
     if way == "on_policy":
         more = {"mix": quickstart.EXAM, "decoding": quickstart.DECODING}
     return DistillStage(
-        name="distill", inputs=inputs, steps=SIZE.distill_steps, optim=Optim(lr=1e-3), way=way, **more
+        name="distill", inputs=inputs, steps=250, optim=Optim(lr=1e-3), way=way, **more
     )  # fmt: skip
 
 

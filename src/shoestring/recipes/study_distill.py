@@ -38,7 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "on-policy": {"way": "on_policy"},
 }
 STORES = {"topk": 32, "sampled": 50, "hidden": 1}
-BUDGETS = (0.1, 0.3, 1.0)  # shares of the quickstart's updates; each with a schedule of its own
+BUDGETS = {"full": (25, 75, 250), "smoke": (1, 4)}  # updates of 64 examples; each with a schedule of its own
 ON_POLICY_OPTIM = Optim(lr=1e-3, weight_decay=0.0, warmup_steps=5, schedule="constant")
 
 
@@ -56,9 +56,9 @@ def recipe(size: str = "full", seeds: int = 3) -> Recipe:
     ]  # fmt: skip
     frontier: list[dict[str, Any]] = []
     for seed in range(seeds):
-        for updates in sorted({max(1, round(share * budgets.distill_steps)) for share in BUDGETS}):
-            whole = updates == budgets.distill_steps
-            for way, arm in arms(budgets, seed, updates):
+        for updates in BUDGETS[size]:
+            whole = updates == BUDGETS[size][-1]
+            for way, arm in arms(budgets, seed, updates, f"-s{seed}" if whole else f"-{updates}-s{seed}"):
                 stages += [arm, quickstart.exam(arm.name, budgets)]
                 frontier.append({
                     "way": way, "budget": updates, "stage": f"eval-{arm.name}", "model": arm.name, "seed": seed,
@@ -88,12 +88,11 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value.to_dict() if isinstance(value, Compute) else value for key, value in values.items()}
 
 
-def arms(size: quickstart.Size, seed: int, updates: int) -> list[tuple[str, Stage]]:
+def arms(size: quickstart.Size, seed: int, updates: int, ending: str) -> list[tuple[str, Stage]]:
     """Every way of learning of one seed, at the same number of updates; RL and the textbook at text's FLOPs."""
     common: dict[str, Any] = {"seed": seed, "compute": quickstart.COMPUTE, "checkpoint_every": size.checkpoint_every,
                               "headline": False}  # fmt: skip
     reading: dict[str, Any] = {"steps": updates, "row_tokens": 224, "examples_per_step": 64, **common}
-    ending = f"-s{seed}" if updates == size.distill_steps else f"-{updates}-s{seed}"
     made: list[Stage] = []
     for name, given in WAYS.items():
         settings = dict(given)

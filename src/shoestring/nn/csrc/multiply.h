@@ -119,6 +119,7 @@ static NOINLINE void tile_sum(const char *a, int64_t down, const char *panel, in
 INLINE void round_to(int C, const char *a, int64_t down, const char *panel, int64_t steps, const float *sum, bf16 *y,
                      int64_t ldy, uint32_t lanes) {
     __m512 acc[TALL][2];
+    UNROLL for (int r = 0; r < TALL; r++) __builtin_prefetch(y + r * ldy, 1); /* its lines come while we multiply */
     UNROLL for (int i = 0; i < 2 * TALL; i++)
         acc[i / 2][i % 2] = sum ? _mm512_loadu_ps(sum + 16 * i) : _mm512_setzero_ps();
     TILE(C, a, down, 4, panel, steps)
@@ -195,6 +196,10 @@ static void gradient(Rows y, Rows x, int64_t top, int64_t end, int64_t left, int
         for (int64_t at = left; at < right; at += WIDTH)
             for (int64_t o = top; o < end; o += TALL) {
                 const char *a = work + (o - top) * steps * 4, *panel = panels + (at - left) * steps * 4;
+                for (int64_t r = o + TALL; r < least(o + 2 * TALL, end); r++) { /* the next tile's sums */
+                    __builtin_prefetch(c[r] + at, 1);
+                    __builtin_prefetch(c[r] + at + 16, 1);
+                }
                 (right - at > 16 ? tile_gradient : half_gradient)(a, panel, steps, !part && !add, c + o, at, end - o,
                                                                   lanes(right - at));
             }

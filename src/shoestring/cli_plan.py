@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shoestring.cli_options import described, emit_json
 from shoestring.core.atomic import check_place, write_text
 from shoestring.core.errors import UserError
+
+if TYPE_CHECKING:
+    from shoestring.cost.shape import ModelShape
 
 PANEL = "What it would cost"
 PLAN_HELP = described(
@@ -203,8 +206,22 @@ def _plan_stage(
     from shoestring.cost.show_stage import stage, stage_text
 
     answer = stage(kind, model, on, tokens=tokens, samples=samples, length=length, teacher=teacher, epochs=epochs,
-                   acceptance=acceptance, usd_per_hour=usd_per_hour)  # fmt: skip
+                   acceptance=acceptance, usd_per_hour=usd_per_hour, counted=_read_or_count)  # fmt: skip
     emit_json(answer) if as_json else print(stage_text(answer))
+
+
+def _read_or_count(model: str) -> ModelShape:
+    """A shape by the formulas; of a config that they do not know, counted from transformers' modules."""
+    from shoestring.cost.models import resolve_shape
+
+    try:
+        return resolve_shape(model)
+    except UserError:
+        if not Path(model).exists():
+            raise
+    from shoestring.models._counted import config_shape  # loads torch
+
+    return config_shape(Path(model))
 
 
 def _plan_ask(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from shoestring import cli
+from shoestring.core.errors import UserError
+from shoestring.cost.chips import find_chip
+from shoestring.cost.plan import plan
+from shoestring.cost.serving import decode_rate
+from shoestring.cost.stages import SFT_MFU
 from shoestring.models._counted import config_shape, counted_shape
 
 transformers = pytest.importorskip("transformers")
@@ -69,3 +76,28 @@ def test_parameters_and_flops(kind: str, tmp_path: Path) -> None:
     if not states and kind != "falcon_h1":  # attention is all there is beside
         ours = 32 * shape.flops_per_token(32, causal=False, backward=False)
         assert ours == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_plan_prices_a_state_by_its_parameters_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`plan` has no layout for it and names the command that prices it; that command does, from a file or a folder."""
+    _made("mamba").config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    assert cli.main(["plan", str(file), "--tokens", "1B", "--on", "8xH100"]) == 2
+    refused = capsys.readouterr().err
+    assert "layers without attention" in refused and "plan stage sft CONFIG" in refused and refused.count("\n") == 1
+    shape, hours = config_shape(tmp_path), []
+    for place in (file, tmp_path):
+        assert cli.main(["plan", "stage", "sft", str(place), "--tokens", "1B", "--on", "8xH100", "--json"]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert any("counted from its modules" in line for line in answer["assumed"])
+        hours.append(answer["gpu_hours"]["mid"])
+    flops = shape.flops_per_token(4000) * 1e9
+    assert hours == [pytest.approx(flops / (SFT_MFU * find_chip("H100").bf16) / 3600)] * 2
+    assert cli.main(["plan", "stage", "rl", str(file), "--samples", "1M"]) == 2  # decoding needs a layer's sizes
+
+
+def test_a_counted_shape_has_no_layout_and_no_decoding() -> None:
+    shape = counted_shape(_made("mamba"))
+    for price in (lambda: plan(shape, 1e9, "8xH100"), lambda: decode_rate(shape, find_chip("H100"), 100)):
+        with pytest.raises(UserError, match="counted whole"):
+            price()

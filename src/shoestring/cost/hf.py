@@ -23,6 +23,10 @@ LLAMA_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qw
 OLD_TYPES = ("gpt2", "gpt_bigcode", "gpt_neox", "falcon", "bloom")
 NO_ATTENTION = ("ssm_cfg", "state_size", "mamba_d_state", "ssm_state_size", "linear_num_key_heads", "attn_layer_period",
                 "layers_block_type", "hybrid_override_pattern")  # fmt: skip
+INSTEAD = (
+    '"shoestring plan stage sft CONFIG --tokens 10B" (or distill, or logits) prices training it by parameters counted '
+    "from its modules, where transformers has its model_type."
+)
 MOST = 10_000_000  # of any size in a config
 MOST_LAYERS = 10_000
 
@@ -77,7 +81,8 @@ def shape_from_hf(config: Mapping[str, Any], origin: str = "config.json") -> Mod
     keys = _Keys(config, origin)
     for key in NO_ATTENTION:
         if config.get(key) is not None:
-            raise UserError(f'{origin}: key "{key}" tells of layers without attention, whose cost is not known here.')
+            raise UserError(f'{origin}: key "{key}" tells of layers without attention, whose layouts and decoding are '
+                            f"not priced here; {INSTEAD}")  # fmt: skip
     try:
         if keys.kind in MLA_TYPES or config.get("kv_lora_rank"):
             return _latent(keys).with_(note=_latent_note(keys))
@@ -91,7 +96,8 @@ def shape_from_hf(config: Mapping[str, Any], origin: str = "config.json") -> Mod
     except UserError as error:
         raise UserError(str(error).replace("model shape:", f"{origin}:")) from None
     known = ", ".join((*MLA_TYPES[:2], *LLAMA_TYPES, *OLD_TYPES))
-    raise UserError(f'{origin}: model_type "{keys.kind}" is not known and its keys are not Llama\'s; known: {known}.')
+    raise UserError(f'{origin}: model_type "{keys.kind}" is not known and its keys are not Llama\'s (known: {known}); '
+                    f"{INSTEAD}")  # fmt: skip
 
 
 def _latent_note(keys: _Keys) -> str:

@@ -117,6 +117,7 @@ def plan(
 ) -> Plan:
     """Plan one training run. Raises UserError for what cannot be: no memory, no layout, a chip the rule forbids."""
     shape = resolve_shape(model) if isinstance(model, str) else model
+    shape.check_parts()
     name = model if isinstance(model, str) else "model"
     tokens = parse_count(tokens, "tokens", most=MOST_TOKENS)
     cluster = parse_cluster(on) if isinstance(on, str) else on

@@ -73,7 +73,9 @@ def decode_exchange(shape: ModelShape, chip: Chip, batch: int, chips: int, *, ra
 
 
 def held_bytes(shape: ModelShape, chips: int) -> float:
-    """One-byte weights a chip holds: routed experts spread over `chips`, the rest on each."""
+    """One-byte weights a chip holds: routed experts spread over `chips`, the rest on each. Raises UserError for a shape
+    without parts."""
+    shape.check_parts()
     count = shape.params()
     return count.total - count.experts + count.experts / min(chips, max(1, shape.n_routed or 1))
 

@@ -242,6 +242,14 @@ class ModelShape:
             active_with_tables=active + head, mtp=self.mtp_params(), counted=0,
         )  # fmt: skip
 
+    def check_parts(self) -> None:
+        """Raises UserError for a model whose modules were counted: what needs the sizes of a layer cannot be priced."""
+        if self.counted:
+            raise UserError(
+                "the parameters of this model are counted whole, without the sizes of its layers: its layouts and "
+                "decoding are not priced, only stages by parameters (sft, distill, logits)."
+            )
+
     def _counted_params(self) -> ParamCount:
         table = self.vocab * self.d_model
         head, active = 0 if self.tied else table, self.counted_active + table

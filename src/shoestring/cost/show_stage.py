@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from shoestring.core.errors import UserError, did_you_mean
@@ -9,6 +10,7 @@ from shoestring.cost.chips import Cluster, find_chip, parse_cluster
 from shoestring.cost.models import resolve_shape
 from shoestring.cost.plan import price_of
 from shoestring.cost.prices import ask_usd, find_price, self_host_usd
+from shoestring.cost.shape import ModelShape
 from shoestring.cost.show_plan import span
 from shoestring.cost.stages import (
     StageCost,
@@ -22,30 +24,39 @@ from shoestring.cost.stages import (
 )
 from shoestring.cost.units import parse_count, usd
 
-KINDS = ("sft", "distill", "logits", "on-policy", "rl", "generate", "eval", "extend")
+BY_PARAMETERS = ("sft", "distill", "logits")  # priced without knowing a layer's sizes
+KINDS = (*BY_PARAMETERS, "on-policy", "rl", "generate", "eval", "extend")
 
 
 def stage(
     kind: str, model: str, on: str, *, tokens: str = "", samples: str = "", length: int = 4000, teacher: str = "",
     epochs: float = 1.0, acceptance: float = 1.0, usd_per_hour: float | None = None,
+    counted: Callable[[str], ModelShape] = resolve_shape,
 ) -> dict[str, Any]:  # fmt: skip
-    """Hours and dollars of one stage. Raises UserError for an unknown kind or a number that is missing."""
+    """Hours and dollars of one stage. `counted`: reads models of the stages priced by parameters alone.
+
+    Raises UserError for an unknown kind or a number that is missing.
+    """
     if kind not in KINDS:
         raise UserError(f'unknown stage "{kind}".{did_you_mean(kind, KINDS)}')
     cluster = parse_cluster(on)
-    cost = _cost(kind, model, cluster, tokens, samples, length, teacher, epochs, acceptance)
+    read = counted if kind in BY_PARAMETERS else resolve_shape
+    shape, teachers = read(model), read(teacher) if teacher else None
+    cost = _cost(kind, shape, cluster, tokens, samples, length, teachers, epochs, acceptance)
     rent, guesses = price_of(cluster.chip, usd_per_hour)
+    notes = (part.note for part in (shape, teachers) if part is not None and part.note)
+    assumed = [*notes, *cost.assumed, *guesses]
     hours = cost.hours
     dollars = {k: getattr(hours, k) * getattr(rent, k) for k in ("low", "mid", "high")}
     return {"stage": cost.name, "model": model, "chip": cluster.chip.name, "gpu_hours": hours.to_dict(), "usd": dollars,
-            "days": hours.scaled(1 / cluster.n / 24).to_dict(), "assumed": [*cost.assumed, *guesses]}  # fmt: skip
+            "days": hours.scaled(1 / cluster.n / 24).to_dict(), "assumed": assumed}  # fmt: skip
 
 
 def _cost(
-    kind: str, model: str, cluster: Cluster, tokens: str, samples: str, length: int, teacher: str, epochs: float,
-    acceptance: float,
+    kind: str, shape: ModelShape, cluster: Cluster, tokens: str, samples: str, length: int, teacher: ModelShape | None,
+    epochs: float, acceptance: float,
 ) -> StageCost:  # fmt: skip
-    shape, chip = resolve_shape(model), cluster.chip
+    chip = cluster.chip
     if kind == "extend":
         return context_extension(shape, cluster)
     if kind in ("rl", "generate", "eval"):
@@ -62,11 +73,11 @@ def _cost(
     read = parse_count(tokens, "tokens")
     if kind in ("sft", "distill"):
         return sft(shape, chip, read, epochs=epochs, seq_len=length)
-    if not teacher:
+    if teacher is None:
         raise UserError(f"stage {kind} needs --teacher, a model's name.")
     if kind == "logits":
-        return logit_distillation(shape, resolve_shape(teacher), chip, read, epochs=epochs)
-    return on_policy_distillation(shape, resolve_shape(teacher), chip, read, context=length)
+        return logit_distillation(shape, teacher, chip, read, epochs=epochs)
+    return on_policy_distillation(shape, teacher, chip, read, context=length)
 
 
 def stage_text(answer: dict[str, Any]) -> str:

@@ -24,16 +24,16 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "experts_per_token")
 
 
-def config_shape(folder: Path, name: str = "") -> ModelShape:
-    """The shape of the model in a folder, by its config.json alone. `name`: what complaints call it.
+def config_shape(place: Path, name: str = "") -> ModelShape:
+    """The shape of the model in a folder, by its config.json (or another such file) alone. `name`: for complaints.
 
     Raises UserError for a config that is missing, no JSON, known to nobody, or of no causal model.
     """
-    name, file = name or str(folder), folder / "config.json"
+    name, file = name or str(place), place if place.is_file() else place / "config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder} holds no config.json: it is no checkpoint in Hugging Face layout.") from None
+        raise UserError(f"{place} holds no config.json: it is no checkpoint in Hugging Face layout.") from None
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}).") from None
     if not isinstance(raw, dict) or known_type(raw) or not _theirs(raw):
@@ -42,7 +42,7 @@ def config_shape(folder: Path, name: str = "") -> ModelShape:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(file, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever a stranger's config makes their constructors raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ from shoestring.core.registry import load_part, part_hash, part_path
 from shoestring.core.run import Run
 from shoestring.data.traces import TraceStore
 from shoestring.tasks._draw import Split
-from shoestring.train.configs import Recipe, Stage, TaskMix, Textbook, TextFiles, is_store, is_teacher
+from shoestring.train.configs import PruneStage, Recipe, Stage, TaskMix, Textbook, TextFiles, is_store, is_teacher
 
 TRACES = "traces.db"  # the file of a store of traces (data/traces.py)
+OURS = ("deepseek_v2", "deepseek_v3", "llama", "qwen2", "qwen3")  # the families of models/
 MANY_KINDS = 12
 Found = Run | Path
 
@@ -57,6 +59,12 @@ def check_road(recipe: Recipe, runs_dir: Path, *, download: bool = True) -> dict
 
 
 def _check_kind(stage: Stage, role: str, value: str, found: Found) -> None:
+    _check_place(stage, role, value, found)
+    if role == "model" and isinstance(stage, PruneStage):
+        _check_prunable(stage, found)
+
+
+def _check_place(stage: Stage, role: str, value: str, found: Found) -> None:
     if isinstance(found, Run):
         if not found.finished:
             raise UserError(f"input run {found.name} is not finished; run its command again first.")
@@ -72,6 +80,24 @@ def _check_kind(stage: Stage, role: str, value: str, found: Found) -> None:
         raise UserError(f'stage "{stage.name}": input "{role}" is "{value}", which holds no logits store.')
     elif role != "traces" and role in getattr(stage, "match_flops", ()):
         raise UserError(f'stage "{stage.name}": input "{role}" is "{value}", a folder; it must be a finished run.')
+
+
+def _check_prunable(stage: Stage, found: Found) -> None:
+    folder = checkpoint_of(found)
+    assert folder is not None  # a run without a checkpoint was refused
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # said when its shape is read
+    if kind in OURS:
+        return
+    from shoestring.models.checkpoint import borrowed  # loads torch, for types that are not known without
+
+    if borrowed(kind) is not None:
+        raise UserError(
+            f'stage "{stage.name}": input "model" is of type "{kind}", which runs through transformers; only deepseek, '
+            "llama, qwen2 and qwen3 can be pruned."
+        )
 
 
 def find_input(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from shoestring.core.errors import UserError
+from shoestring.cost.pruned import pruned
 from shoestring.models import checkpoint
 from shoestring.models._prune import Importance, importance, prune
 from shoestring.models.deepseek import Deepseek, DeepseekConfig
@@ -200,3 +202,22 @@ def test_heads_that_are_no_groups_are_refused() -> None:
     model = _dense(num_attention_heads=12, num_key_value_heads=2)
     with pytest.raises(UserError, match="neither divide into the 2 groups of this model nor are whole groups of 6"):
         prune(model, _scored(model), heads=5)
+
+
+@pytest.mark.parametrize("make", [_v3, lambda: _dense(num_attention_heads=12, num_key_value_heads=2)])
+@pytest.mark.parametrize("name", ["layers", "hidden", "ffn", "experts", "heads"])
+def test_the_shape_foretells_every_number(name: str, make: Any) -> None:
+    """What the dry run accepts is made, with as many parameters; what it refuses is refused."""
+    model = make()
+    found, shape = _scored(model), model.config.shape()
+    most = {"layers": shape.layers, "hidden": 8, "ffn": 8, "experts": shape.n_routed, "heads": shape.heads}[name]
+    for number in range(1, most + 2):
+        try:
+            foretold = pruned(shape, **{name: number})
+        except UserError as refused:
+            with pytest.raises(UserError, match=re.escape(str(refused))):
+                prune(model, found, **{name: number})
+            continue
+        left = prune(model, found, **{name: number}).config.shape()
+        if name != "layers":  # of which kind the layers are that stay, only their scores tell
+            assert left == foretold

@@ -147,8 +147,10 @@ def test_a_model_of_transformers_is_refused(tmp_path: Path, text: Path, tokenize
     )  # fmt: skip
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "olmo")
     tokenizer.save(tmp_path / "olmo")
-    assert _prune("--model", tmp_path / "olmo", "--text", text, "--layers", 1, "--runs", tmp_path / "runs") == 2
-    assert "runs through transformers" in capsys.readouterr().err
+    words = ("--model", tmp_path / "olmo", "--text", text, "--layers", 1, "--runs", tmp_path / "runs")
+    for dry in ([], ["--dry-run"]):
+        assert _prune(*words, *dry) == 2
+        assert '"olmo2", which runs through transformers' in capsys.readouterr().err
 
 
 def test_the_recipe_prunes_and_distils(large: Path, traces: Path, tmp_path: Path) -> None:
@@ -160,6 +162,36 @@ def test_the_recipe_prunes_and_distils(large: Path, traces: Path, tmp_path: Path
     rows = made["student"].metrics()
     assert rows[-1]["divergence"] < rows[0]["divergence"]
     assert made["student"].manifest["parents"]["model"]["name"] == made["pruned"].name
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(
+    folder: Path, tokenizer: Tokenizer, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mixture's and a dense model's: heads that are no groups, experts, neurons that are not there, all too many."""
+    wide = tmp_path / "wide"
+    config = DenseConfig(
+        model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=24, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=12, num_key_value_heads=2,
+    )  # fmt: skip
+    checkpoint.save(Dense(config), tokenizer, wide)
+    mixture = json.loads((folder / "config.json").read_text())
+    groups, met, chosen = mixture["n_group"], mixture["topk_group"], mixture["num_experts_per_tok"]
+    few = max(1, (chosen - 1) // met) * groups
+    cases = [
+        (wide, "heads", 5, "neither divide into the 2 groups"), (wide, "heads", 13, "this model has 12"),
+        (wide, "hidden", 25, "this model has 24"), (wide, "ffn", 17, "this model has 16"),
+        (wide, "experts", 1, "this model has 0"), (wide, "layers", 2, "this model has 1"),
+        (folder, "experts", few, "too few"),
+        (folder, "experts", mixture["n_routed_experts"] + groups, "this model has"),
+    ]  # fmt: skip
+    for model, name, number, words in cases:
+        told = []
+        for dry in ([], ["--dry-run"]):
+            given = ("--model", model, "--text", text, f"--{name}", number, "--runs", tmp_path / "runs", *dry)
+            assert _prune(*given) == 2, (name, number, dry)
+            (line,) = (line for line in capsys.readouterr().err.splitlines() if words in line)
+            told.append(line.partition(": ")[2])
+        assert told[0] == told[1]
 
 
 def test_the_recipe_needs_its_inputs() -> None:

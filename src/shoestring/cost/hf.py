@@ -156,6 +156,7 @@ def _latent(keys: _Keys) -> ModelShape:
 
 
 def _latent_experts(keys: _Keys, layers: int, routed: int) -> dict[str, Any]:
+    greedy = keys.kind == "deepseek_v2" and keys.config.get("topk_method", "greedy") == "greedy"  # knows no groups
     first, freq = keys.size("first_k_dense_replace", default=0), max(1, keys.size("moe_layer_freq", default=1))
     if first > layers:
         raise UserError(f"{keys.origin}: first_k_dense_replace {first} exceeds num_hidden_layers {layers}.")
@@ -164,7 +165,8 @@ def _latent_experts(keys: _Keys, layers: int, routed: int) -> dict[str, Any]:
         "n_routed": routed, "n_active": keys.size("num_experts_per_tok"),
         "n_shared": keys.size("n_shared_experts", default=0),
         "expert_ffn": keys.size("moe_intermediate_size"), "dense_layers": layers - moe,
-        "n_group": keys.size("n_group", default=1) or 1, "topk_group": keys.size("topk_group", default=1) or 1,
+        "n_group": 1 if greedy else keys.size("n_group", default=1) or 1,
+        "topk_group": 1 if greedy else keys.size("topk_group", default=1) or 1,
     }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from shoestring.core.errors import UserError
+from shoestring.cost.pruned import check_kept
 from shoestring.models.checkpoint import family
 from shoestring.models.checkpoint_names import disk_tensors
 from shoestring.nn.linear import SwiGLU
@@ -49,8 +50,7 @@ def importance(model: Any, batches: Iterable[tuple[Tensor, Tensor | None, Tensor
 
     Raises UserError when there are none, and for a model that is none of our families.
     """
-    if not hasattr(model, "model"):
-        raise UserError("prune: this model runs through transformers; only deepseek, llama, qwen2 and qwen3 can be.")
+    _check_ours(model)
     layers, device = model.model.layers, model.embedding.device
     found = Importance(torch.zeros(model.config.hidden_size, device=device), torch.zeros(len(layers), device=device))
     ears, seen = _Ears(found), 0
@@ -270,41 +270,15 @@ def _in_groups(score_E: Tensor, keep: int | None, groups: int) -> Tensor:
     return torch.cat(parts)
 
 
-def check_sizes(
-    model: Any, *, layers: int | None = None, hidden: int | None = None, ffn: int | None = None,
-    experts: int | None = None, heads: int | None = None,
-) -> None:  # fmt: skip
-    """Raises UserError for a size that is no size of this model, or that its routing cannot serve: what `prune` would
-    raise, before importance is measured."""
+def check_sizes(model: Any, **kept: int | None) -> None:
+    """Raises UserError for a model or a size that `prune` would refuse, before importance is measured."""
+    _check_ours(model)
+    try:
+        check_kept(model.config.shape(), **kept)
+    except UserError as error:
+        raise UserError(f"prune: {error}") from None
+
+
+def _check_ours(model: Any) -> None:
     if not hasattr(model, "model"):
         raise UserError("prune: this model runs through transformers; only deepseek, llama, qwen2 and qwen3 can be.")
-    config = model.config
-    for name, wanted, there in (
-        ("layers", layers, config.num_hidden_layers), ("hidden", hidden, config.hidden_size),
-        ("ffn", ffn, config.intermediate_size), ("experts", experts, getattr(config, "n_routed_experts", 0)),
-        ("heads", heads, config.num_attention_heads),
-    ):  # fmt: skip
-        if wanted is not None and not 1 <= wanted <= there:
-            raise UserError(f"prune: {name} is {wanted}; this model has {there}.")
-    if experts is not None:
-        if experts % config.n_group:
-            near = max(config.n_group, experts // config.n_group * config.n_group)
-            raise UserError(
-                f"prune: {experts} experts do not divide into the {config.n_group} groups of this model; keep {near}, "
-                f"or another multiple of {config.n_group}."
-            )
-        if config.num_experts_per_tok > experts // config.n_group * config.topk_group:
-            least = -(-config.num_experts_per_tok // config.topk_group) * config.n_group
-            raise UserError(
-                f"prune: {experts} experts are too few for {config.num_experts_per_tok} a token out of "
-                f"{config.topk_group} of {config.n_group} groups; keep at least {least}."
-            )
-    groups = getattr(config, "num_key_value_heads", 1)
-    each = config.num_attention_heads // groups
-    if heads is not None and heads % groups and heads % each:
-        raise UserError(
-            f"prune: {heads} heads neither divide into the {groups} groups of this model nor are whole groups "
-            f"of {each}; keep a multiple of {groups} or of {each}."
-        )
-    if ffn is not None and not any(isinstance(block.mlp, SwiGLU) for block in model.model.layers):
-        raise UserError("prune: this model has no dense feed-forward layer; leave ffn out.")

@@ -58,7 +58,7 @@ def load(
         attention: Any = "blocks" if torch.device(device or "cpu").type == "cpu" else "sdpa"
         kernels = Kernels(dtype="float32" if chosen == "float32" else "bfloat16", attention=attention)
     model: Decoder
-    if (other := _other(raw["model_type"])) is not None:
+    if (other := borrowed(raw["model_type"])) is not None:
         model = other.load(folder, dtype=DTYPES[chosen], device=device)
         model.kernels = kernels if frozen is None else frozen(model.config)
     else:
@@ -133,8 +133,8 @@ def _check_device(device: str | torch.device | None) -> None:
         raise UserError(f'device "{device}" cannot be used here: {reason}.') from None
 
 
-def _other(model_type: str) -> Any:
-    """The module that takes models of transformers, for a type that no family of ours declares; else None."""
+def borrowed(model_type: str) -> Any:
+    """The module that takes models of transformers, for a `model_type` that no family of ours declares; else None."""
     module = load_part("models", "any")
     ours = (getattr(load_part("models", name), "MODEL_TYPES", ()) for name in list_parts("models"))
     return module if not any(model_type in types for types in ours) and module.knows(model_type) else None

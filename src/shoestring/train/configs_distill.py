@@ -217,3 +217,7 @@ class PruneStage(StageBase):
         if self.layers is self.hidden is self.ffn is self.experts is self.heads is None:
             raise UserError(f'stage "{self.name}": say how many layers, hidden, ffn, experts or heads to keep.')
         return self
+
+    def kept(self) -> dict[str, int | None]:
+        """How many of each kind stay; None: all."""
+        return {name: getattr(self, name) for name in ("layers", "hidden", "ffn", "experts", "heads")}

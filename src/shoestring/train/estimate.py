@@ -8,11 +8,11 @@ Guesses, and marked as such by "about".
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from shoestring.core.errors import UserError
 from shoestring.cost.hf import shape_from_hf
+from shoestring.cost.pruned import pruned
 from shoestring.cost.shape import ModelShape
 from shoestring.train.configs import PretrainStage, PruneStage, Recipe, Stage, TrainBase
 
@@ -70,31 +70,14 @@ def _shape(stage: Stage, shapes: dict[str, ModelShape | None]) -> ModelShape | N
         return shape_from_hf({**defaults, "vocab_size": ASSUMED_VOCAB, **stage.model.config}, f"stage {stage.name}")
     role = next((role for role in ("model", "teacher") if role in stage.inputs), "")
     found = shapes.get(stage.inputs.get(role, ""))
-    return pruned_shape(stage, found) if isinstance(stage, PruneStage) and found is not None else found
+    return _pruned(stage, found) if isinstance(stage, PruneStage) and found is not None else found
 
 
-def pruned_shape(stage: PruneStage, shape: ModelShape) -> ModelShape:
-    """What is left of a model (of layers without experts the first are taken to stay). Raises UserError for a size
-    that it does not have."""
-    for name, wanted, there in (
-        ("layers", stage.layers, shape.layers), ("hidden", stage.hidden, shape.d_model),
-        ("ffn", stage.ffn, shape.ffn), ("experts", stage.experts, shape.n_routed),
-        ("heads", stage.heads, shape.heads),
-    ):  # fmt: skip
-        if wanted is not None and wanted > there:
-            raise UserError(f'stage "{stage.name}": {name} is {wanted}; this model has {there}.')
-    layers, heads, kv_heads = stage.layers or shape.layers, stage.heads or shape.heads, shape.kv_heads
-    if shape.kind == "gqa" and heads % kv_heads:  # whole groups go
-        kv_heads = heads * kv_heads // shape.heads
+def _pruned(stage: PruneStage, shape: ModelShape) -> ModelShape:
     try:
-        return replace(
-            shape, layers=layers, heads=heads, kv_heads=kv_heads, d_model=stage.hidden or shape.d_model,
-            ffn=stage.ffn or shape.ffn, n_routed=stage.experts or shape.n_routed,
-            dense_layers=min(shape.dense_layers, layers), mtp_layers=0,
-            head_dim=shape.head_dim or (shape.d_model // shape.heads if shape.kind == "gqa" else 0),
-        )  # fmt: skip
+        return pruned(shape, **stage.kept())
     except UserError as error:
-        raise UserError(f'stage "{stage.name}": {str(error).removeprefix("model shape: ")}') from None
+        raise UserError(f'stage "{stage.name}": {error}') from None
 
 
 def _work(stage: Stage, shape: ModelShape | None, spent: dict[str, float]) -> tuple[float, float]:

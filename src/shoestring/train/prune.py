@@ -33,15 +33,14 @@ SHORTEST = 8  # tokens of a piece of text
 def run(stage: PruneStage, ctx: Context) -> Outcome:
     """Measure importance, write the small model as checkpoint 0, and compare both on what was held out."""
     model, tokenizer = load_model(ctx, "model")
-    kept: dict[str, Any] = {n: getattr(stage, n) for n in ("layers", "hidden", "ffn", "experts", "heads")}
-    check_sizes(model, **kept)
+    check_sizes(model, **stage.kept())
     use_kernels(model, ctx, stage.compute, tokens=stage.tokens_per_microbatch, seq_len=stage.row_tokens)
     some, held = split(_examples(stage, ctx, tokenizer), stage, ctx)
     batches = packed_batches(some, row_tokens=stage.row_tokens, tokens_per_microbatch=stage.tokens_per_microbatch,
                              pad_id=tokenizer.pad)  # fmt: skip
     moved = [batch.to(model.embedding.device) for batch in batches]
     found = importance(model, ((b.tokens_BT, b.positions_BT, b.segments_BT) for b in moved))
-    small = prune(model, found, **kept)
+    small = prune(model, found, **stage.kept())
     small.to(model.embedding.device)
     folder = ctx.run.begin_checkpoint(0)
     checkpoint.save(small, tokenizer, folder)

@@ -76,7 +76,7 @@ def ask(
     rpm: Annotated[float, typer.Option(help="Requests a minute, at most; 0: no limit.")] = 0,
     tpm: Annotated[float, typer.Option(help="Tokens a minute, at most; 0: no limit.")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds of one request.")] = 1800.0,
-    patience: Annotated[float, typer.Option(help="Seconds to wait for a server that went away.")] = 600.0,
+    patience: Annotated[float | None, typer.Option(help="Seconds to wait for a server that went away. [default: 600, with --batch 3600]")] = None,
     tries: Annotated[int, typer.Option(help="Attempts at a question whose request fails.")] = 5,
     price: Annotated[str | None, typer.Option(help="IN,OUT[,CACHED] dollars a million tokens, or a row of the list.")] = None,
     truncated: Annotated[str, typer.Option(help="An answer cut off at --max-tokens: keep it, marked; drop it; or ask once with more (longer).")] = "keep",

@@ -234,6 +234,55 @@ def test_a_call_that_always_fails_ends_in_a_sentence_and_goes_on_later(
     assert whole(ask(provider, tmp_path)) and len(Provider.made) == 12
 
 
+class Clock:
+    """Twenty minutes later at every look."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1200
+        return self.now
+
+
+@pytest.mark.parametrize("fault", [503, "lost", b"<html>"])
+def test_a_provider_that_is_gone_is_not_waited_for_for_ever(
+    provider: Server, tmp_path: Path, fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour is given it, of silence; the same command collects what was made and paid for."""
+    monkeypatch.setattr(_remote, "monotonic", Clock())
+    Provider.faults["look"] = fault
+    with pytest.raises(
+        UserError, match=r"^t: no answer: [^\n]* of batch-0 for 80 minutes [^\n]*the same command goes on"
+    ):
+        ask(provider, tmp_path)
+    assert Provider.calls["look"] in (4, 8)  # a lost connection is tried twice by the client itself
+    store = Store(tmp_path / "traces")
+    assert store.counts()["sent"] == 12
+    store.close()
+    Provider.faults.clear()
+    assert whole(ask(provider, tmp_path)) and len(Provider.made) == 12 and len(Provider.batches) == 1
+
+
+@pytest.mark.parametrize("answer", [429, json.dumps({"id": "batch-0", "status": "in_progress"}).encode()])
+def test_a_batch_may_take_a_day_while_its_provider_answers(
+    provider: Server, tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty-four looks with two failures between answers: thirty hours, and never an hour of silence."""
+    clock = Clock()
+    monkeypatch.setattr(_remote, "monotonic", clock)
+    Provider.faults["look"] = lambda count: None if count > 72 else answer if count % 3 == 0 else 503
+    assert whole(ask(provider, tmp_path)) and clock.now > 24 * 3600
+
+
+def test_the_patience_with_a_batch_can_be_told(
+    provider: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_remote, "monotonic", Clock())
+    Provider.faults["look"] = 503
+    with pytest.raises(UserError, match="for 20 minutes"):
+        run_batch(job(provider, tmp_path, texts(2), patience_s=600), poll_s=0.005)
+
+
 def test_a_batch_is_found_behind_many_others(provider: Server, tmp_path: Path) -> None:
     """Made, and the note of it lost in a crash; meanwhile the account made others, more than a page of them."""
     Provider.faults["look"] = 400

@@ -30,6 +30,7 @@ from shoestring.teachers._session import Job, Outcome, ask_longer
 from shoestring.teachers._wire import Reply, Trouble, answer_body, read_reply, refusal
 
 MOST_ROWS, MOST_BYTES = 50_000, 190_000_000
+PATIENCE_S = 3600.0  # without any answer: a batch itself may take a day
 
 
 def run_batch(job: Job, *, poll_s: float = 30.0) -> Outcome:
@@ -58,8 +59,9 @@ async def _session(job: Job, store: AnyStore, poll_s: float) -> tuple[Told, int]
     key = key_from(api.key)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     base = check_url(api.url).removesuffix("/chat/completions")
+    patience = PATIENCE_S if api.patience_s is None else api.patience_s
     async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=600)) as session:
-        batches = Batches(store, lane, Remote(session, base, poll_s))
+        batches = Batches(store, lane, Remote(session, base, poll_s, patience))
         for open_ in batches.open():
             await batches.finish(open_)
         while batches.told.stopped is None and (rows := batches.claim(number)):

@@ -23,6 +23,7 @@ from shoestring.teachers._send import Limits, Sender, check_url, is_local, key_f
 from shoestring.teachers._wire import Body
 
 TRUNCATED = ("keep", "drop", "longer")
+PATIENCE_S = 600.0
 CHUNK = 1000  # questions planned in one transaction
 
 
@@ -47,7 +48,7 @@ class Api:
     rpm: float = 0
     tpm: float = 0
     tries: int = 5
-    patience_s: float = 600.0
+    patience_s: float | None = None  # how long to wait for a server that is gone; None: PATIENCE_S, of a batch an hour
     discount: int = 0
     truncated: str = "keep"  # an answer that was cut off is kept and marked; or "drop"; or asked once "longer"
     longer_tokens: int | None = None  # max_tokens of that; None: four times as many
@@ -91,12 +92,13 @@ class Api:
         """The lane that asks it. Raises UserError for a bad address, an unknown price, a missing key."""
         self.check()
         fields, url = self.how(), self.endpoint
+        patience = PATIENCE_S if self.patience_s is None else self.patience_s
         return Lane(
             self.title, store.how(hashlib.sha256(canonical(fields).encode()).hexdigest(), fields),
             Sender(url, key=key_from(self.key), limits=self.limits, most=self.most, stream=self.stream),
             Body(self.model, self.asked, stream=self.stream, raw=self.raw),
             Pace(self.most, rpm=self.rpm, tpm=self.tpm, start=self.start), self.rate(), self.model, self.max_tokens,
-            self.n, self.stream, self.tries, self.truncated == "drop", self.patience_s,
+            self.n, self.stream, self.tries, self.truncated == "drop", patience,
         )  # fmt: skip
 
     def forbids(self) -> bool:

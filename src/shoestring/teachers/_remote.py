@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from itertools import islice
+from time import monotonic
 from typing import Any, TypeVar
 
 import aiohttp
@@ -30,8 +31,8 @@ T = TypeVar("T")
 class Remote:
     """The provider's files and batches."""
 
-    def __init__(self, session: aiohttp.ClientSession, base: str, poll_s: float) -> None:
-        self._session, self._base, self._poll_s = session, base, poll_s
+    def __init__(self, session: aiohttp.ClientSession, base: str, poll_s: float, patience_s: float) -> None:
+        self._session, self._base, self._poll_s, self._patience_s = session, base, poll_s, patience_s
 
     async def make(self, lines: bytes, mark: str) -> str:
         """Upload `lines` and make a batch of them, unless one with this mark is there; its id. Raises Trouble."""
@@ -67,17 +68,24 @@ class Remote:
             after = f"&after={last}"
 
     async def wait(self, remote: str) -> dict[str, Any]:
-        """The batch, once it has ended. A server that is away for a while is asked again."""
+        """The batch, once it has ended. A server that is away for a while is asked again.
+
+        Raises Trouble for a refusal, and when for `patience_s` it told neither of the batch nor to wait.
+        """
+        heard = monotonic()
         while True:
             try:
                 batch = await self._call("GET", f"/batches/{remote}")
                 if batch.get("status") in ENDED:
                     return batch
-            except Trouble as trouble:
-                if trouble.then in ("stop", "never"):
+                heard = monotonic()
+            except (Trouble, aiohttp.ClientError, TimeoutError) as error:
+                if isinstance(error, Trouble) and error.then in ("stop", "never"):
                     raise
-            except (aiohttp.ClientError, TimeoutError):
-                pass
+                if isinstance(error, Trouble) and error.then == "pause":  # a word to wait is an answer
+                    heard = monotonic()
+                elif (silent := monotonic() - heard) > self._patience_s:
+                    raise _gone(remote, silent, error) from error
             await asyncio.sleep(self._poll_s)
 
     async def results(self, file: Any) -> AsyncIterator[list[dict[str, Any] | None]]:
@@ -160,6 +168,15 @@ def batched(values: Iterable[T], count: int) -> Iterator[list[T]]:
     left = iter(values)
     while some := list(islice(left, count)):
         yield some
+
+
+def _gone(remote: str, silent: float, error: Exception) -> Trouble:
+    last = str(error) or type(error).__name__
+    return Trouble(
+        "no answer",
+        f"nothing was heard of {remote} for {silent / 60:.0f} minutes (the last try: {last}); it is kept, and the same "
+        "command goes on waiting for it",
+    )
 
 
 def _id(found: dict[str, Any]) -> str:

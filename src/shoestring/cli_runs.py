@@ -47,13 +47,13 @@ def tree(context: typer.Context, runs: RunsDir = RUNS, json: Json = False) -> No
 
     found = runs_tree(runs)
     if json:
-        lines = [{key: run.manifest[key] for key in _LINE} for run in found]
-        emit_json({"schema": 1, "runs": lines, "totals": totals(runs)})
+        lines = [{key: made[key] for key in _LINE} for made in (run.manifest for run in found)]
+        emit_json({"schema": 1, "runs": lines, "totals": totals(runs, found)})
         return
     if not found:
         raise UserError(f"There are no runs in {runs}; `shoestring run quickstart` makes some, --runs looks elsewhere.")
     console().print(_tree(found, runs))
-    print_table([{"total": name, **values} for name, values in totals(runs).items()])
+    print_table([{"total": name, **values} for name, values in totals(runs, found).items()])
 
 
 def _tree(found: list[Run], root: Path) -> Tree:

@@ -16,6 +16,7 @@ from shoestring.core import again, host, ledger, manifest
 from shoestring.core.config import Config
 from shoestring.core.errors import UserError
 from shoestring.core.lock import locked
+from shoestring.core.metrics import Metrics
 from shoestring.core.run import Run, runs_tree, totals
 
 
@@ -360,3 +361,20 @@ def test_a_disk_without_locks_is_not_another_process(tmp_path, monkeypatch):
     monkeypatch.setattr("shoestring.core.lock.fcntl.lockf", refuse)
     with pytest.raises(UserError, match="cannot be locked"), locked(tmp_path / ".lock", "run x"):
         pass
+
+
+def test_many_runs_are_counted_by_one_look_at_the_ledger(opened, tmp_path, monkeypatch):
+    """And no metrics are read: a folder of hundreds of runs, failed ones among them, has its totals at once."""
+    for number in range(3):
+        finish(opened(f"good{number}"), tokens=10)
+        with contextlib.suppress(ZeroDivisionError), opened(f"bad{number}").attempt() as run:
+            run.metric(1, tokens=5)
+            1 / 0  # noqa: B018
+    reads, read = [], ledger.read
+    monkeypatch.setattr(ledger, "read", lambda root: reads.append(root) or read(root))
+    monkeypatch.setattr(Metrics, "rows", lambda _: pytest.fail("metrics were read"))
+    found = runs_tree(tmp_path)
+    assert totals(tmp_path, found) == totals(tmp_path) and len(reads) == 2
+    assert totals(tmp_path)["everything"] | {"seconds": 0, "usd": 0} == {
+        "attempts": 6, "seconds": 0, "tokens": 45, "sampled_tokens": 0, "flops": 0, "usd": 0,
+    }  # fmt: skip

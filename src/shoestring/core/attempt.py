@@ -7,13 +7,12 @@ one: its end is the time of the last metrics row, its tokens and FLOPs those of 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from shoestring.core import ledger
 from shoestring.core.atomic import write_json
 from shoestring.core.contracts import LedgerEntry
 from shoestring.core.manifest import now
@@ -86,13 +85,18 @@ class Attempt:
         return LedgerEntry(**entry)
 
 
-def unrecorded(folder: Path, manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> LedgerEntry | None:
-    """The line owed for the last attempt when it was killed (or is at work now) and the ledger has none for it."""
+def unrecorded(
+    folder: Path, manifest: Mapping[str, Any], entries: Iterable[LedgerEntry],
+    rows: Callable[[], Sequence[Mapping[str, Any]]],
+) -> LedgerEntry | None:  # fmt: skip
+    """The line owed for the last attempt when it was killed (or is at work now) and the ledger has none for it.
+
+    `entries` of the ledger; `rows`: the run's metrics, read only where a line is owed.
+    """
     number = manifest["attempts"]
     path = _file(folder, number)
     if manifest["status"] == "finished" or not path.exists():
         return None
-    entries = ledger.read(folder.parent)
     if any(entry.run == manifest["name"] and entry.attempt == number for entry in entries):
         return None
     kept = json.loads(path.read_text(encoding="utf-8"))
@@ -100,7 +104,7 @@ def unrecorded(folder: Path, manifest: Mapping[str, Any], rows: Sequence[Mapping
     signs = [path, folder / "metrics.jsonl"]
     last = max(sign.stat().st_mtime for sign in signs if sign.exists())
     ended = datetime.fromtimestamp(last, UTC).isoformat(timespec="milliseconds")
-    return attempt.entry("interrupted", spent_so_far(rows), ended=ended, error="killed")
+    return attempt.entry("interrupted", spent_so_far(rows()), ended=ended, error="killed")
 
 
 def _file(folder: Path, number: int) -> Path:

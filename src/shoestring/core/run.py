@@ -21,7 +21,7 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -200,7 +200,7 @@ class Run:
             folder.mkdir(exist_ok=True)
             clear_temporaries(folder)
         self._metrics.cut_torn_line()
-        if (killed := unrecorded(self.path, self._fields, self.metrics())) is not None:
+        if (killed := unrecorded(self.path, self._fields, ledger.read(self.path.parent), self.metrics)) is not None:
             ledger.append(self.path.parent, killed)
         made = manifest.made_by()
         if self._fields["attempts"] and made["code"] != self._fields["code"]:
@@ -310,20 +310,21 @@ class Run:
 def runs_tree(root: str | Path) -> list[Run]:
     """Every run under `root`, oldest first, so parents stand before their children. Raises UserError."""
     folders = sorted(path.parent for path in Path(root).glob(f"*/{manifest.FILE}"))
-    return sorted((Run.load(folder) for folder in folders), key=lambda run: (run.manifest["started"], run.name))
+    return sorted((Run.load(folder) for folder in folders), key=lambda run: (run._fields["started"], run.name))
 
 
-def totals(root: str | Path) -> dict[str, dict[str, float]]:
+def totals(root: str | Path, runs: Sequence[Run] | None = None) -> dict[str, dict[str, float]]:
     """The two totals under `root`: {"headline": ..., "everything": ...}, each seconds, tokens, flops, usd and a count.
 
+    `runs`: those under `root`, where they are read already.
     headline: the cost of every finished headline run, the newest where it was made again. everything: every attempt
     of the ledger, and killed ones that no later attempt has put there yet.
     """
-    runs = runs_tree(root)
-    newest = {(run.manifest["stage"], run.manifest["recipe"], run.digest): run for run in runs if run.finished}
-    final = [run.manifest["cost"] for run in newest.values() if run.manifest["headline"]]
-    owed = [unrecorded(run.path, run.manifest, run.metrics()) for run in runs]
-    attempts = [asdict(entry) for entry in [*ledger.read(Path(root)), *owed] if entry is not None]
+    runs, recorded = runs_tree(root) if runs is None else runs, ledger.read(Path(root))
+    newest = {(run._fields["stage"], run._fields["recipe"], run.digest): run._fields for run in runs if run.finished}
+    final = [made["cost"] for made in newest.values() if made["headline"]]
+    owed = [unrecorded(run.path, run._fields, recorded, run.metrics) for run in runs]
+    attempts = [asdict(entry) for entry in [*recorded, *owed] if entry is not None]
     return {
         "headline": {"runs": len(final), **ledger.total_of(final)},
         "everything": {"attempts": len(attempts), **ledger.total_of(attempts)},

@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
 
 def curate(
     store: Annotated[str, typer.Argument(help="The folder (or the postgresql://… address) that `ask --out` filled.")],
-    filters: Annotated[str | None, typer.Option(help=f"In order, separated by commas. [default: {','.join(USUAL)}]")] = None,
+    filters: Annotated[str | None, typer.Option(help=f"In order, separated by commas; usually: {','.join(USUAL)}.")] = None,
     against: Annotated[list[Path] | None, typer.Option(help="Evaluation sets to keep out (adds decontaminate).")] = None,
     option: Annotated[
         list[str] | None, typer.Option(metavar="FILTER.OPTION=VALUE", help="An option of a filter.")

@@ -45,7 +45,7 @@ def synthesize(
     prefix: Annotated[str | None, typer.Option(help="For `nothing`: the text itself that opens the user's turn.")] = None,
     stop: Annotated[str | None, typer.Option(help="With --prefix: what ends the user's turn.")] = None,
     against: Annotated[list[Path] | None, typer.Option(help="Evaluation sets to keep out (adds decontaminate).")] = None,
-    filters: Annotated[str | None, typer.Option(help="curate's, in order. [default: refused,one_language,repeated,dedup,near_duplicates]")] = None,
+    filters: Annotated[str | None, typer.Option(help="curate's, in order. Usually: refused,one_language,repeated,dedup,near_duplicates.")] = None,
     option: Annotated[list[str] | None, typer.Option(metavar="FILTER.OPTION=VALUE", help="An option of a filter.")] = None,
     fewest_words: Annotated[int, typer.Option(help="Words of a question at least.")] = 3,
     most_words: Annotated[int, typer.Option(help="Words of a question at most.")] = 1000,

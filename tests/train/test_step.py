@@ -8,25 +8,29 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from shoestring.core.nouns import Sampling
-from shoestring.data.batch import packed_batches
+from shoestring.data.batch import Example, packed_batches, stream_batch
 from shoestring.data.textbook import problems
 from shoestring.infer.engine import Engine
 from shoestring.losses import next_token, policy
+from shoestring.losses._tokens import Tokens
 from shoestring.models import checkpoint
 from shoestring.models.deepseek import Deepseek
 from shoestring.nn import attention_native
 from shoestring.nn.kernels import Kernels
+from shoestring.optim.base import Optimizer
 from shoestring.optim.make import optimizers
 from shoestring.recipes import quickstart
 from shoestring.text.tokenizer import Tokenizer
 from shoestring.train.configs import Optim, SftStage, Textbook
 from shoestring.train.examples import examples_of_step, textbook_examples
 from shoestring.train.rollouts import answer_groups, rollout_example
-from shoestring.train.step import TrainState, accumulate, train_step
+from shoestring.train.step import TrainState, accumulate, max_violation, mean_length, train_step, training_flops
 
 STAGE = SftStage(
     name="x",
@@ -87,6 +91,103 @@ def test_the_gradient_is_that_of_the_formula(model: Deepseek, tokenizer: Tokeniz
     assert want.keys() == got.keys() and any("mtp" in name for name in want)
     for name in want:
         assert (got[name] - want[name]).norm() <= 1e-4 * want[name].norm() + 1e-7, name
+
+
+def test_a_stream_s_mtp_loss_is_a_mean_over_its_own_tokens(model: Deepseek) -> None:
+    """A row of T tokens has T-1 next ones and T-2 after those: two divisors. The main loss is behind a softcap here."""
+    rows = np.random.default_rng(0).integers(0, 50, (2, 9))
+    with torch.no_grad():
+        out = model(torch.from_numpy(rows), mtp=True)
+    model.softcap = 0.1
+    first = (0.1 * torch.tanh(out.logits_BTV[:, :-1] / 0.1)).log_softmax(-1).gather(-1, torch.tensor(rows[:, 1:, None]))
+    ahead = (
+        model.unembed(out.mtp_hidden[0])
+        .detach()[:, : 9 - 2]
+        .log_softmax(-1)
+        .gather(-1, torch.tensor(rows[:, 2:, None]))
+    )
+    loss, metrics, _ = accumulate(model, [stream_batch(rows)], next_token.loss, mtp_lambda=0.3, balance_alpha=0.0)
+    assert loss == pytest.approx(-float(first.mean()), rel=1e-5)
+    assert metrics["mtp"] == pytest.approx(-float(ahead.mean()), rel=1e-5)
+
+
+class Noting(Optimizer):
+    """Notes the learning rate and the norm of the gradient that it is given."""
+
+    seen: list[tuple[float, float]]
+
+    def step(self) -> None:
+        norms = torch.stack(
+            [p.grad.norm() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        )
+        self.seen.append((self.param_groups[0]["lr"], float(norms.norm())))
+
+
+def test_what_an_optimiser_is_given(model: Deepseek, tokenizer: Tokenizer) -> None:
+    """The schedule's rate at this step, a gradient no longer than `clip_norm`, and that of one batch alone."""
+    noting = Noting(model.parameters(), {"lr": 9.0})
+    noting.seen = []
+    state, batches = TrainState(model, [noting]), _batches(tokenizer, 10_000)
+    found, wanted, clip = [], [], 1e3
+    for _ in range(3):
+        optim = Optim(lr=0.1, warmup_steps=3, clip_norm=clip, schedule="constant")
+        stage = STAGE.model_copy(update={"optim": optim, "bias_gamma": 0.0})
+        found.append(train_step(state, batches, next_token.loss, stage, progress=0.0))
+        whole = found[0].grad_norm
+        wanted.append(min(clip, whole))
+        clip = 0.7 * clip if clip < whole else 0.9 * whole
+    assert [lr for lr, _ in noting.seen] == [s.lr for s in found] == pytest.approx([0.025, 0.05, 0.075])
+    assert [norm for _, norm in noting.seen] == pytest.approx(wanted, rel=1e-4) and wanted[0] > wanted[1] > wanted[2]
+    assert [s.grad_norm for s in found] == pytest.approx([whole] * 3, rel=1e-5)
+    assert found[0].flops == training_flops(model, batches, mtp=True)
+    assert (state.tokens, state.flops) == pytest.approx((3 * found[0].tokens, 3 * found[0].flops))
+
+
+def test_the_router_s_bias_moves_towards_balance(model: Deepseek, tokenizer: Tokenizer) -> None:
+    """b += γ sign(mean load - load), by the load of the whole batch (V3 section 2.1.2)."""
+    _, _, load_LE = accumulate(model, _batches(tokenizer, 128), next_token.loss, mtp_lambda=0.3, balance_alpha=0.0)
+    assert load_LE is not None
+    model.zero_grad()
+    state, stage = TrainState(model, [Noting(model.parameters(), {})]), STAGE.model_copy(update={"bias_gamma": 0.01})
+    state.optimizers[0].seen = []  # type: ignore[attr-defined]
+    stats = train_step(state, _batches(tokenizer, 128), next_token.loss, stage, progress=0.0)
+    load, biases = load_LE.double(), [b for name, b in model.named_buffers() if name.endswith("correction_bias")]
+    want = 0.01 * torch.sign(load.mean(1, keepdim=True) - load)
+    torch.testing.assert_close(torch.stack(biases).double(), want, check_dtype=False)
+    assert stats.metrics["max_violation"] == pytest.approx(float((load.amax(1) / load.mean(1)).mean()) - 1)
+
+
+def test_counts_by_hand(model: Deepseek) -> None:
+    """Totals, MaxVio (arXiv 2408.15664), lengths, and 6 N + 3 A FLOPs a token with the MTP module's own."""
+    state = TrainState(None, [], tokens=10, sampled=5, flops=1.0, checked_tokens=3, checked_flops=0.5)
+    assert state.spent() == {"tokens": 18, "sampled_tokens": 8, "flops": 1.5}
+    assert max_violation(torch.tensor([[4, 0, 0, 0], [1, 1, 2, 0], [1, 1, 1, 1]])) == pytest.approx((3 + 1 + 0) / 3)
+    stream = stream_batch(np.zeros((2, 6)))
+    assert mean_length(stream) == 6.0
+    whole = [Example(list(range(n)), [1.0] * n) for n in (4, 8)]
+    assert mean_length(packed_batches(whole, row_tokens=12, tokens_per_microbatch=99, pad_id=0)[0]) == 6.0
+    shared = [Example([1, 2, 3, 4, 5, i, i, i], [0.0] * 5 + [1.0] * 3, stem=4) for i in (6, 7)]  # 4, then twice 4
+    branches = packed_batches(shared, row_tokens=12, tokens_per_microbatch=99, pad_id=0)[0]
+    keys = [1, 2, 3, 4] + 2 * [5, 6, 7, 8]
+    assert (mean_length(branches) + 1) / 2 == pytest.approx(sum(keys) / len(keys))
+    c, n = model.config, model.config.shape().matmul_params(mtp=True)
+    per_key = 2 * c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+    attention = per_key * (c.num_hidden_layers + 1) * 6 / 2
+    assert training_flops(model, [stream], mtp=True) == pytest.approx(12 * (6 * n + 3 * attention))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_either_is_enough_to_stop(what: str, model: Deepseek, tokenizer: Tokenizer) -> None:
+    def broken(hidden_ND: Tensor, weight_VD: Tensor, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+        total = hidden_ND.sum()
+        if what == "gradient":
+            total.register_hook(lambda grad: grad * float("inf"))
+            return total, {}
+        return total + float("inf"), {}
+
+    state = TrainState(model, optimizers(model, "adamw", lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        train_step(state, _batches(tokenizer, 10_000), broken, STAGE, progress=0.0)
 
 
 def test_a_step_learns_counts_and_balances(model: Deepseek, tokenizer: Tokenizer) -> None:

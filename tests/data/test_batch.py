@@ -22,6 +22,13 @@ def test_every_example_is_in_exactly_one_row_and_rows_are_not_over_full(lengths:
     assert len(free) < 2 or free[0] + free[1] > 32
 
 
+def test_packing_by_hand() -> None:
+    """The longest first, each where it leaves the least room, equals in their order."""
+    assert pack([5, 3, 7, 2, 1], 8) == [[2, 4], [0, 1], [3]]
+    assert pack([4, 4, 4], 8) == [[0, 1], [2]]
+    assert pack([8, 1], 8) == [[0], [1]]
+
+
 def test_an_example_longer_than_a_row_is_a_users_mistake() -> None:
     with pytest.raises(UserError, match="40 tokens does not fit a row of 32"):
         pack([3, 40], 32)

@@ -25,6 +25,11 @@ def test_equal_rewards_carry_no_signal(value: float) -> None:
     assert advantages([value] * 8, "grpo") == [0.0] * 8
 
 
+def test_a_small_spread_is_a_signal_and_rounding_is_none() -> None:
+    assert carries_signal([0.5, 0.501]) and advantages([0.5, 0.501], "grpo") == pytest.approx([-1.0, 1.0])
+    assert not carries_signal([0.1 + 0.2, 0.3])
+
+
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=16))
 def test_advantages_sum_to_zero_and_keep_the_order(rewards: list[float]) -> None:
     found = advantages(rewards, "dr_grpo")

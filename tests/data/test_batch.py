@@ -33,11 +33,27 @@ def test_an_example_longer_than_a_row_is_a_users_mistake() -> None:
     with pytest.raises(UserError, match="40 tokens does not fit a row of 32"):
         pack([3, 40], 32)
 
+    alike = [Example([1, 2, 3, *range(37)], [0.0] * 4 + [1.0] * 36, stem=3) for _ in range(2)]
+    with pytest.raises(UserError, match="40 tokens does not fit a row of 32"):  # whole, though they share a beginning
+        packed_batches(alike, row_tokens=32, tokens_per_microbatch=64, pad_id=0)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "row_tokens", "shape"),
+    [([3, 4], 64, (1, 8)), ([9], 64, (1, 16)), ([18], 20, (1, 20)), ([9, 9], 16, (2, 16))],
+)
+def test_rows_are_no_longer_than_they_need_to_be(lengths: list[int], row_tokens: int, shape: tuple[int, int]) -> None:
+    """In steps of 8, and never longer than `row_tokens`."""
+    examples = [Example(list(range(n)), [0.5] * n) for n in lengths]
+    (batch,) = packed_batches(examples, row_tokens=row_tokens, tokens_per_microbatch=64, pad_id=7)
+    assert batch.tokens_BT.shape == shape
+    assert batch.weight == total_weight([batch]) == 0.5 * sum(n - 1 for n in lengths)
+
 
 @given(st.lists(st.integers(2, 12), min_size=1, max_size=20), st.integers(16, 64))
 def test_targets_are_the_next_tokens_of_the_same_example(lengths: list[int], per: int) -> None:
     examples = [
-        Example(list(range(100 * i, 100 * i + n)), [0.0] + [1.0] * (n - 1), advantage=float(i), old=[-float(i)] * n)
+        Example(list(range(100 * i, 100 * i + n)), [1.0] * n, advantage=float(i), old=[-float(i)] * n)
         for i, n in enumerate(lengths)
     ]
     batches = packed_batches(examples, row_tokens=16, tokens_per_microbatch=per, pad_id=7)

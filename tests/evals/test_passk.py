@@ -88,6 +88,14 @@ def test_the_bootstrap_is_seeded_and_antisymmetric() -> None:
     assert paired_bootstrap(a, a).p_value == 1.0
 
 
+def test_the_bounds_hold_the_central_95_percent() -> None:
+    """Of a mean of 400 normal numbers: 1.96 standard errors to either side."""
+    gap = np.random.default_rng(1).standard_normal(400)
+    result = paired_bootstrap(gap.tolist(), [0.0] * 400)
+    assert (result.high - result.low) / 2 / result.stderr == pytest.approx(1.96, rel=0.03)
+    assert (result.high + result.low) / 2 == pytest.approx(gap.mean(), abs=0.01)
+
+
 def test_false_alarms_are_rare() -> None:
     """Two equal models over 60 problems: about one comparison in twenty has p < .05."""
     rng = np.random.default_rng(3)
@@ -101,6 +109,10 @@ def test_false_alarms_are_rare() -> None:
 def test_compare_matches_by_id() -> None:
     a, b = {"p": 1.0, "q": 0.0, "r": 1.0}, {"r": 0.5, "q": 0.0, "p": 0.0}
     assert compare(a, b).difference == pytest.approx(0.5)
+    assert compare(a, b) == paired_bootstrap([1.0, 0.0, 1.0], [0.0, 0.0, 0.5])  # its spread too is that of the pairs
+    assert compare(a, b) == compare(dict(reversed(a.items())), b)
+    with pytest.raises(UserError, match="differ in 2 problems"):
+        compare({"p": 1.0, "q": 0.0}, {"p": 1.0, "r": 0.0})
     with pytest.raises(UserError, match="differ in 1 problems"):
         compare(a | {"s": 1.0}, b)
     with pytest.raises(UserError, match="at least 2 problems"):

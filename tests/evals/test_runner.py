@@ -22,12 +22,14 @@ class Oracle:
     """Answers problem i rightly in its first `knows[i]` samples; the last sample of problem 0 is cut off."""
 
     def __init__(self, tokenizer: Tokenizer, problems: Sequence[Problem], knows: Sequence[int]):
-        self.tokenizer, self.calls = tokenizer, []
+        self.tokenizer, self.calls, self.tokens = tokenizer, [], 0
         self.by_prompt = {p.prompt: (p, right) for p, right in zip(problems, knows, strict=True)}
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
         self.calls.append((len(prompts), sampling.seed))
-        return [self._group(list(prompt), sampling.n) for prompt in prompts]
+        groups = [self._group(list(prompt), sampling.n) for prompt in prompts]
+        self.tokens += sum(map(len, prompts)) + sum(len(c.token_ids) for group in groups for c in group)
+        return groups
 
     def _group(self, prompt: list[int], n: int) -> list[Completion]:
         text = self.tokenizer.decode(prompt).removeprefix("<|begin|><|user|>").removesuffix("<|assistant|>")
@@ -60,8 +62,25 @@ def run(tokenizer: Tokenizer, problems: list[Problem], knows: list[int], **optio
         return evaluate(oracle, tokenizer, problems, Sampling(n=4, seed=5), grade, **options), oracle
 
 
+def test_two_samples_have_a_pass_at_2_and_a_system_prompt_is_read(
+    tokenizer: Tokenizer, problems: list[Problem]
+) -> None:
+    seen: list[str] = []
+
+    class Parrot:
+        def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+            seen.extend(tokenizer.decode(list(prompt)) for prompt in prompts)
+            return [[Completion("<think>3</think>3", [3], [0.0], "stop") for _ in range(sampling.n)] for _ in prompts]
+
+    with Grader() as grade:
+        result = evaluate(Parrot(), tokenizer, problems, Sampling(n=2), grade, system="sum")  # type: ignore[arg-type]
+    assert {"pass@1", "pass@2", "cons@2"} < set(result.overall)
+    assert seen == [f"<|begin|><|system|>sum<|user|>{problem.prompt}<|assistant|>" for problem in problems]
+
+
 def test_numbers(tokenizer: Tokenizer, problems: list[Problem]) -> None:
-    result, _ = run(tokenizer, problems, [4, 0, 3, 2])
+    result, oracle = run(tokenizer, problems, [4, 0, 3, 2])
+    assert result.tokens == oracle.tokens  # a prompt once for all its samples
     assert [row["correct"] for row in result.rows] == [3, 0, 3, 2]  # the cut answer earns nothing
     assert result.overall["pass@1"] == pytest.approx(8 / 16)
     assert result.overall["pass@4"] == pytest.approx(3 / 4)

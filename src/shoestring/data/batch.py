@@ -172,16 +172,14 @@ def packed_batches(
 ) -> list[Batch]:
     """All examples in as few rows as best fit finds, cut into micro-batches of at most `tokens_per_microbatch`.
 
-    Rows are `row_tokens` long, or shorter when the longest example allows (in steps of 8, to keep shapes few).
+    Rows are `row_tokens` long, or shorter where one shorter row holds them all (in steps of 8, to keep shapes few).
     """
     if not examples:
         return []
     longest = max(len(e.ids) for e in examples)
     bundles = _bundles(examples, max(row_tokens, longest))
     lengths = [sum(part.stop - part.start for _, part, _ in _parts(examples, bundle)) for bundle in bundles]
-    capacity = row_tokens
-    if sum(lengths) < row_tokens:
-        capacity = max(-(-longest // 8) * 8, min(row_tokens, -(-sum(lengths) // 8) * 8))
+    capacity = min(row_tokens, -(-sum(lengths) // 8) * 8)
     rows = [[i for bundle in row for i in bundles[bundle]] for row in pack(lengths, capacity)]
     per = max(1, tokens_per_microbatch // capacity)
     return [packed_batch(examples, rows[i : i + per], capacity, pad_id) for i in range(0, len(rows), per)]

@@ -97,6 +97,7 @@ def test_format(text: Any, value: float, with_thinking: float) -> None:
         ("add 加法 two", "en", 0.5), ("加法", "zh", 1.0), ("加法 ok", "zh", 2 / 3), ("сумма add", "ru", 0.5),
         ("сумma", "ru", 0.0), ("naïve café", "fr", 1.0), ("これは足し算", "ja", 1.0), ("ｆｕｌｌ", "en", 0.0),
         ("더하기 add", "ko", 0.75), ("x 加 y 加 z", "en", 0.6), ("αβγ", "el", 1.0),
+        ("ab中cd", "en", 2 / 3), ("aж中b", "en", 1 / 3),
     ],
 )  # fmt: skip
 def test_language(thinking: str, wanted: str, value: float) -> None:

@@ -25,4 +25,4 @@ def reward(
 
 def _score(text: object, thinking: bool) -> float:
     thought, answer = split_thinking(text) if isinstance(text, str) else (None, "")
-    return float(thought is not None and answer != "" and (not thinking or thought != ""))
+    return float(answer != "" and (not thinking or thought != ""))  # malformed text has no answer

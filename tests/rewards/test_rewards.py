@@ -97,12 +97,19 @@ def test_format(text: Any, value: float, with_thinking: float) -> None:
         ("add 加法 two", "en", 0.5), ("加法", "zh", 1.0), ("加法 ok", "zh", 2 / 3), ("сумма add", "ru", 0.5),
         ("сумma", "ru", 0.0), ("naïve café", "fr", 1.0), ("これは足し算", "ja", 1.0), ("ｆｕｌｌ", "en", 0.0),
         ("더하기 add", "ko", 0.75), ("x 加 y 加 z", "en", 0.6), ("αβγ", "el", 1.0),
-        ("ab中cd", "en", 2 / 3), ("aж中b", "en", 1 / 3),
+        ("ab中cd", "en", 2 / 3), ("aж中b", "en", 1 / 3), ("ラーメン", "ja", 1.0),
     ],
 )  # fmt: skip
 def test_language(thinking: str, wanted: str, value: float) -> None:
     text = f"<think>{thinking}</think>12 加法"
     assert language.reward([rollout(text)], language=wanted) == [pytest.approx(value)]
+
+
+def test_options_unless_said_otherwise() -> None:
+    """English; 32 tokens before 128; runs of 8, so that four tokens said twice repeat nothing."""
+    assert language.reward([rollout("<think>add</think>12"), rollout("<think>加法</think>12")]) == [1.0, 0.0]
+    assert length.reward([rollout(tokens=count) for count in (96, 112, 128)]) == [0.0, -0.5, -1.0]
+    assert repetition.reward([rollout(tokens=[1, 2, 3, 4] * 2), rollout(tokens=[7] * 9)]) == [0.0, -0.5]
 
 
 def test_language_mistakes() -> None:
@@ -115,6 +122,7 @@ def test_length_is_dapos_equation_13() -> None:
     values = {0: 0, 79: 0, 80: 0, 81: -0.05, 90: -0.5, 99: -0.95, 100: -1, 101: -1, 5000: -1}
     rollouts = [rollout(tokens=count) for count in values]
     assert length.reward(rollouts, max_tokens=100, buffer_tokens=20) == pytest.approx(list(values.values()))
+    assert length.reward([rollout(tokens=10)], max_tokens=20, buffer_tokens=20) == [-0.5]
     for buffer in (0, 101, -1):
         with pytest.raises(UserError, match="buffer_tokens"):
             length.reward(rollouts, max_tokens=100, buffer_tokens=buffer)

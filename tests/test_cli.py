@@ -52,12 +52,14 @@ def road(monkeypatch):
         fake.asked.append(("stage", kind, sets, inputs))
         return SimpleNamespace(name=kind)
 
-    def run_recipe(recipe, runs_dir, *, again, quiet):
+    def run_recipe(recipe, runs_dir, *, again, quiet, command):
+        fake.command = command
         fake.asked.append(("run", recipe.name, str(runs_dir), again, quiet))
         return SimpleNamespace(
             rows=fake.rows, tables={}, report_path="runs/report.html", to_json=lambda: {"rows": fake.rows}
         )
 
+    fake.command_line = lambda name, sets: f"shoestring run {name} with {sets}"
     fake.resolve_recipe, fake.stage_recipe, fake.run_recipe = resolve_recipe, stage_recipe, run_recipe
     fake.priced = {"about_tokens": 9, "about_flops": 8.0, "about_seconds": 7.0, "about_usd": 0.5}
     fake.planned = [{"stage": "rl", "headline": True, **fake.priced}]
@@ -143,7 +145,7 @@ def test_mistakes_are_one_sentence_and_exit_2(call, road, words, sentence, tmp_p
 
 def test_a_recipes_own_tables_take_the_place_of_the_stages(call, road):
     row = {"label": "after RL", "pass@1": 0.795, "pass@1 stderr": 0.009, "mean_tokens": 30.0, "mean_tokens stderr": 0.4}
-    ran = road.run_recipe(SimpleNamespace(name="quickstart"), "runs", again=False, quiet=True)
+    ran = road.run_recipe(SimpleNamespace(name="quickstart"), "runs", again=False, quiet=True, command="")
     ran.tables = {"accuracy": [row]}
     road.run_recipe = lambda *_, **__: ran
     code, out, _ = call("run", "quickstart")
@@ -199,6 +201,7 @@ def test_run(call, road):
     code, out, _ = call("run", "quickstart", "--set", "a=1", "--set", "b=2", "--runs", "else", "--again", "-q")
     assert code == 0
     assert road.asked == [("resolve", "quickstart", ["a=1", "b=2"]), ("run", "quickstart", "else", True, True)]
+    assert road.command == "shoestring run quickstart with ['a=1', 'b=2']"
     assert re.search(r"rl +grpo +12\.3k +1m 15s +\$0\.0012", out)
     assert out.endswith("report: runs/report.html\n")
 

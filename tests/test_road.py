@@ -9,7 +9,7 @@ import pytest
 
 from shoestring.core.errors import UserError
 from shoestring.core.run import runs_tree, totals
-from shoestring.road import plan_rows, resolve_recipe, run_recipe, stage_recipe
+from shoestring.road import command_line, plan_rows, resolve_recipe, run_recipe, stage_recipe
 from shoestring.train.configs import Optim, Recipe, SftStage, TaskMix, Textbook, TokenizerStage
 
 
@@ -73,6 +73,9 @@ def test_an_input_that_is_nowhere_is_said_before_any_work(tmp_path: Path) -> Non
         ("student-pretrain.model.config.hiden_size=3", 'Did you mean "hidden_size"'),
         ("teacher-pretrain.model.config.n_group=0", '"n_group" must be greater than or equal to 1'),
         ("student-rl.compute.device=gpu", 'compute.device is "gpu", which is not usable here'),
+        ("eval-student-rl.compute.threads=99999", "must be less than or equal to 1024, not 99999"),
+        ("teacher-rl.decoding.max_new_tokens=512", "is 512, and the model has 512 positions for prompt and answer"),
+        ("ask.decoding.max_new_tokens=600", 'stage "ask": decoding.max_new_tokens is 600, and the model has 512'),
     ],
 )
 def test_unknown_parts_are_said_before_any_work(tmp_path: Path, change: str, sentence: str) -> None:
@@ -82,6 +85,13 @@ def test_unknown_parts_are_said_before_any_work(tmp_path: Path, change: str, sen
         run_recipe(recipe, tmp_path, quiet=True)
     assert sentence in str(error.value) and "\n" not in str(error.value)
     assert not runs_tree(tmp_path)
+
+
+def test_the_command_of_a_report() -> None:
+    assert command_line("quickstart", ["size=smoke", 'a={"b": 1}']) == (
+        "shoestring run quickstart --set size=smoke --set 'a={\"b\": 1}'"
+    )
+    assert command_line("/home/me/my road.yaml", []) == "shoestring run 'my road.yaml'"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoestring.road import resolve_recipe, run_recipe
+from shoestring.road import command_line, resolve_recipe, run_recipe
 
 if TYPE_CHECKING:
     from shoestring.road import RoadResult
@@ -25,8 +25,10 @@ def run(
     Finished stages are taken as they are and unfinished ones resumed; `again` makes finished ones anew beside the
     old. Raises UserError for a mistake in the recipe, before any work is done.
     """
+    command = ""
     if isinstance(recipe, str | Path):
+        command = command_line(str(recipe), sets)
         recipe = resolve_recipe(str(recipe), list(sets))
     else:
         recipe = recipe.with_sets(sets)
-    return run_recipe(recipe, Path(runs_dir), again=again, quiet=quiet)
+    return run_recipe(recipe, Path(runs_dir), again=again, quiet=quiet, command=command)

@@ -27,9 +27,10 @@ def report(
     json: Json = False,
 ) -> None:
     """Report on finished runs; nothing is trained."""
-    from shoestring.road import report_recipe, resolve_recipe
+    from shoestring.road import command_line, report_recipe, resolve_recipe
 
-    path: Path = report_recipe(resolve_recipe(recipe, sets or []), runs)
+    command = command_line(recipe, sets or [])
+    path: Path = report_recipe(resolve_recipe(recipe, sets or []), runs, command=command)
     if json:
         emit_json({"report": str(path)})
     else:

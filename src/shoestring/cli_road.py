@@ -116,9 +116,10 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Resolve a recipe by name or path and run it."""
-    from shoestring.road import resolve_recipe
+    from shoestring.road import command_line, resolve_recipe
 
-    go(resolve_recipe(recipe, sets or []), runs, dry_run, again, json, quiet)
+    command = command_line(recipe, sets or [])
+    go(resolve_recipe(recipe, sets or []), runs, dry_run, again, json, quiet, command)
 
 
 def stage_verb(kind: str) -> Callable[..., None]:
@@ -165,7 +166,9 @@ def inputs_of(inputs: list[str] | None, named: dict[str, str | None]) -> dict[st
     return given
 
 
-def go(recipe: Recipe, runs: Path, dry_run: bool, again: bool, json: bool, quiet: bool) -> None:
+def go(
+    recipe: Recipe, runs: Path, dry_run: bool, again: bool, json: bool, quiet: bool, command: str = ""
+) -> None:  # fmt: skip
     """Print the plan of a recipe, or run it and print what came of it."""
     from shoestring.road import plan_rows, run_recipe
     from shoestring.train.estimate import plan_totals
@@ -176,7 +179,7 @@ def go(recipe: Recipe, runs: Path, dry_run: bool, again: bool, json: bool, quiet
         shown = [{"stage": name, "kind": "total", **total} for name, total in totals.items()] if len(rows) > 1 else []
         _report({"schema": 1, "recipe": recipe.name, "plan": rows, "totals": totals}, [*rows, *shown], json)
         return
-    result = run_recipe(recipe, runs, again=again, quiet=quiet)
+    result = run_recipe(recipe, runs, again=again, quiet=quiet, command=command)
     _report(result.to_json(), [] if result.tables else result.rows, json)
     if json or result.report_path is None:
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from shoestring.road_inputs import (
     is_model,
     make_runs_dir,
     parents_of,
+    positions_of,
 )
 from shoestring.train.configs import Recipe, Stage
 from shoestring.train.estimate import ASSUMED_VOCAB, estimate, stage_shapes
@@ -94,6 +96,11 @@ def resolve_recipe(name_or_path: str, sets: Sequence[str]) -> Recipe:
     return made.with_sets(changes)
 
 
+def command_line(name_or_path: str, sets: Sequence[str]) -> str:
+    """What a person types to run this again; of a path its last part, for a report names no folder of the machine."""
+    return shlex.join(["shoestring", "run", Path(name_or_path).name, *(word for s in sets for word in ("--set", s))])
+
+
 def _argument(text: str, value: str, parameter: inspect.Parameter) -> str | int:
     """The value of a recipe's argument, of the type its default has."""
     if not isinstance(parameter.default, int):
@@ -148,8 +155,10 @@ def _shape(found: Found, name: str) -> ModelShape:
 # ---- running it ---------------------------------------------------------------------------------------------------
 
 
-def run_recipe(recipe: Recipe, runs_dir: Path, *, again: bool = False, quiet: bool = False) -> RoadResult:
-    """Run every stage that is not finished, in order, then write the report.
+def run_recipe(
+    recipe: Recipe, runs_dir: Path, *, again: bool = False, quiet: bool = False, command: str = ""
+) -> RoadResult:  # fmt: skip
+    """Run every stage that is not finished, in order, then write the report; `command` is what it says it is from.
 
     Raises UserError before any work when an input does not exist; a stage that fails leaves a run that resumes.
     """
@@ -159,7 +168,7 @@ def run_recipe(recipe: Recipe, runs_dir: Path, *, again: bool = False, quiet: bo
     runs_dir = Path(runs_dir)
     read_spec(recipe)  # a misspelt stage in what is to be reported is said now, not at the end
     outside = check_road(recipe, runs_dir)
-    _check_models_and_devices(recipe)
+    _check_models_and_devices(recipe, outside)
     make_runs_dir(runs_dir)
     moment = since(runs_dir, recipe.digest()) if again else False
     machine, done = Machine(runs_dir), dict[str, Run]()
@@ -180,17 +189,34 @@ def run_recipe(recipe: Recipe, runs_dir: Path, *, again: bool = False, quiet: bo
         "accuracy": tables.result_table(recipe, done), "claims": tables.claims(recipe, done),
         "bill": tables.bill_table(recipe, done, runs_dir),
     }  # fmt: skip
-    return RoadResult(recipe, done, result_rows(recipe, done), report_recipe(recipe, runs_dir, done), made)
+    path = report_recipe(recipe, runs_dir, done, command)
+    return RoadResult(recipe, done, result_rows(recipe, done), path, made)
 
 
-def _check_models_and_devices(recipe: Recipe) -> None:
+def _check_models_and_devices(recipe: Recipe, outside: Mapping[str, Found]) -> None:
     """What a later stage would stumble over, said before the first begins; needs torch, so no dry run does it."""
     from shoestring.train.state import checked_device, described_model
 
+    room: dict[str, Any] = {name: positions_of(found) for name, found in outside.items()}
     for stage in recipe.stages:
         checked_device(stage.compute.device)
+        sampled = stage.inputs.get("model") or stage.inputs.get("teacher", "")
+        room[stage.name] = room.get(sampled)
         if (spec := getattr(stage, "model", None)) is not None:
-            described_model(spec, vocab_size=ASSUMED_VOCAB)
+            _, config = described_model(spec, vocab_size=ASSUMED_VOCAB)
+            room[stage.name] = getattr(config, "max_position_embeddings", None)
+        _check_length(stage, room[stage.name])
+
+
+def _check_length(stage: Stage, room: Any) -> None:
+    """Whether the model that a stage samples has positions for a prompt and the answer."""
+    samples = stage.stage in ("rl", "reject", "ask", "eval") or getattr(stage, "way", "") == "on_policy"
+    decoding = getattr(stage, "decoding", None)
+    if samples and decoding is not None and isinstance(room, int) and decoding.max_new_tokens >= room:
+        raise UserError(
+            f'stage "{stage.name}": decoding.max_new_tokens is {decoding.max_new_tokens}, and the model has {room} '
+            "positions for prompt and answer together; lower it, or raise the model's max_position_embeddings."
+        )
 
 
 def _run_stage(stage: Stage, ctx: Any) -> None:
@@ -235,7 +261,9 @@ def result_rows(recipe: Recipe, runs: Mapping[str, Run]) -> list[dict[str, Any]]
     return rows
 
 
-def report_recipe(recipe: Recipe, runs_dir: Path, runs: Mapping[str, Run] | None = None) -> Path:
+def report_recipe(
+    recipe: Recipe, runs_dir: Path, runs: Mapping[str, Run] | None = None, command: str = ""
+) -> Path:  # fmt: skip
     """Write the report of a recipe from what its finished runs left. Raises UserError where there is none of them."""
     if runs is None and not (runs := find_runs(recipe, Path(runs_dir))):
         raise UserError(
@@ -243,7 +271,7 @@ def report_recipe(recipe: Recipe, runs_dir: Path, runs: Mapping[str, Run] | None
             "--runs, and what was changed by --set."
         )
     path = Path(runs_dir) / f"report-{recipe.name}-{recipe.digest()}.html"
-    return write_report(recipe, runs, Path(runs_dir), path)
+    return write_report(recipe, runs, Path(runs_dir), path, command)
 
 
 def find_runs(recipe: Recipe, runs_dir: Path) -> dict[str, Run]:

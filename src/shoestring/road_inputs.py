@@ -122,6 +122,18 @@ def checkpoint_of(found: Found) -> Path | None:
     return None if latest is None else latest[1]
 
 
+def positions_of(found: Found) -> int | None:
+    """How many positions the model behind an input has; None where its config.json does not say, or is not there."""
+    folder = checkpoint_of(found)
+    if folder is None:
+        return None
+    try:
+        positions = json.loads((folder / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return positions if isinstance(positions, int) else None
+
+
 # ---- digests ------------------------------------------------------------------------------------------------------
 
 

@@ -207,6 +207,15 @@ def test_a_row_of_one_seed_beside_others_says_what_its_error_is_over():
     assert "standard error over problems (the" in _results_caption([{"seeds": 1}])
 
 
+def test_it_names_the_command_that_was_typed(road):
+    """A recipe's name need be no command: quickstart at size=smoke is called quickstart-smoke."""
+    recipe, runs, root = road
+    typed = page(recipe, runs, root, "shoestring run mine --set size=smoke")
+    assert typed.count("shoestring run mine --set size=smoke") == 2 and "<dt>Command</dt>" in typed
+    plain = page(recipe, runs, root)
+    assert "shoestring run" not in plain and "<dt>Command</dt>" not in plain and f"shoestring · {recipe.name}" in plain
+
+
 @pytest.mark.parametrize(
     ("value", "count", "flops"),
     [(12e12, "12.0 T", "12.0 TFLOP"), (1e6, "1.00 M", "1.00 MFLOP"), (446e9, "446 G", "446 GFLOP"),

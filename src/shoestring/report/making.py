@@ -11,9 +11,9 @@ from shoestring.report.spec import ReportSpec
 from shoestring.train.configs import Recipe
 
 
-def making_html(recipe: Recipe, spec: ReportSpec, runs: Mapping[str, Run]) -> str:
-    """A list of facts, and a table of the run directories to open."""
-    facts = [f"<dt>{name}</dt><dd>{value}</dd>" for name, value in _facts(recipe, spec, runs) if value]
+def making_html(recipe: Recipe, command: str, spec: ReportSpec, runs: Mapping[str, Run]) -> str:
+    """A list of facts, the command that makes the page again among them, and a table of the run directories to open."""
+    facts = [f"<dt>{name}</dt><dd>{value}</dd>" for name, value in _facts(recipe, command, spec, runs) if value]
     body = "".join(_run_row(run) for run in runs.values())
     return (
         f'<dl class="facts">{"".join(facts)}</dl>'
@@ -24,18 +24,13 @@ def making_html(recipe: Recipe, spec: ReportSpec, runs: Mapping[str, Run]) -> st
     )
 
 
-def command_of(recipe: Recipe, spec: ReportSpec) -> str:
-    """The command that makes the same page again."""
-    return spec.command or f"shoestring run {recipe.name}"
-
-
-def _facts(recipe: Recipe, spec: ReportSpec, runs: Mapping[str, Run]) -> list[tuple[str, str]]:
+def _facts(recipe: Recipe, command: str, spec: ReportSpec, runs: Mapping[str, Run]) -> list[tuple[str, str]]:
     made = [run.manifest for run in runs.values()]
     seeds = sorted({stage.seed for stage in recipe.stages} | {entry.seed for entry in spec.evals})
     peaks = [(m["cost"] or {}).get("peak_flops") for m in made]
     rate = f"{words.usd(recipe.usd_per_hour)} an hour"
     return [
-        ("Command", f"<code>{words.text(command_of(recipe, spec))}</code>"),
+        ("Command", f"<code>{words.text(command)}</code>" if command else ""),
         ("Recipe", f"{words.text(recipe.name)}, config digest <code>{recipe.digest()}</code>"),
         ("Finished", words.text(max((m["ended"] or "" for m in made), default="")[:16].replace("T", " ") + " UTC")),
         ("Machine", _each(_machine(m["host"]) for m in made)),

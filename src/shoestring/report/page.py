@@ -19,7 +19,7 @@ from shoestring.report.curves import curves_html
 from shoestring.report.drawing import road_svg
 from shoestring.report.figures import bill_html, claims_html, results_html
 from shoestring.report.frontier import frontier_html
-from shoestring.report.making import command_of, making_html
+from shoestring.report.making import making_html
 from shoestring.report.results import why_missing
 from shoestring.report.roles import css_of, groups_of, roles_of
 from shoestring.report.samples import samples_html
@@ -31,12 +31,13 @@ Rows = list[dict[str, Any]]
 SMALL = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def write_report(recipe: Recipe, runs: Mapping[str, Run], root: Path, path: Path) -> Path:
+def write_report(recipe: Recipe, runs: Mapping[str, Run], root: Path, path: Path, command: str = "") -> Path:
     """Write the page to `path`, atomically. `runs`: stage name -> its run; missing and unfinished ones are told.
+    `command`: what makes it again.
 
     Raises UserError for a `recipe.report` that names what does not exist (see `report/tables.py`).
     """
-    return write_text(path, page(recipe, runs, root))
+    return write_text(path, page(recipe, runs, root, command))
 
 
 def style() -> str:
@@ -44,14 +45,15 @@ def style() -> str:
     return files("shoestring.report").joinpath("style.css").read_text(encoding="utf-8")
 
 
-def page(recipe: Recipe, runs: Mapping[str, Run], root: Path) -> str:
+def page(recipe: Recipe, runs: Mapping[str, Run], root: Path, command: str = "") -> str:
     """The page as text."""
     spec = read_spec(recipe)
+    command = spec.command or command
     results, judged, bill = result_table(recipe, runs), claims(recipe, runs), bill_table(recipe, runs, root)
     roles = roles_of(recipe, spec)
     title = words.text(spec.title or recipe.name)
     body = [
-        _head(recipe, spec, runs, title, _finding(spec, results, judged)),
+        _head(command or recipe.name, runs, title, _finding(spec, results, judged)),
         _tiles(spec, results, bill),
         _unfinished(recipe, runs),
         _section("Claims", claims_html(judged) if judged else "", _claims_caption(judged)),
@@ -62,7 +64,7 @@ def page(recipe: Recipe, runs: Mapping[str, Run], root: Path) -> str:
         _section("Curves", curves_html(recipe, spec, runs), CURVES + _of_seeds(spec)),
         _section("Answers, side by side", samples_html(spec, runs), _of_seeds(spec).strip()),
         _section("The bill", bill_html(bill, roles), _bill_caption(recipe)),
-        _section("How it was made", making_html(recipe, spec, runs)),
+        _section("How it was made", making_html(recipe, command, spec, runs)),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -75,9 +77,9 @@ def page(recipe: Recipe, runs: Mapping[str, Run], root: Path) -> str:
 # ---- the top ------------------------------------------------------------------------------------------------------
 
 
-def _head(recipe: Recipe, spec: ReportSpec, runs: Mapping[str, Run], title: str, finding: str) -> str:
+def _head(made_by: str, runs: Mapping[str, Run], title: str, finding: str) -> str:
     ended = max((run.manifest["ended"] or "" for run in runs.values()), default="")[:10]
-    kicker = " · ".join(words.text(part) for part in ("shoestring", command_of(recipe, spec), ended) if part)
+    kicker = " · ".join(words.text(part) for part in ("shoestring", made_by, ended) if part)
     return f'<header><p class="kicker">{kicker}</p><h1>{title}</h1><p class="finding">{finding}</p></header>'
 
 

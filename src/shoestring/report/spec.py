@@ -110,7 +110,7 @@ class ReportSpec(Config):
     curves: dict[str, str] = Field(default_factory=dict)
     frontier: tuple[Arm, ...] = ()  # accuracy against what it cost
     given: tuple[str, ...] = ()  # stages that every arm starts from: their cost is not the arm's
-    command: str = ""  # how to run it again; "": shoestring run NAME
+    command: str = ""  # how to run it again; "": what was typed
 
 
 def read_spec(recipe: Recipe) -> ReportSpec:

@@ -81,7 +81,7 @@ class Compute(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     experts: Literal["auto", "loop", "bmm", "grouped"] = "auto"
     device: str = "cpu"
-    threads: int | None = Field(None, ge=1)  # None: as many as torch takes
+    threads: int | None = Field(None, ge=1, le=1024)  # None: as many as torch takes; tens of thousands would crash it
 
 
 class Decoding(Config):

@@ -183,6 +183,17 @@ def test_far_apart_in_fp32_stays_finite_and_right(part, options, scale: float) -
         assert total.item() == pytest.approx(right.item(), rel=2e-4)
 
 
+@pytest.mark.parametrize("gap", [5.0, 20.0, 60.0])
+def test_jsd_at_half_and_half_by_the_formula(gap: float) -> None:
+    """b KL(p, m) + (1-b) KL(q, m) in float64 where one is sure and the other is not, beta as in GKD unless said."""
+    p, q = torch.tensor([0.0, gap]).double().softmax(-1), torch.tensor([0.5, 0.5]).double()
+    m = (p + q) / 2
+    want = ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2
+    tokens = Tokens(torch.zeros(1).long(), torch.ones(1).double(), teacher=Hidden(p.log()[None], torch.eye(2).double()))
+    value, _ = jsd.loss(q.log()[None], torch.eye(2).double(), tokens)
+    assert value.item() == pytest.approx(want.item(), rel=1e-9)
+
+
 def test_memory_is_a_chunk_not_the_batch() -> None:
     """The largest tensor alive is a chunk of logits, far below N x V, in forward and backward."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shoestring.nn import native
 from shoestring.nn.moe import Gate, Routing, balance_loss, expert_load, update_router_bias
 
 GROUPED = Routing(8, 3, n_group=4, topk_group=2, scale=2.5)
@@ -18,7 +19,7 @@ V3 = Routing(256, 8, n_group=8, topk_group=4, scale=2.5)
 LOGITS = [2, -1, 0, 1, -2, 3, 0.5, 0.5]
 
 
-def route(routing: Routing, logits: list[float], bias: dict[int, float]) -> dict[int, float]:
+def route(routing: Routing, logits: list[float], bias: dict[int, float], in_c: bool = False) -> dict[int, float]:
     """Expert -> weight for one token, through the gate itself (W = identity)."""
     gate = Gate(routing.n_experts, routing)
     with torch.no_grad():
@@ -26,7 +27,7 @@ def route(routing: Routing, logits: list[float], bias: dict[int, float]) -> dict
         assert gate.e_score_correction_bias is not None
         for expert, value in bias.items():
             gate.e_score_correction_bias[expert] = value
-    _, chosen, weight = gate(torch.tensor([logits], dtype=torch.float32), None)
+    _, chosen, weight = gate(torch.tensor([logits], dtype=torch.float32), None, in_c and native.why_not() is None)
     return dict(zip(chosen[0].tolist(), weight[0].tolist(), strict=True))
 
 
@@ -44,9 +45,10 @@ def route(routing: Routing, logits: list[float], bias: dict[int, float]) -> dict
     ],
 )
 def test_golden_numbers(logits: list[float], bias: dict[int, float], expected: dict[int, float]) -> None:
-    found = route(GROUPED, logits, bias)
-    assert found.keys() == expected.keys()
-    assert [found[e] for e in expected] == pytest.approx(list(expected.values()), abs=1e-6)
+    for in_c in (False, True):
+        found = route(GROUPED, logits, bias, in_c)
+        assert found.keys() == expected.keys()
+        assert [found[e] for e in expected] == pytest.approx(list(expected.values()), abs=1e-6)
 
 
 def drawn(seed: int, routing: Routing, n: int = 40) -> tuple[Tensor, Tensor]:
@@ -79,6 +81,17 @@ def test_the_chosen_are_the_best_of_the_best_groups(seed: int) -> None:
         groups = max(pairs, key=lambda pair: sum(value[2 * g] + value[2 * g + 1] for g in pair))
         inside = sorted((e for e in value if e // 2 in groups), key=value.__getitem__, reverse=True)
         assert found == inside[:3]
+
+
+@pytest.mark.parametrize(("n_group", "topk_group"), [(8, 3), (2, 1)])
+def test_groups_of_one_expert_and_two_groups(n_group: int, topk_group: int) -> None:
+    """A group's score is the sum of as many of its two best as it has."""
+    routing = Routing(8, 3, n_group=n_group, topk_group=topk_group)
+    score_NE, bias_E = drawn(7, routing)
+    for choice_E, found in zip((score_NE + bias_E).tolist(), routing.choose(score_NE, bias_E).tolist(), strict=True):
+        groups = [sorted(range(i, i + 8 // n_group), key=lambda e: -choice_E[e]) for i in range(0, 8, 8 // n_group)]
+        best = sorted(groups, key=lambda group: -sum(choice_E[e] for e in group[:2]))[:topk_group]
+        assert found == sorted(itertools.chain(*best), key=lambda e: -choice_E[e])[:3]
 
 
 @settings(max_examples=20)
@@ -190,6 +203,24 @@ def test_balance_loss_by_its_definition() -> None:
             P = sum((score_BTE[b, t, i] / score_BTE[b, t].sum()).item() for t in range(5)) / 5
             total += f * P
     assert balance_loss(score_BTE, chosen_BTA, None).item() == pytest.approx(total / 2, rel=1e-5)
+
+
+def test_a_sequence_of_one_token_counts_whole_and_one_of_none_not_at_all() -> None:
+    score_BTE = torch.rand(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    chosen_BTA = score_BTE.topk(3).indices
+    counted_BT = torch.tensor([[True] + [False] * 4] * 2)
+    one = balance_loss(score_BTE[:, :1], chosen_BTA[:, :1], None)
+    torch.testing.assert_close(balance_loss(score_BTE, chosen_BTA, counted_BT), one)
+    assert balance_loss(score_BTE, chosen_BTA, torch.zeros_like(counted_BT)) == 0
+
+
+@pytest.mark.parametrize("in_c", [False, True])
+def test_scores_that_are_all_zero_weigh_nothing(in_c: bool) -> None:
+    """Where every sigmoid underflows: 0 / (0 + 1e-20), as in transformers, and no NaN."""
+    gate = Gate(2, Routing(8, 3))
+    torch.nn.init.constant_(gate.weight, -200.0)
+    _, _, weight = gate(torch.ones(4, 2), None, in_c and native.why_not() is None)
+    assert (weight.abs() < 1e-15).all()
 
 
 def test_all_on_the_same_experts_is_worst() -> None:

@@ -46,9 +46,10 @@ def test_no_sandbox_where_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     grader.close()
 
 
-def test_problems_of_another_version_are_refused() -> None:
-    problem = replace(questions.make(1, 3), version="0.9")
-    with pytest.raises(UserError, match=r"version 0\.9 of task questions"):
+@pytest.mark.parametrize("version", ["0.9", "9.0"])
+def test_problems_of_another_version_are_refused(version: str) -> None:
+    problem = replace(questions.make(1, 3), version=version)
+    with pytest.raises(UserError, match=f"version {version} of task questions"):
         Grader()([(problem, "1")])
 
 

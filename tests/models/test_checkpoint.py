@@ -98,6 +98,17 @@ def test_ours_to_transformers_and_back(name: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_the_directory_of_a_run_is_no_checkpoint(tmp_path: Path) -> None:
+    """Its config.json is the stage's; the verbs take a run, `load` one of its checkpoints."""
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"stage": "pretrain", "steps": 3}')
+    with pytest.raises(UserError, match="is the directory of a run; give one of the folders in its checkpoints/"):
+        load(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(UserError, match="model_type None is not supported"):
+        load(tmp_path)
+
+
 def test_names_on_disk(tmp_path: Path) -> None:
     """Those of the released files: one expert a key, MTP at index L with its copies, a bias without `.weight`."""
     model = sizes.make(NAMED["v3"])

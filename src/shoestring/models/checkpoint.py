@@ -48,6 +48,8 @@ def load(
     folder = checkpoint_folder(path_or_id)
     raw = read_json(folder / "config.json")
     if not isinstance(raw.get("model_type"), str):
+        if (folder / "manifest.json").exists():
+            raise UserError(f"{folder} is the directory of a run; give one of the folders in its checkpoints/.")
         raise UserError(f"{folder / 'config.json'}: model_type {raw.get('model_type')!r} is not supported.")
     files = Files(folder)
     stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"

@@ -128,3 +128,23 @@ def test_terms_of_logprobs_in_one_pass(in_c: bool) -> None:
         found.append((value, logp, entropy, *torch.autograd.grad(3 * value, [h, w])))
     for got, want in zip(*found, strict=True):
         assert want.any() and (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("rows", [20, 0])
+@pytest.mark.parametrize("trained", [0, 1])
+@pytest.mark.parametrize("name", ["cross_entropy", "terms", "logprobs"])
+def test_one_side_may_be_frozen_and_tokens_may_be_none(name: str, trained: int, rows: int) -> None:
+    """The table under adapters, the states under a table that learns alone; no token at all leaves a gradient of 0."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(rows, 6).double(), torch.randn(9, 6).double()]
+    ids, weight = torch.randint(0, 9, (rows,)), torch.rand(rows).double()
+    ways = {
+        "cross_entropy": lambda h, w: head.cross_entropy_sum(h, w, ids, weight, chunk=8)[0],
+        "terms": lambda h, w: head.terms_sum(h, w, ids, lambda logp, part: -weight[part] * logp, chunk=8)[0],
+        "logprobs": lambda h, w: -(head.token_logprobs(h, w, ids, chunk=8)[0] * weight).sum(),
+    }
+    found = []
+    for way in (ways[name], lambda h, w: head.plain_cross_entropy_sum(h, w, ids, weight)):
+        given = [x.clone().requires_grad_(i == trained) for i, x in enumerate(leaves)]
+        found.append(torch.autograd.grad(way(*given), given[trained])[0])
+    torch.testing.assert_close(*found)

@@ -166,26 +166,29 @@ def test_kill_9_inside_every_kind_of_stage_ends_with_the_same_bits(tmp_path: Pat
         command = [sys.executable, "-m", "shoestring.cli", "run", str(EVERY_STAGE), "--quiet", "--runs", str(root)]
         return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
 
-    def kill_once(pattern: str, rows: int, wait: float) -> bool:
-        """Start, and kill `wait` seconds after there is a file of the pattern with so many lines."""
+    def kill_once(stage: str, mark: str, rows: int, wait: float) -> bool:
+        """Start, and kill `wait` seconds after the stage has a file `mark` with so many lines. Whether that was within
+        the stage: a short one may have ended before the signal came."""
         process, until = start(tmp_path / "killed"), time.monotonic() + 200
         while process.poll() is None and time.monotonic() < until:
-            found = next((tmp_path / "killed").glob(pattern), None)
+            found = next((tmp_path / "killed").glob(f"{stage}-every-stage-*/{mark}"), None)
             if found is not None and (rows == 0 or found.read_bytes().count(b"\n") >= rows):
                 time.sleep(wait)
                 process.send_signal(signal.SIGKILL)
                 break
             time.sleep(0.005)
-        return process.wait() == -signal.SIGKILL
+        if process.wait() != -signal.SIGKILL:
+            return False
+        return any(run.manifest["stage"] == stage and not run.finished for run in runs_tree(tmp_path / "killed"))
 
     recipe, draw = resolve_recipe(str(EVERY_STAGE), []), random.Random(5)
     assert {stage.stage for stage in recipe.stages} == set(STAGES)
     assert start(tmp_path / "whole").wait() == 0
     killed: dict[str, int] = {}
     for stage in recipe.stages:
-        folder, mark = f"{stage.name}-every-stage-*", MIDDLE.get(stage.stage, "metrics.jsonl")
-        killed[stage.name] = kill_once(f"{folder}/{mark}", 4 if mark == "metrics.jsonl" else 0, draw.random() * 0.02)
-        killed[stage.name] += kill_once(f"{folder}/logs/attempt_002.json", 0, draw.random() * 0.3)
+        mark = MIDDLE.get(stage.stage, "metrics.jsonl")
+        killed[stage.name] = kill_once(stage.name, mark, 4 if mark == "metrics.jsonl" else 0, draw.random() * 0.02)
+        killed[stage.name] += kill_once(stage.name, "logs/attempt_002.json", 0, draw.random() * 0.1)
     assert start(tmp_path / "killed").wait() == 0
     left = {run.manifest["stage"]: run for run in runs_tree(tmp_path / "killed")}
     assert all(killed.values()) and sum(killed.values()) >= 2 * len(killed) - 2, killed

@@ -175,11 +175,18 @@ class Contestant:
         return max(step["peak_mb"] for step in self.steps)
 
 
-def interleave(contestants: Sequence[Contestant], *, warm_up: int, repeats: int) -> None:
-    """All contestants in turn, `repeats` times; every other round backwards, so that nobody always follows the same."""
+def interleave(contestants: Sequence[Contestant], *, warm_up: int, repeats: int, turn: float = 0.0) -> None:
+    """All contestants in turn, `repeats` times; every other round backwards, so that nobody always follows the same.
+
+    A turn lasts `turn` seconds at least: who is done sooner steps again, and all its steps count. Else a fast
+    contestant among slow ones is always timed after a long sleep, out of which a machine wakes slowly.
+    """
     for round_ in range(warm_up + repeats):
         for contestant in contestants if round_ % 2 == 0 else reversed(contestants):
+            until = time.monotonic() + turn
             contestant.step(keep=round_ >= warm_up)
+            while time.monotonic() < until:
+                contestant.step(keep=round_ >= warm_up)
         done = ", ".join(f"{c.name} {c.steps[-1]['seconds']:.3f} s" for c in contestants)
         print(f"round {round_ + 1} of {warm_up + repeats}: {done}", file=sys.stderr, flush=True)
 

@@ -4,7 +4,8 @@ The model is the 12M-parameter V3 configuration of train_step.py. Both read the 
 to 128 tokens (no end token), temperature 1 over the whole vocabulary, no KL, one update a rollout, on policy. Ours is
 what the stage does (train/rollouts.py, losses/policy.py, train/step.py). TRL is timed as its users run it on a CPU at
 its best: SDPA, no gradient checkpointing, fp32, bf16 weights or bf16 autocast, all 256 completions generated at once
-and trained in micro-batches of 64 or 16. All are tried first, the best two go on in turn with ours. Their phases are
+and trained in micro-batches of 64 or 16. All are tried first, the best two go on in turn with ours, a turn ten
+seconds at least (ours would else be timed after a minute's sleep, which costs it 0.4 s of 2.9). Their phases are
 timed by wrapping `_generate_single_turn` and `_calculate_rewards`; the rest of a step is loss and update. The limit:
 the FLOPs of rollout and update as our stage counts them, at the rate of a square product of 2048 in the faster of fp32
 and bf16 (256 rows at once are bound by products, not by reading weights).
@@ -230,7 +231,8 @@ def main() -> int:
         ran, reasons = _bench.scout(peers, warm_up=0, repeats=1)
         best = [contestant(peer.name, options.peer_python) for peer in ran[:2]]
         with _bench.opened([contestant("ours"), *best, contestant("gemm")]) as everyone:
-            _bench.interleave(everyone, warm_up=min(1, options.warm_up), repeats=options.repeats)
+            _bench.interleave(everyone, warm_up=min(1, options.warm_up), repeats=options.repeats,
+                              turn=0.0 if options.small else 10.0)  # fmt: skip
     *timed, gemm = everyone
     report(timed, gemm, ran, reasons, options)
     return 0

@@ -111,6 +111,15 @@ def test_contestants_take_turns_and_are_timed_in_their_own_process(fake):
     assert slow.facts["versions"] == {"fake": "1"}
 
 
+def test_a_turn_has_a_least_length(fake):
+    """Who is done sooner steps again within it; whose step is longer than it steps once."""
+    with _bench.opened([fake("slow")]) as (slow,):
+        _bench.interleave([slow], warm_up=0, repeats=2, turn=0.12)
+        assert 4 <= len(slow.kept()) <= 6
+        _bench.interleave([slow], warm_up=0, repeats=1, turn=0.01)
+        assert len(slow.kept()) <= 7
+
+
 def test_the_fastest_first_and_failures_with_their_words(fake):
     candidates = [fake(who) for who in ("slow", "broken", "quick", "mortal", "killed")]
     ran, reasons = _bench.scout(candidates, warm_up=0, repeats=2)

@@ -6,7 +6,7 @@ gold step-by-step solutions for the teacher,
 SFT on gold solutions for the student (upper bounds), and RL with its rewards shuffled (is it the rewards?).
 Seed 0 shares its runs with `shoestring run quickstart`.
 
-    shoestring run study-quickstart               # about 38 minutes on two cores, less with the quickstart done
+    shoestring run study-quickstart               # about 17 minutes on two cores, less with the quickstart done
 """
 
 from __future__ import annotations
